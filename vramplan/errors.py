@@ -1,0 +1,86 @@
+"""Every error that vramplan raises on purpose.
+
+::
+
+    VramplanError                  exit code 2; its text is one clear sentence for the user
+      UnknownNameError             a model, GPU, family or key that is not known (names the nearest)
+      SpecError                    a value of the user's spec that cannot be (names the field)
+        LegalityError              a combination that DeepSpeed refuses (gives its reason)
+        NoPlanError                no layout can make it (says which number to change)
+      ConfigError                  a model's config.json that lacks or contradicts a field
+      DataError                    a row or file of the data that is malformed (file, line, what)
+      CheckpointError              a checkpoint that cannot be read or written
+      RunFailedError               a training process that ended without finishing (its cause)
+      SimulationError              the real engine could not be traced (names the module)
+
+Anything else that escapes is a bug in vramplan.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VramplanError(Exception):
+    """Base of every error that a user can cause or mend; its text is one sentence."""
+
+    exit_code: int = 2
+
+
+class UnknownNameError(VramplanError):
+    """A name that no catalogue or schema holds; the text lists the nearest known ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        self.kind = kind
+        self.name = name
+        self.nearest = nearest_names(name, known)
+        near = f"; did you mean {' or '.join(self.nearest)}?" if self.nearest else ""
+        super().__init__(f"unknown {kind} {name!r}{near}{' ' + hint if hint else ''}")
+
+
+class SpecError(VramplanError):
+    """A value in the user's spec that cannot be; the text names the field and what to change."""
+
+
+class LegalityError(SpecError):
+    """A combination that DeepSpeed (or torch) refuses; the text gives its reason."""
+
+
+class NoPlanError(SpecError):
+    """No layout meets the request; the text says which number to change."""
+
+
+class ConfigError(VramplanError):
+    """A model's ``config.json`` lacks a field or contradicts itself."""
+
+
+class DataError(VramplanError):
+    """A row, file or column of the training data is malformed."""
+
+
+class CheckpointError(VramplanError):
+    """A checkpoint cannot be read or written."""
+
+
+class RunFailedError(VramplanError):
+    """A training process ended without finishing; the text says why."""
+
+    exit_code = 3
+
+
+class SimulationError(VramplanError):
+    """The real engine could not be traced on fake tensors; the text names the module."""
+
+
+def nearest_names(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
+    """The known names most like ``name``, best first, compared without case."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.45)
+    if len(close) < count:  # a hub id is often given without its owner, or the reverse
+        tails = {full.split("/")[-1]: full for full in by_lower}
+        tail = name.lower().split("/")[-1]
+        for match in difflib.get_close_matches(tail, list(tails), n=count, cutoff=0.55):
+            if tails[match] not in close:
+                close.append(tails[match])
+    return tuple(by_lower[match] for match in close[:count])

@@ -1,0 +1,67 @@
+"""What an estimate answers: moments, phases, overhead, host bytes, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.memory.term import Moment, Term
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseBytes:
+    """Bytes allocated on one rank in one phase, named as in a record (``step2.micro1.backward``)."""
+
+    phase: str
+    peak_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The ledger of one run on one rank.
+
+    Three readings, never mixed: *allocated* (tensors), *reserved* (held by torch's caching allocator) and *used*
+    (what the driver reports: reserved, context, communicators, workspaces).
+    """
+
+    moments: tuple[Moment, ...]
+    phases: tuple[PhaseBytes, ...]
+    """In order: model_load, engine_init, then forward, backward, optimizer_step of each micro-batch of two steps."""
+    overhead: tuple[Term, ...]
+    """What the driver counts beyond tensors: context, communicators, workspaces, fragmentation."""
+    host_terms: tuple[Term, ...]
+    """Host bytes of one rank."""
+    capacity_bytes: int
+    ranks_per_node: int
+    host_capacity_bytes: int | None = None
+
+    @property
+    def peak(self) -> Moment:
+        """The moment with the most bytes of all moments the run passes."""
+        return max(self.moments, key=lambda moment: moment.num_bytes)
+
+    @property
+    def allocated_peak_bytes(self) -> int:
+        return self.peak.num_bytes
+
+    @property
+    def used_peak_bytes(self) -> int:
+        return self.allocated_peak_bytes + sum(term.num_bytes for term in self.overhead)
+
+    @property
+    def train_allocated_peak_bytes(self) -> int:
+        """The highest peak of the step phases (a record's figure of that name)."""
+        return max(phase.peak_bytes for phase in self.phases if phase.phase.startswith("step"))
+
+    @property
+    def host_bytes_per_node(self) -> int:
+        return self.ranks_per_node * sum(term.num_bytes for term in self.host_terms)
+
+    @property
+    def host_fits(self) -> bool:
+        return self.host_capacity_bytes is None or self.host_bytes_per_node <= self.host_capacity_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether *used* stays within the device's capacity and the host's bytes within the host."""
+        return self.used_peak_bytes <= self.capacity_bytes and self.host_fits

@@ -1,0 +1,23 @@
+"""DataSpec: what text the run is trained on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vramplan.spec.base import UserModel
+
+
+class DataSpec(UserModel):
+    """Where the training text lies and how it becomes tokens."""
+
+    train: str = "builtin:arithmetic"
+    """A JSONL file (``messages``, ``prompt``/``completion`` or ``text`` rows), a text file, or one of
+    ``builtin:arithmetic`` (questions that the calculator answers) and ``builtin:python-reference``."""
+    eval: str | None = None
+    """The same for evaluation. None: ``eval_frac`` of the training data is held out."""
+    eval_frac: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the training rows held out for evaluation when ``eval`` is None."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens of ``messages`` count in the loss."""

@@ -1,0 +1,127 @@
+"""RunSpec: everything that a user asks of a run. What is left None is searched by the planner."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vramplan.spec.base import UserModel
+from vramplan.spec.data import DataSpec
+from vramplan.spec.layout import Layout
+from vramplan.spec.trainable import FullMethod, Method
+from vramplan.spec.training import TrainingSpec
+
+Precision = Literal["bf16", "fp16", "fp32", "bf16-autocast"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Checkpointing = Literal["none", "full"]
+Offload = Literal["none", "cpu"]
+Optimizer = Literal["adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd", "adafactor"]
+
+
+class ZeroSpec(UserModel):
+    """DeepSpeed's ``zero_optimization`` section; its defaults are those of deepspeed/runtime/zero/config.py.
+
+    Sizes are in elements, not bytes, as in DeepSpeed.
+    """
+
+    stage: Literal[0, 1, 2, 3] | None = None
+    """0 replicates everything; 1 partitions optimizer states, 2 gradients too, 3 weights too. None: searched."""
+    reduce_bucket_size: int = Field(default=500_000_000, ge=1)
+    """Elements of the buffer that collects gradients for one reduction."""
+    allgather_bucket_size: int = Field(default=500_000_000, ge=1)
+    """Elements gathered at once after the optimizer step (unused by torch >= 1.13's in-place gather)."""
+    contiguous_gradients: bool = True
+    """Copy gradients into one buffer as they appear."""
+    overlap_comm: bool | None = None
+    """Reduce while backward goes on (two buckets). None: DeepSpeed's default, true only for stage 3."""
+    reduce_scatter: bool = True
+    """Reduce-scatter gradients instead of all-reducing them."""
+    round_robin_gradients: bool = False
+    """Spread gradient copies among ranks (stages 1 and 2 with CPU offload)."""
+    stage3_prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
+    """Elements of weights gathered ahead of use."""
+    stage3_param_persistence_threshold: int = Field(default=100_000, ge=0)
+    """A weight tensor of at most this many elements stays whole on every rank."""
+    stage3_model_persistence_threshold: int = Field(default=2**63 - 1, ge=0)
+    """At most this many elements stay whole on every rank altogether."""
+    stage3_max_live_parameters: int = Field(default=1_000_000_000, ge=0)
+    """Gathered elements kept on a rank before a release."""
+    stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
+    """A weight needed again within this many elements is not released."""
+    sub_group_size: int = Field(default=1_000_000_000, ge=1)
+    """Elements that stage 3's optimizer steps at once."""
+    offload_optimizer: Offload | None = None
+    """Where optimizer states live. None: searched."""
+    offload_param: Offload | None = None
+    """Where weights live between uses (stage 3 only). None: searched."""
+
+
+class OptimizerSpec(UserModel):
+    """The optimizer and its numbers."""
+
+    kind: Optimizer = "adamw"
+    """``adamw`` is DeepSpeed's FusedAdam (its CPUAdam where states are offloaded)."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate. None: by method, 1e-5 full, 2e-4 adapters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+
+
+class HardwareSpec(UserModel):
+    """What the run may use. Nothing given: this machine."""
+
+    gpu: str | None = None
+    """A catalogue name (matched loosely), or ``cpu``. None: the GPUs of this machine, else its CPU."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    """Ranks on each node. None: all GPUs of this machine; 2 on the CPU."""
+    nodes: int = Field(default=1, ge=1)
+    """Number of equal nodes."""
+    memory_cap: str | int | None = None
+    """Bytes that one rank may use, if less than the device offers, e.g. ``24GiB``."""
+    host_memory: str | int | None = None
+    """Memory of one node's host. None: this machine's, or a catalogue node's."""
+
+
+class RunSpec(UserModel):
+    """One fine-tuning run: the model, what is trained, how, on what data and hardware."""
+
+    model: str
+    """A catalogue name, a hub id, or a local directory with a ``config.json``."""
+    model_config_fields: dict[str, Any] | None = None
+    """Fields of the model's ``config.json`` given in place; they decide over the name."""
+    method: Method = FullMethod()
+    """full, lora or qlora."""
+    precision: Precision = "bf16"
+    """Number format of weights and compute: DeepSpeed's bf16 or fp16 engine, fp32, or fp32 weights under bf16 autocast."""
+    seq_len: int = Field(default=2048, ge=1)
+    """Tokens of one sequence, padding included."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences of one optimizer step over all ranks. None: micro-batch x accumulation x ranks."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences of one rank's forward. None: searched."""
+    grad_accum_steps: int | None = Field(default=None, ge=1)
+    """Micro-batches of one optimizer step. None: follows from the global batch."""
+    attention: Attention = "sdpa"
+    """transformers' attention implementation."""
+    attention_mask: bool = False
+    """Whether a padding mask is passed (batches padded on the right)."""
+    activation_checkpointing: Checkpointing | None = None
+    """none keeps what backward needs; full keeps each layer's input and recomputes. None: searched."""
+    loss: Literal["hf", "liger"] = "hf"
+    """hf: transformers' own loss over full logits; liger: fused linear cross-entropy."""
+    keep_outputs: bool = False
+    """Whether the loop keeps the model's output (the logits) alive through backward and step."""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    zero: ZeroSpec = ZeroSpec()
+    layout: Layout | None = None
+    """Degrees of parallelism. None: data parallel over all ranks."""
+    alloc_conf: str = ""
+    """Value of PYTORCH_CUDA_ALLOC_CONF."""
+    hardware: HardwareSpec = HardwareSpec()
+    data: DataSpec = DataSpec()
+    training: TrainingSpec = TrainingSpec()

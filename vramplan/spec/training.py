@@ -1,0 +1,38 @@
+"""TrainingSpec: how long, how fast, and what is written down."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vramplan.spec.base import UserModel
+
+
+class TrainingSpec(UserModel):
+    """The loop: steps, schedule, seeds, evaluation and checkpoints."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps. None: ``epochs`` over the data."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data when ``max_steps`` is None."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after warm-up, by optimizer step."""
+    warmup_frac: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of the steps over which the rate rises from zero."""
+    min_lr_frac: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Rate at the end as a share of the peak."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    seed: int = 0
+    """Decides data order, dropout and adapters' initial values."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between evaluations. None: at the end only."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between checkpoints. None: at the end only."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between log lines."""
+    trust_remote_code: bool = False
+    """Whether code from a model's directory may run."""
