@@ -1,0 +1,323 @@
+"""The record form: what was run (a job's spec), where (``env``) and what was measured, one JSON object a line.
+
+A *jobs* file holds specs alone (bare, or under ``spec``); a *records* file holds specs with what was measured.
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from vramplan.errors import SpecError
+from vramplan.spec.base import UserModel
+from vramplan.spec.layout import Layout
+from vramplan.spec.run import (
+    Attention,
+    Checkpointing,
+    HardwareSpec,
+    Optimizer,
+    OptimizerSpec,
+    Precision,
+    RunSpec,
+    ZeroSpec,
+)
+from vramplan.spec.trainable import FullMethod, Method
+from vramplan.spec.training import TrainingSpec
+
+Outcome = Literal["ok", "oom", "error", "died"]
+
+
+class JobModel(UserModel):
+    """The model of a job: a label, and the fields of its ``config.json``, which decide."""
+
+    name: str
+    """A label; ``name@3L`` has 3 layers."""
+    config: dict[str, Any]
+    """Fields of ``config.json``, number of layers included."""
+
+
+class World(UserModel):
+    """Degrees of parallelism; their product is the number of ranks."""
+
+    dp: int = Field(default=1, ge=1)
+    """Data-parallel ranks."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks (DeepSpeed AutoTP)."""
+    sp: int = Field(default=1, ge=1)
+    """Sequence-parallel ranks (Ulysses)."""
+    pp: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+
+
+class JobSpec(UserModel):
+    """One measuring job. A field left out has the default of the records' table.
+
+    Always: gradient clipping 1.0, learning rate 1e-5, weight decay 0.01, random token ids.
+    """
+
+    id: str = ""
+    """Names the job within its file; a run is resumed by it."""
+    model: JobModel
+    precision: Precision = "bf16"
+    """bf16 and fp16: DeepSpeed's engines; bf16-autocast: fp32 weights under DeepSpeed's ``torch_autocast``."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences per data-parallel rank per forward."""
+    seq_len: int = Field(ge=1)
+    """Tokens of one whole sequence; with ``sp`` ranks each holds ``seq_len / sp``."""
+    grad_accum_steps: int = Field(default=1, ge=1)
+    """Micro-batches of one optimizer step."""
+    attention: Attention = "sdpa"
+    """transformers' attention implementation."""
+    attention_mask: bool = False
+    """Whether an all-ones mask is passed."""
+    activation_checkpointing: Checkpointing = "none"
+    """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
+    loss: Literal["hf", "liger"] = "hf"
+    """hf: the model's own; liger: fused linear cross-entropy."""
+    method: Method = FullMethod()
+    """full, lora or qlora."""
+    optimizer: Optimizer = "adamw"
+    """adamw is DeepSpeed's FusedAdam."""
+    zero: ZeroSpec = ZeroSpec(stage=0)
+    """``zero_optimization`` keys; DeepSpeed's default where absent."""
+    world: World = World()
+    alloc_conf: str = ""
+    """Value of ``PYTORCH_CUDA_ALLOC_CONF``."""
+    cap_bytes: int | None = Field(default=None, ge=1)
+    """The job ran under a device memory cap of that many bytes."""
+    steps: int = Field(default=2, ge=1)
+    """Optimizer steps measured."""
+    hardware: HardwareSpec = HardwareSpec()
+    """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(dp=self.world.dp, tp=self.world.tp, sp=self.world.sp, pp=self.world.pp)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReading:
+    """Bytes of one phase on one rank: highest inside it, and live at its end. None: not a reading of this device."""
+
+    phase: str
+    allocated_peak_bytes: int
+    allocated_end_bytes: int
+    reserved_peak_bytes: int | None = None
+    reserved_end_bytes: int | None = None
+    alloc_retries: int | None = None
+    """How often the CUDA caching allocator emptied its cache to go on, in this phase."""
+    used_peak_bytes: int | None = None
+    """What the driver counted at the phase's end, with what torch had reserved at most instead of at the end."""
+
+    @property
+    def is_step(self) -> bool:
+        return self.phase.startswith("step")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a job measured; ``extra`` keeps fields that this version does not know."""
+
+    outcome: Outcome
+    phases: tuple[PhaseReading, ...] = ()
+    numel_total: int | None = None
+    numel_trainable: int | None = None
+    train_allocated_peak_bytes: int | None = None
+    allocated_peak_bytes: int | None = None
+    reserved_peak_bytes: int | None = None
+    context_bytes_total_minus_free: int | None = None
+    host_rss_peak_bytes: int | None = None
+    seconds_per_step: float | None = None
+    error: str | None = None
+    """One line of what stopped the job, where the outcome is not ok."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Measured:
+        known = {item.name for item in fields(cls)} - {"extra", "phases"}
+        return cls(
+            phases=tuple(_phase_from_dict(phase) for phase in raw.get("phases", ())),
+            extra={key: value for key, value in raw.items() if key not in known | {"phases"}},
+            **{key: value for key, value in raw.items() if key in known},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in ("phases", "extra") and getattr(self, item.name) is not None
+        }
+        phases = [
+            {item.name: value for item in fields(phase) if (value := getattr(phase, item.name)) is not None}
+            for phase in self.phases
+        ]
+        return plain | {"phases": phases} | self.extra
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A measured job: its spec, the versions and device it ran on, and the bytes."""
+
+    id: str
+    spec: JobSpec
+    measured: Measured
+    env: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "spec": self.spec.model_dump(mode="json", exclude_unset=True),
+            "measured": self.measured.to_dict(),
+            "env": self.env,
+        }
+
+
+def peaks_of(phases: Iterable[PhaseReading]) -> dict[str, int]:
+    """The record's summary figures: highest of the step phases, highest of all, highest reserved."""
+    phases = tuple(phases)
+    steps = [phase.allocated_peak_bytes for phase in phases if phase.is_step]
+    reserved = [phase.reserved_peak_bytes for phase in phases if phase.reserved_peak_bytes is not None]
+    summary = {"allocated_peak_bytes": max((phase.allocated_peak_bytes for phase in phases), default=0)}
+    if steps:
+        summary["train_allocated_peak_bytes"] = max(steps)
+    if reserved:
+        summary["reserved_peak_bytes"] = max(reserved)
+    return summary
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """Every record of a JSONL file, in order.
+
+    Raises:
+        SpecError: a line is no JSON, or no record; the text names file, line and field.
+    """
+    return [_record_from_dict(raw, where) for where, raw in _json_lines(Path(path))]
+
+
+def read_jobs(path: Path | str) -> list[JobSpec]:
+    """Every job of a JSONL file, whose lines are specs, bare or under ``spec`` (so a records file is a jobs file).
+
+    A job without an ``id`` is named by its line. Raises SpecError as ``read_records`` does.
+    """
+    jobs = []
+    for where, raw in _json_lines(Path(path)):
+        spec = {**raw["spec"], "id": raw.get("id", raw["spec"].get("id", ""))} if "spec" in raw else raw
+        job = _job_from_dict(spec, where)
+        jobs.append(job if job.id else job.model_copy(update={"id": where.rsplit(" ", 1)[1]}))
+    repeated = {job.id for job in jobs if sum(other.id == job.id for other in jobs) > 1}
+    if repeated:
+        raise SpecError(f"{path}: job ids must be unique, but {min(repeated)!r} occurs more than once")
+    return jobs
+
+
+def append_record(path: Path | str, record: Record) -> None:
+    """Adds one line to a records file, whole or not at all in the face of a crash (one write, flushed)."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record.to_dict()) + "\n")
+
+
+def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
+    """The closed RunSpec (every None decided) that says what the record's program ran, and its layout."""
+    layout = spec.layout
+    zero = spec.zero.model_copy(
+        update={
+            "stage": spec.zero.stage or 0,
+            "offload_optimizer": spec.zero.offload_optimizer or "none",
+            "offload_param": spec.zero.offload_param or "none",
+        }
+    )
+    hardware = spec.hardware
+    if spec.cap_bytes is not None:
+        hardware = hardware.model_copy(update={"memory_cap": spec.cap_bytes})
+    run = RunSpec(
+        model=spec.model.name,
+        model_config_fields=spec.model.config,
+        method=spec.method,
+        precision=spec.precision,
+        seq_len=spec.seq_len,
+        global_batch_size=spec.micro_batch_size * spec.grad_accum_steps * layout.dp,
+        micro_batch_size=spec.micro_batch_size,
+        grad_accum_steps=spec.grad_accum_steps,
+        attention=spec.attention,
+        attention_mask=spec.attention_mask,
+        activation_checkpointing=spec.activation_checkpointing,
+        loss=spec.loss,
+        keep_outputs=True,
+        optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01),
+        zero=zero,
+        layout=layout,
+        alloc_conf=spec.alloc_conf,
+        hardware=hardware,
+        training=TrainingSpec(max_steps=spec.steps, max_grad_norm=1.0),
+    )
+    return run, layout
+
+
+def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, run_id: str = "") -> JobSpec:
+    """The spec under which a closed run is recorded; ``config``: the fields of the model's ``config.json``."""
+    return JobSpec(
+        id=run_id,
+        model=JobModel(name=run.model, config=config),
+        precision=run.precision,
+        micro_batch_size=run.micro_batch_size or 1,
+        seq_len=run.seq_len,
+        grad_accum_steps=run.grad_accum_steps or 1,
+        attention=run.attention,
+        attention_mask=run.attention_mask,
+        activation_checkpointing=run.activation_checkpointing or "none",
+        loss=run.loss,
+        method=run.method,
+        optimizer=run.optimizer.kind,
+        zero=run.zero,
+        world=World(dp=layout.dp, tp=layout.tp, sp=layout.sp, pp=layout.pp),
+        alloc_conf=run.alloc_conf,
+        hardware=run.hardware,
+    )
+
+
+def _phase_from_dict(raw: dict[str, Any]) -> PhaseReading:
+    known = {item.name for item in fields(PhaseReading)}
+    return PhaseReading(**{key: value for key, value in raw.items() if key in known})
+
+
+def _record_from_dict(raw: dict[str, Any], where: str) -> Record:
+    missing = [key for key in ("spec", "measured") if not isinstance(raw.get(key), dict)]
+    if missing:
+        raise SpecError(f"{where}: a record needs {missing[0]!r}; a file of jobs is run by `vramplan bench run` first")
+    spec = _job_from_dict(raw["spec"], where)
+    if "outcome" not in raw["measured"]:
+        raise SpecError(f"{where}: measured.outcome is missing; it says ok, oom, error or died")
+    return Record(raw.get("id", spec.id), spec, Measured.from_dict(raw["measured"]), raw.get("env", {}))
+
+
+def _job_from_dict(raw: dict[str, Any], where: str) -> JobSpec:
+    try:
+        return JobSpec.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise SpecError(f"{where}: {place}: {first['msg']}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"{where}: is not JSON ({error.msg})") from error
+        if not isinstance(raw, dict):
+            raise SpecError(f"{where}: is JSON, but not an object")
+        yield where, raw
