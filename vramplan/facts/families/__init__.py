@@ -1,0 +1,50 @@
+"""Model families: from the fields of a ``config.json`` to an Architecture, one file a family.
+
+Every family file has one function ``build(fields: Fields) -> Architecture``. Nothing of a model directory is executed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from vramplan.errors import ConfigError, UnknownNameError
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.families.fields import Fields
+
+FAMILIES: dict[str, str] = {
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""``model_type`` of a ``config.json`` -> module of this package that reads it."""
+
+
+def architecture_from_config(config: Mapping[str, object]) -> Architecture:
+    """The blocks of the model that transformers 5.17 would build from these fields.
+
+    Raises:
+        UnknownNameError: no family file reads this ``model_type``.
+        ConfigError: a field is missing, of the wrong kind or contradicts another; or the model runs its own code.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"config.json has no field 'model_type' (known: {', '.join(sorted(FAMILIES))})")
+    module_name = FAMILIES.get(model_type)
+    if module_name is None:
+        raise _unknown_family(model_type, config)
+    module = importlib.import_module(f"{__name__}.{module_name}")
+    build = cast(Callable[[Fields], Architecture], module.build)
+    return build(Fields(config, module_name))
+
+
+def _unknown_family(model_type: str, config: Mapping[str, object]) -> ConfigError | UnknownNameError:
+    if "auto_map" in config:
+        return ConfigError(
+            f"model type {model_type!r} is defined by code in the model's own directory (auto_map), which is never run "
+            "to read facts; use `vramplan simulate` with trust_remote_code to trace it"
+        )
+    return UnknownNameError("model family", model_type, FAMILIES, hint="(see vramplan/facts/families/)")
