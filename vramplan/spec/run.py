@@ -125,3 +125,10 @@ class RunSpec(UserModel):
     hardware: HardwareSpec = HardwareSpec()
     data: DataSpec = DataSpec()
     training: TrainingSpec = TrainingSpec()
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: as given, else 1e-5 for full training and 2e-4 for adapters."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return 1e-5 if self.method.kind == "full" else 2e-4

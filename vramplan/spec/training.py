@@ -36,3 +36,9 @@ class TrainingSpec(UserModel):
     """Optimizer steps between log lines."""
     trust_remote_code: bool = False
     """Whether code from a model's directory may run."""
+    sample: str | None = None
+    """A question that the finished, saved and reloaded model answers at the end."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
+    merge_adapters: bool = False
+    """Whether adapters are also merged into the weights at the end (a full model next to the adapters)."""

@@ -1,0 +1,113 @@
+"""RunSpec -> DeepSpeed's config dictionary: the only file that spells DeepSpeed's keys (read in 0.19.8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vramplan.errors import SpecError
+from vramplan.spec.run import OptimizerSpec, RunSpec, ZeroSpec
+
+_STAGE3_SIZES = (
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+)
+CLIENT_OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_8bit"})
+"""Optimizers that DeepSpeed cannot build by name: the trainer builds them and hands them over."""
+
+
+def ds_config(run: RunSpec, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's config of a closed run (micro-batch, accumulation, stage and offload decided).
+
+    Raises:
+        SpecError: a field that the planner decides is still None, or the layout does not make ``world_size`` ranks.
+    """
+    _check_closed(run, world_size)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.micro_batch_size,
+        "gradient_accumulation_steps": run.grad_accum_steps,
+        "managed_gradient_accumulation": managed_accumulation(run),
+        "gradient_clipping": run.training.max_grad_norm,
+        "zero_optimization": _zero_section(run.zero),
+        **_precision_section(run.precision),
+        **_parallel_section(run),
+    }
+    if run.optimizer.kind not in CLIENT_OPTIMIZERS:
+        config["optimizer"] = _optimizer_section(run.optimizer, run.peak_lr)
+    if run.optimizer.kind not in ("adamw", "adamw_torch"):
+        # DeepSpeed holds only its own and torch's Adam as tested under ZeRO (runtime/zero/utils.py)
+        config["zero_allow_untested_optimizer"] = True
+        # without this an optimizer that is handed over is refused beside offload (_configure_optimizer)
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def managed_accumulation(run: RunSpec) -> bool:
+    """Whether DeepSpeed must count micro-batches itself.
+
+    False wherever DeepSpeed allows it: the loop then owns the boundary, and the number of micro-batches may change
+    from step to step. Refused by DeepSpeed for ZeRO 0 and 1 with ``overlap_comm`` and for pipelines
+    (runtime/engine.py, ``_do_sanity_check``).
+    """
+    overlaps_below_stage_2 = bool(run.zero.overlap_comm) and (run.zero.stage or 0) < 2
+    return overlaps_below_stage_2 or (run.layout is not None and run.layout.pp > 1)
+
+
+def _check_closed(run: RunSpec, world_size: int) -> None:
+    for name in ("micro_batch_size", "grad_accum_steps"):
+        if getattr(run, name) is None:
+            raise SpecError(f"{name} is not decided: plan the run first, or set it")
+    if run.zero.stage is None:
+        raise SpecError("zero.stage is not decided: plan the run first, or set it to 0, 1, 2 or 3")
+    if run.layout is not None and run.layout.world_size != world_size:
+        raise SpecError(f"layout makes {run.layout.world_size} ranks, but {world_size} are to run: change layout.dp")
+
+
+def _precision_section(precision: str) -> dict[str, Any]:
+    if precision in ("bf16", "fp16"):
+        return {precision: {"enabled": True}}
+    if precision == "bf16-autocast":
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    return {}
+
+
+def _zero_section(zero: ZeroSpec) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": zero.stage}
+    if zero.overlap_comm is not None:
+        section["overlap_comm"] = zero.overlap_comm
+    for name in ("reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "reduce_scatter"):
+        section[name] = getattr(zero, name)
+    if zero.round_robin_gradients:
+        section["round_robin_gradients"] = True
+    if zero.stage == 3:
+        section.update({name: getattr(zero, name) for name in _STAGE3_SIZES})
+    for name in ("offload_optimizer", "offload_param"):
+        if getattr(zero, name) == "cpu":
+            section[name] = {"device": "cpu", "pin_memory": True}
+    return section
+
+
+def _optimizer_section(optimizer: OptimizerSpec, lr: float) -> dict[str, Any]:
+    adam = {"lr": lr, "betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+    if optimizer.kind == "adamw":
+        return {"type": "AdamW", "params": adam}
+    if optimizer.kind == "adamw_torch":
+        return {"type": "AdamW", "params": adam | {"torch_adam": True}}
+    # any other name is looked up in torch.optim (runtime/engine.py, _configure_basic_optimizer)
+    name = {"sgd": "SGD", "adafactor": "Adafactor"}[optimizer.kind]
+    return {"type": name, "params": {"lr": lr, "weight_decay": optimizer.weight_decay}}
+
+
+def _parallel_section(run: RunSpec) -> dict[str, Any]:
+    layout = run.layout
+    if layout is None:
+        return {}
+    section: dict[str, Any] = {}
+    if layout.tp > 1:
+        section["tensor_parallel"] = {"autotp_size": layout.tp}
+    if layout.sp > 1:
+        section |= {"sequence_parallel_size": layout.sp, "data_parallel_size": layout.dp}
+    return section

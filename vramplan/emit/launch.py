@@ -1,0 +1,82 @@
+"""How the ranks of a run are started: DeepSpeed's launcher, or torchrun's, as a command and its environment."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vramplan.facts.device import Node
+from vramplan.spec.run import RunSpec
+
+TRAINER_MODULE = "vramplan.train"
+"""What runs on each rank: ``python -m vramplan.train PLAN RUN_DIR``."""
+DEFAULT_PORT = 29500
+
+
+def trainer_arguments(plan: Path | str, run_dir: Path | str, *, resume: bool = False) -> list[str]:
+    """Arguments of the trainer's module."""
+    return [str(plan), str(run_dir), *(["--resume"] if resume else [])]
+
+
+def launch_command(
+    node: Node,
+    plan: Path | str,
+    run_dir: Path | str,
+    *,
+    resume: bool = False,
+    port: int = DEFAULT_PORT,
+    hostfile: Path | str | None = None,
+    log_dir: Path | str | None = None,
+    executable: Sequence[str] = ("deepspeed",),
+) -> list[str]:
+    """DeepSpeed's launcher for all ranks of ``node``; it reaches other machines by ssh through ``hostfile``.
+
+    ``log_dir``: a file for each rank's output there, instead of all ranks' on the launcher's own.
+    """
+    command = [*executable, "--num_gpus", str(node.gpus_per_node)]
+    if node.num_nodes > 1:
+        command += ["--num_nodes", str(node.num_nodes), "--hostfile", str(hostfile or "hostfile")]
+    command += ["--master_port", str(port), "--no_local_rank", "--module"]
+    if log_dir is not None:
+        command += ["--enable_each_rank_log", str(log_dir)]
+    return [*command, TRAINER_MODULE, *trainer_arguments(plan, run_dir, resume=resume)]
+
+
+def local_launcher() -> tuple[str, ...]:
+    """DeepSpeed's launcher of this very Python, whether or not its ``bin`` is on the path."""
+    return (sys.executable, "-m", "deepspeed.launcher.runner")
+
+
+def torchrun_command(
+    node: Node, plan: Path | str, run_dir: Path | str, *, resume: bool = False, port: int = DEFAULT_PORT
+) -> list[str]:
+    """The same start by torchrun, to be given on every node (``MASTER_ADDR`` names the first)."""
+    command = ["torchrun", "--nproc-per-node", str(node.gpus_per_node)]
+    if node.num_nodes == 1:
+        command += ["--standalone"]
+    else:
+        endpoint = f"$MASTER_ADDR:{port}"
+        command += ["--nnodes", str(node.num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    return [*command, "--module", TRAINER_MODULE, *trainer_arguments(plan, run_dir, resume=resume)]
+
+
+def launch_environment(run: RunSpec, node: Node, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that the launch sets on top of ``inherited`` (this process's own); one that is set there stays."""
+    inherited = os.environ if inherited is None else inherited
+    wanted = {"DS_ACCELERATOR": "cpu" if node.device.kind == "cpu" else "cuda"}
+    if node.device.kind == "cpu":
+        # without it each rank starts a thread a core, and the ranks share the cores
+        wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // node.gpus_per_node))
+    if run.alloc_conf:
+        wanted["PYTORCH_CUDA_ALLOC_CONF"] = run.alloc_conf
+    return {name: value for name, value in wanted.items() if name not in inherited}
+
+
+def shell_text(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """The command as one line for a shell, its variables in front (``$NAME`` is left for the shell to fill in)."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
+    words = [word if word.startswith("$") else shlex.quote(word) for word in command]
+    return " ".join([*assignments, *words])
