@@ -4,6 +4,7 @@
 
     VramplanError                  exit code 2; its text is one clear sentence for the user
       UnknownNameError             a model, GPU, family or key that is not known (names the nearest)
+      AmbiguousNameError           a name that means several things (names them)
       SpecError                    a value of the user's spec that cannot be (names the field)
         LegalityError              a combination that DeepSpeed refuses (gives its reason)
         NoPlanError                no layout can make it (says which number to change)
@@ -37,6 +38,17 @@ class UnknownNameError(VramplanError):
         self.nearest = nearest_names(name, known)
         near = f"; did you mean {' or '.join(self.nearest)}?" if self.nearest else ""
         super().__init__(f"unknown {kind} {name!r}{near}{' ' + hint if hint else ''}")
+
+
+class AmbiguousNameError(VramplanError):
+    """A name that could mean several known ones; the text lists them."""
+
+    def __init__(self, kind: str, name: str, candidates: Iterable[str], hint: str = "") -> None:
+        self.kind = kind
+        self.name = name
+        self.candidates = tuple(candidates)
+        listed = ", ".join(self.candidates)
+        super().__init__(f"{kind} {name!r} could mean any of: {listed}{'; ' + hint if hint else ''}")
 
 
 class SpecError(VramplanError):
@@ -74,13 +86,16 @@ class SimulationError(VramplanError):
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
-    """The known names most like ``name``, best first, compared without case."""
+    """The known names most like ``name``, best first, compared without case: those that hold it, then those spelt alike.
+
+    A hub id is often given without its owner, or the reverse, so the part after the slash is compared too.
+    """
     by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.45)
-    if len(close) < count:  # a hub id is often given without its owner, or the reverse
-        tails = {full.split("/")[-1]: full for full in by_lower}
-        tail = name.lower().split("/")[-1]
-        for match in difflib.get_close_matches(tail, list(tails), n=count, cutoff=0.55):
-            if tails[match] not in close:
-                close.append(tails[match])
-    return tuple(by_lower[match] for match in close[:count])
+    wanted = name.lower()
+    tail = wanted.split("/")[-1]
+    tails = {full.split("/")[-1]: full for full in by_lower}
+    holding = sorted((full for full in by_lower if tail and tail in full), key=len)
+    alike = difflib.get_close_matches(wanted, list(by_lower), n=count, cutoff=0.45)
+    alike_tails = [tails[match] for match in difflib.get_close_matches(tail, list(tails), n=count, cutoff=0.55)]
+    best = dict.fromkeys([*holding, *alike, *alike_tails])
+    return tuple(by_lower[match] for match in list(best)[:count])

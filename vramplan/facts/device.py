@@ -15,7 +15,7 @@ class Device:
     """
 
     name: str
-    kind: Literal["cuda", "rocm", "cpu"]
+    kind: Literal["cuda", "rocm", "hpu", "cpu"]
     memory_bytes: int
     usable_bytes: int
     bf16_flops: float | None = None
