@@ -15,9 +15,6 @@ from vramplan.errors import ConfigError, UnknownNameError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.catalogue import all_models, find_model
 from vramplan.facts.families import architecture_from_config
-from vramplan.facts.local import local_node, resolve_node
-
-__all__ = ["ModelRequest", "local_node", "resolve_architecture", "resolve_config", "resolve_node"]
 
 
 class ModelRequest(Protocol):
