@@ -67,10 +67,10 @@ def _unknown(name: str) -> UnknownNameError:
     if 0 < len(partial) <= 4:
         return UnknownNameError("GPU", name, (), hint=f"(did you mean {' or '.join(partial)}?)")
     names = {"-".join(sorted(_distinguishing(device), reverse=True)): device.name for device in all_devices()}
-    near = [names[match] for match in nearest_names("".join(_WORD.findall(name.lower())), names)]
-    return UnknownNameError(
-        "GPU", name, near or [device.name for device in all_devices()], hint="(see `vramplan gpus`)"
-    )
+    model = "".join(word for word in _WORD.findall(name.lower()) if word not in _OPTIONAL_WORDS)
+    near = [names[match] for match in nearest_names(model, names)] if model else []
+    hint = f"(did you mean {' or '.join(near)}?)" if near else "(see `vramplan gpus`)"
+    return UnknownNameError("GPU", name, (), hint=hint)
 
 
 def _could_mean(query: str, device: Device, *, complete: bool) -> bool:
