@@ -33,7 +33,8 @@ GPU_KEYS = (
     "note",
 )
 MIB = 2**20
-_COLLECTION_ID = re.compile(r"\s*\((?:index id|files?) [\d, ]+\)")
+LARGE_GB = 24
+_COLLECTION_ID = re.compile(r",? index id \d+|\s*\((?:index id|files?) [\d, ]+\)")
 _KIND = {"NVIDIA": "cuda", "AMD": "rocm", "Intel": "hpu"}
 
 
@@ -67,13 +68,20 @@ def usable_bytes(gpu: dict[str, Any], gpus: list[dict[str, Any]]) -> tuple[int, 
         for twin in gpus:
             if twin["memory_usable_bytes"] and twin["memory_bytes"] == gpu["memory_bytes"]:
                 return twin["memory_usable_bytes"], f"assumed as {twin['name']}, whose driver reports the same total"
-        ratio = min(g["memory_usable_bytes"] / g["memory_bytes"] for g in gpus if seen_twice(g))
+        # The driver keeps a larger share of a small card, so a small card says nothing of a large one.
+        ratio = min(seen_share(other) for other in gpus if seen_share(other) and same_class(other, gpu))
         return int(gpu["memory_bytes"] * ratio), f"assumed {ratio:.4f} of the driver's total, the lowest share seen"
     return gpu["memory_nominal_gb"] * 10**9, "assumed the nominal decimal gigabytes; no driver figure seen"
 
 
-def seen_twice(gpu: dict[str, Any]) -> bool:
-    return bool(gpu["memory_usable_bytes"] and gpu["memory_driver_mib"])
+def seen_share(gpu: dict[str, Any]) -> float:
+    """Usable share of the driver's total where both were seen, else 0."""
+    both = gpu["memory_usable_bytes"] and gpu["memory_driver_mib"]
+    return gpu["memory_usable_bytes"] / (gpu["memory_driver_mib"] * MIB) if both else 0.0
+
+
+def same_class(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool((one["memory_nominal_gb"] >= LARGE_GB) == (other["memory_nominal_gb"] >= LARGE_GB))
 
 
 def without_ids(value: object) -> object:
