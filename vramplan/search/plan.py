@@ -147,36 +147,17 @@ def is_plan(fields: Mapping[str, Any]) -> bool:
     return _FORMAT_KEY in fields
 
 
+_DEVICE_FIELDS = ("name", "kind", "memory_bytes", "usable_bytes", "bf16_flops", "fp32_flops", "memory_bandwidth")
+_NODE_FIELDS = ("gpus_per_node", "num_nodes", "host_memory_bytes", "memory_cap_bytes")
+
+
 def _node_to_dict(node: Node) -> dict[str, Any]:
-    device = node.device
-    return _drop_none(
-        {
-            "device": device.name,
-            "kind": device.kind,
-            "memory_bytes": device.memory_bytes,
-            "usable_bytes": device.usable_bytes,
-            "gpus_per_node": node.gpus_per_node,
-            "num_nodes": node.num_nodes,
-            "host_memory_bytes": node.host_memory_bytes,
-            "memory_cap_bytes": node.memory_cap_bytes,
-        }
-    )
+    device = {name: getattr(node.device, name) for name in _DEVICE_FIELDS}
+    return _drop_none({"device": _drop_none(device)} | {name: getattr(node, name) for name in _NODE_FIELDS})
 
 
 def _node_from_dict(fields: Mapping[str, Any]) -> Node:
-    device = Device(
-        name=fields["device"],
-        kind=fields["kind"],
-        memory_bytes=fields["memory_bytes"],
-        usable_bytes=fields["usable_bytes"],
-    )
-    return Node(
-        device=device,
-        gpus_per_node=fields["gpus_per_node"],
-        num_nodes=fields["num_nodes"],
-        host_memory_bytes=fields.get("host_memory_bytes"),
-        memory_cap_bytes=fields.get("memory_cap_bytes"),
-    )
+    return Node(**{**fields, "device": Device(**fields["device"])})
 
 
 def _prediction_to_dict(prediction: Prediction) -> dict[str, Any]:
@@ -200,7 +181,7 @@ def term_to_dict(term: Term) -> dict[str, Any]:
     """A term as plain values."""
     return {
         "name": term.name,
-        "num_bytes": term.num_bytes,
+        "bytes": term.num_bytes,
         "category": term.category.value,
         "basis": term.basis.value,
         "place": term.place.value,
@@ -211,7 +192,7 @@ def term_to_dict(term: Term) -> dict[str, Any]:
 def _term_from_dict(fields: Mapping[str, Any]) -> Term:
     return Term(
         name=fields["name"],
-        num_bytes=fields["num_bytes"],
+        num_bytes=fields["bytes"],
         category=Category(fields["category"]),
         basis=Basis(fields["basis"]),
         note=fields["note"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -86,20 +85,27 @@ def layout_of(run: RunSpec, node: Node) -> Layout:
     return run.layout
 
 
-def candidates(run: RunSpec, node: Node) -> Iterator[Candidate]:
+def candidates(run: RunSpec, node: Node) -> list[Candidate]:
     """Every way to fill in what ``run`` leaves open, in no order of merit.
+
+    Offloads that a stage cannot use are left out, unless the user's own choice leaves nothing else.
 
     Raises:
         NoPlanError: no micro-batch and accumulation make the global batch; the text says which number to change.
     """
     batches = batch_splits(run, layout_of(run, node).dp)
     stages: tuple[Stage, ...] = _STAGES if run.zero.stage is None else (run.zero.stage,)
-    checkpointings = (
-        _CHECKPOINTING if run.activation_checkpointing is None else (run.activation_checkpointing,)
-    )
-    offloads = _offloads(run, node)
-    for (micro, accum), stage, (optimizer, param), checkpointing in product(batches, stages, offloads, checkpointings):
-        yield Candidate(micro, accum, stage, optimizer, param, checkpointing)
+    checkpointings = _CHECKPOINTING if run.activation_checkpointing is None else (run.activation_checkpointing,)
+    grid = product(batches, stages, _offloads(run, node), checkpointings)
+    every = [Candidate(*batch, stage, *offload, checkpointing) for batch, stage, offload, checkpointing in grid]
+    return [candidate for candidate in every if _stage_can_offload(candidate)] or every
+
+
+def _stage_can_offload(candidate: Candidate) -> bool:
+    """Whether DeepSpeed can move what the candidate moves; ``legality`` says why not."""
+    if candidate.offload_param == "cpu" and candidate.zero_stage != 3:
+        return False
+    return candidate.offload_optimizer == "none" or candidate.zero_stage != 0
 
 
 def batch_splits(run: RunSpec, dp: int) -> list[tuple[int, int]]:

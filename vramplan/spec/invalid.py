@@ -27,7 +27,9 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     problems: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_context=True):
         path = _path(model, detail["loc"])
-        problems.setdefault(".".join(path), _describe(model, path, detail))  # one per key: a union fails once per member
+        problems.setdefault(
+            ".".join(path), _describe(model, path, detail)
+        )  # one per key: a union fails once per member
     texts = list(problems.values())
     more = f"; and {len(texts) - _MAX_PROBLEMS} more" if len(texts) > _MAX_PROBLEMS else ""
     return "; ".join(texts[:_MAX_PROBLEMS]) + more

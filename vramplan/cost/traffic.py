@@ -1,0 +1,84 @@
+"""Bytes that one rank sends to the others and to the host in one optimizer step, by ZeRO stage and offload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.cost.work import trainable_numel
+from vramplan.facts.architecture import Architecture
+from vramplan.spec.layout import Layout, shard
+from vramplan.spec.run import RunSpec
+
+_WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bf16-autocast": 4}
+_GRADIENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bf16-autocast": 2}
+"""Width on the wire; under autocast linears' gradients travel in bf16 (deepspeed/runtime/torch_autocast.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes and collectives of one rank in one optimizer step, all its micro-batches together."""
+
+    backward_bytes: float
+    """Over the links, in forward and backward: what ``overlap_comm`` may hide."""
+    step_bytes: float
+    """Over the links, at the optimizer step."""
+    num_collectives: int
+    num_hooks: int
+    """Modules that ZeRO-3 fetches and releases, each pass of each micro-batch."""
+    host_bytes: float
+    """Between device and host, both directions together."""
+
+    @property
+    def link_bytes(self) -> float:
+        return self.backward_bytes + self.step_bytes
+
+
+def step_traffic(run: RunSpec, architecture: Architecture) -> Traffic:
+    """The traffic of a closed run, following deepspeed 0.19.8.
+
+    Stages 1 and 2 all-reduce whole buckets although each rank keeps a part (``allreduce_and_scatter`` with
+    ``use_multi_rank_bucket_allreduce``, stage_1_and_2.py). Stage 2 does so in every micro-batch, stages 0 and 1 once a
+    step. Stage 3 gathers weights in forward and in backward of every micro-batch and reduce-scatters gradients; with
+    checkpointing the weights gathered to recompute a layer serve its backward (``max_reuse_distance``).
+    """
+    layout, accum = run.layout or Layout(), run.grad_accum_steps or 1
+    ring = (layout.zero_degree - 1) / layout.zero_degree
+    gradients = trainable_numel(run, architecture) / layout.tp * _GRADIENT_BYTES[run.precision] * ring
+    updated = trainable_numel(run, architecture) / layout.tp * _WEIGHT_BYTES[run.precision] * ring
+    weights = architecture.num_params / layout.tp * _WEIGHT_BYTES[run.precision] * ring
+    stage = run.zero.stage or 0
+    if stage == 3:
+        backward, step = accum * (2 * weights + gradients), 0.0
+    else:
+        backward = 2 * gradients * (accum if stage == 2 else 1)
+        step = updated if stage else 0.0
+    hooks = accum * 2 * _num_modules(architecture) if stage == 3 else 0
+    buckets = max(1, round((backward + step) / (2 * run.zero.reduce_bucket_size)))
+    return Traffic(
+        backward_bytes=backward,
+        step_bytes=step,
+        num_collectives=0 if layout.zero_degree == 1 else (hooks + buckets),
+        num_hooks=hooks,
+        host_bytes=_host_bytes(run, architecture, layout, accum),
+    )
+
+
+def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum: int) -> float:
+    """Bytes over PCIe: gradients down and updated weights up for an offloaded optimizer, and, for offloaded weights,
+    this rank's part up in each of forward and backward."""
+    owned = shard(trainable_numel(run, architecture), layout.zero_degree * layout.tp)
+    total = 0.0
+    if run.zero.offload_optimizer == "cpu":
+        # stage 2 adds up on the GPU what it keeps on the host: down and up again (async_accumulate_grad_in_cpu_via_gpu)
+        copies = (2 * accum - 1 if run.zero.stage == 2 else 1) if run.zero.stage != 3 else accum
+        total += owned * (copies * _GRADIENT_BYTES[run.precision] + _WEIGHT_BYTES[run.precision])
+    if run.zero.offload_param == "cpu":
+        part = shard(architecture.num_params, layout.zero_degree * layout.tp)
+        total += 2 * accum * part * _WEIGHT_BYTES[run.precision]
+    return total
+
+
+def _num_modules(architecture: Architecture) -> int:
+    """Modules with weights of their own: each linear and norm, the embeddings, the head."""
+    per_layer = {id(layer): len(layer.norms) + sum(1 for _ in layer.linears()) for layer in architecture.layers}
+    return sum(per_layer[id(layer)] for layer in architecture.layers) + len(architecture.embeddings) + 2

@@ -1,0 +1,131 @@
+"""What one token costs on one rank: arithmetic and memory traffic of a pass through the model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vramplan.cost.assumed import ELEMENTWISE_BYTES
+from vramplan.facts.architecture import Architecture, Attention, DecoderLayer, GatedMLP, Linear, Norm
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWork:
+    """One token's forward through the whole model: FLOP and bytes moved by element-wise kernels."""
+
+    layer_flops: float
+    """Matrix products with the layers' weights: 2 FLOP a weight."""
+    attention_flops: float
+    """Scores and their product with the values: 4 FLOP a (token, key, element), half of it where the mask is causal
+    and the kernel skips what it hides."""
+    head_flops: float
+    adapter_flops: float
+    """Matrix products with the adapters' factors."""
+    layer_bytes: float
+    head_bytes: float
+
+    @property
+    def forward_flops(self) -> float:
+        return self.layer_flops + self.attention_flops + self.head_flops + self.adapter_flops
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFlops:
+    """FLOP of one token's forward, backward and recomputation, by kind of kernel."""
+
+    matmul: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.attention
+
+
+def token_work(run: RunSpec, architecture: Architecture) -> TokenWork:
+    """The work of one token of ``run``'s sequences, forward, on an unsharded model."""
+    layers = Counter(id(layer) for layer in architecture.layers)
+    by_id = {id(layer): layer for layer in architecture.layers}
+    hidden = architecture.hidden_size
+    return TokenWork(
+        layer_flops=sum(2 * n * _weight_numel(by_id[key]) for key, n in layers.items()),
+        attention_flops=sum(n * _attention_flops(by_id[key].attention, run) for key, n in layers.items()),
+        head_flops=2 * architecture.head.weight_numel,
+        adapter_flops=2 * adapter_numel(run, architecture),
+        layer_bytes=sum(n * _layer_bytes(by_id[key], hidden, run) for key, n in layers.items()),
+        head_bytes=ELEMENTWISE_BYTES["logit"] * architecture.vocab_size,
+    )
+
+
+def training_flops(work: TokenWork, *, full: bool, checkpointing: bool) -> TrainingFlops:
+    """FLOP of one token's training: 6 a weight for full training, 4 and the adapters' own with frozen weights.
+
+    Backward is one more product for the input's gradient, and another for the weight's where it is trained;
+    attention's is 2.5 forwards (FlashAttention recomputes the scores). Checkpointing repeats the layers' forward.
+    """
+    weights = work.layer_flops + work.head_flops
+    matmul = weights * (3 if full else 2) + work.adapter_flops * 3
+    attention = work.attention_flops * 3.5
+    if checkpointing:
+        matmul += work.layer_flops + work.adapter_flops
+        attention += work.attention_flops
+    return TrainingFlops(matmul, attention)
+
+
+def trainable_numel(run: RunSpec, architecture: Architecture) -> int:
+    """Elements that the optimizer updates."""
+    return architecture.num_params if run.method.kind == "full" else adapter_numel(run, architecture)
+
+
+def adapter_numel(run: RunSpec, architecture: Architecture) -> int:
+    """Elements of all adapters: ``r (in + out)`` for each linear that gets one, and DoRA's magnitudes."""
+    method = run.method
+    if not isinstance(method, LoraMethod):
+        return 0
+    return sum(
+        method.r * (linear.in_features + linear.out_features) + (linear.out_features if method.use_dora else 0)
+        for linear in adapted_linears(method, architecture)
+    )
+
+
+def adapted_linears(method: LoraMethod, architecture: Architecture) -> Iterator[Linear]:
+    """Linears that PEFT would wrap (peft/tuners/tuners_utils.py, ``check_target_module_exists``)."""
+    targets = method.target_modules
+    for name, linear in architecture.named_linears():
+        if targets == "all-linear":
+            yield linear
+        elif isinstance(targets, str):
+            if re.fullmatch(targets, name):
+                yield linear
+        elif any(name == target or name.endswith(f".{target}") for target in targets):
+            yield linear
+
+
+def _weight_numel(layer: DecoderLayer) -> int:
+    return sum(linear.weight_numel for linear in layer.linears())
+
+
+def _attention_flops(attention: Attention, run: RunSpec) -> float:
+    keys = min(run.seq_len, attention.sliding_window or run.seq_len)
+    causal = 1.0 if run.attention == "eager" else 0.5
+    return 4 * keys * attention.q_width * causal
+
+
+def _layer_bytes(layer: DecoderLayer, hidden: int, run: RunSpec) -> float:
+    """Bytes that element-wise kernels move in one layer's forward, for one token."""
+    cost = ELEMENTWISE_BYTES
+    total = 2.0 * cost["residual"] * hidden
+    for part in layer.parts:
+        if isinstance(part, Norm):
+            total += cost[f"norm_{part.kind}"] * part.width
+        elif isinstance(part, Attention):
+            rotated = part.rotary_dim * (part.num_heads + part.num_kv_heads)
+            total += cost["rotary"] * rotated
+            if run.attention == "eager":
+                total += cost["score"] * part.num_heads * run.seq_len
+        else:
+            total += cost["gated" if isinstance(part, GatedMLP) else "plain"] * part.intermediate
+    return total * (2 if run.precision == "fp32" else 1)

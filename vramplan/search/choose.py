@@ -1,0 +1,178 @@
+"""The search: of all legal candidates the fastest that fits, and why every faster one was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vramplan.cost.step_time import CostModel
+from vramplan.errors import LegalityError, NoPlanError
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.device import Node
+from vramplan.memory.estimate import estimate
+from vramplan.memory.ledger import Estimate
+from vramplan.search.legality import Illegality, illegality
+from vramplan.search.plan import Refusal
+from vramplan.search.space import Candidate, candidates
+from vramplan.spec.run import RunSpec
+from vramplan.units import format_bytes
+
+MARGIN_FRAC = 0.02
+"""Share of the capacity that a plan leaves free, for what the arithmetic does not see.
+ASSUMED: twice the estimator's own aim of 1 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A legal candidate, closed, with its step time."""
+
+    candidate: Candidate
+    run: RunSpec
+    step_time_s: float
+
+    @property
+    def rank(self) -> tuple[float, int, str, str, str]:
+        """Orders candidates by seconds per sequence; of equally fast ones the simpler comes first."""
+        candidate = self.candidate
+        return (
+            self.step_time_s / (self.run.global_batch_size or 1),
+            candidate.zero_stage,
+            candidate.offload_optimizer,
+            candidate.offload_param,
+            candidate.activation_checkpointing,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a search found."""
+
+    chosen: Priced | None
+    """The fastest candidate that fits; None where none does."""
+    estimate: Estimate
+    """Of the chosen candidate, or of the leanest where none fits."""
+    leanest: Priced
+    """The candidate with the fewest bytes of those that were tried."""
+    refused: tuple[Refusal, ...]
+    margin_frac: float
+    """0 where only a candidate without any margin fits."""
+
+
+def search(run: RunSpec, node: Node, architecture: Architecture, margin_frac: float = MARGIN_FRAC) -> Answer:
+    """Tries candidates from the fastest on, until one fits.
+
+    One that fits only without the margin is taken where no other fits.
+
+    Raises:
+        NoPlanError: no candidate can be made; the text says which number to change.
+        LegalityError: DeepSpeed refuses every one.
+    """
+    check_sequence_length(run, architecture)
+    ranked = sorted(priced(run, node, architecture), key=lambda each: each.rank)
+    refused: list[Refusal] = []
+    tried: list[tuple[Priced, Estimate]] = []
+    for each in ranked:
+        found = estimate(each.run, node, architecture)
+        if fits_with_margin(found, margin_frac):
+            return Answer(each, found, each, tuple(refused), margin_frac)
+        tried.append((each, found))
+        refused.append(_refuse(each, found, margin_frac))
+    for index, (each, found) in enumerate(tried):
+        if found.fits:
+            return Answer(each, found, each, tuple(refused[:index]), 0.0)
+    leanest, found = min(tried, key=lambda pair: _shortfall(pair[1]))
+    return Answer(None, found, leanest, tuple(refused), margin_frac)
+
+
+def check_sequence_length(run: RunSpec, architecture: Architecture) -> None:
+    """Raises NoPlanError where the model has fewer positions than a sequence has tokens."""
+    if 0 < architecture.max_positions < run.seq_len:
+        raise NoPlanError(
+            f"seq_len {run.seq_len} is longer than the {architecture.max_positions} positions of {run.model}: "
+            f"set seq_len to {architecture.max_positions} or less"
+        )
+
+
+def priced(run: RunSpec, node: Node, architecture: Architecture) -> list[Priced]:
+    """Every legal candidate with its step time.
+
+    Raises:
+        LegalityError: DeepSpeed refuses every one; the text gives its reason.
+    """
+    cost = CostModel(run, node, architecture)
+    legal: list[Priced] = []
+    reasons: dict[Illegality, None] = {}
+    for candidate in candidates(run, node):
+        closed = candidate.close(run, node)
+        reason = illegality(closed, node, architecture)
+        if reason is None:
+            legal.append(Priced(candidate, closed, cost.step_time(closed).total_s))
+        else:
+            reasons.setdefault(reason)
+    if not legal:
+        raise LegalityError("; ".join(f"{each.reason} ({each.source})" for each in reasons))
+    return legal
+
+
+def fits_with_margin(found: Estimate, margin_frac: float) -> bool:
+    """Whether an estimate leaves ``margin_frac`` of the device's capacity free, and the host's bytes fit."""
+    return found.host_fits and found.used_peak_bytes <= int(found.capacity_bytes * (1 - margin_frac))
+
+
+def leanest_fit(run: RunSpec, node: Node, architecture: Architecture) -> Estimate | None:
+    """The estimate of some candidate that fits, or None; tries the leanest of each layout only.
+
+    Bytes never fall as the micro-batch rises, and checkpointing never adds any at the peak of a run that is too
+    large, so for each stage and offload the smallest micro-batch with checkpointing decides.
+    """
+    for each in _leanest_of_each_layout(priced(run, node, architecture)):
+        found = estimate(each.run, node, architecture)
+        if found.fits:
+            return found
+    return None
+
+
+def fewest_bytes(run: RunSpec, node: Node, architecture: Architecture) -> Estimate:
+    """The estimate with the fewest used bytes of the leanest candidates whose host bytes fit, if any does."""
+    lean = _leanest_of_each_layout(priced(run, node, architecture))
+    return min((estimate(each.run, node, architecture) for each in lean), key=_shortfall)
+
+
+def _leanest_of_each_layout(every: Iterable[Priced]) -> list[Priced]:
+    best: dict[tuple[int, str, str, str], Priced] = {}
+    for each in every:
+        candidate = each.candidate
+        key = (
+            candidate.zero_stage,
+            candidate.offload_optimizer,
+            candidate.offload_param,
+            candidate.activation_checkpointing,
+        )
+        if key not in best or candidate.micro_batch_size < best[key].candidate.micro_batch_size:
+            best[key] = each
+    return sorted(best.values(), key=lambda each: each.rank, reverse=True)
+
+
+def _shortfall(found: Estimate) -> tuple[bool, int]:
+    return (not found.host_fits, found.used_peak_bytes)
+
+
+def _refuse(each: Priced, found: Estimate, margin_frac: float) -> Refusal:
+    return Refusal(
+        each.candidate, why_not(found, margin_frac), each.step_time_s, found.used_peak_bytes, found.peak.name
+    )
+
+
+def why_not(found: Estimate, margin_frac: float) -> str:
+    """One clause: what does not fit in an estimate."""
+    limit = int(found.capacity_bytes * (1 - margin_frac))
+    if found.used_peak_bytes > limit:
+        margin = f" less the margin of {margin_frac:.0%}" if found.used_peak_bytes <= found.capacity_bytes else ""
+        return (
+            f"{found.peak.name} needs {format_bytes(found.used_peak_bytes)} of "
+            f"{format_bytes(found.capacity_bytes)}{margin}"
+        )
+    return (
+        f"the host needs {format_bytes(found.host_bytes_per_node)} of "
+        f"{format_bytes(found.host_capacity_bytes or 0)} per node"
+    )

@@ -1,0 +1,51 @@
+"""fit_run: whether a run fits, the ledger that says so, and what would make it fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.device import Node
+from vramplan.memory.ledger import Estimate
+from vramplan.search.choose import MARGIN_FRAC, search
+from vramplan.search.plan import Plan
+from vramplan.search.planner import plan_of
+from vramplan.search.remedy import Remedy, remedies
+from vramplan.spec.run import RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The answer of ``vramplan fit``."""
+
+    asked: RunSpec
+    """As the user gave it."""
+    plan: Plan
+    """The fastest candidate that fits; where none does, the one with the fewest bytes."""
+    estimate: Estimate
+    """Of the plan's run."""
+    num_params: int
+    remedies: tuple[Remedy, ...]
+    """What would make it fit; empty where it does."""
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.fits
+
+    @property
+    def tight(self) -> bool:
+        """Whether it fits without the planner's margin only."""
+        return self.fits and self.plan.margin_frac == 0
+
+
+def fit_run(run: RunSpec, node: Node, architecture: Architecture, margin_frac: float = MARGIN_FRAC) -> Fit:
+    """Searches what ``run`` leaves open and says whether it fits on ``node``.
+
+    Raises:
+        NoPlanError: no candidate can be made; the text says which number to change.
+        LegalityError: what the user fixed is a combination that DeepSpeed refuses.
+    """
+    answer = search(run, node, architecture, margin_frac)
+    plan = plan_of(answer.chosen or answer.leanest, node, answer)
+    ways = remedies(run, node, architecture, answer) if answer.chosen is None else ()
+    return Fit(run, plan, answer.estimate, architecture.num_params, ways)

@@ -1,0 +1,147 @@
+"""Combinations that DeepSpeed 0.19.8 or transformers 5.17 refuse, each with its reason and where that stands.
+
+A rule looks at a closed run and says why it cannot be run, or None. Rules are about combinations only: whether the
+bytes fit is another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.device import Node
+from vramplan.spec.run import RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Illegality:
+    """Why a combination is refused, and by which lines."""
+
+    reason: str
+    """One clause that names the fields and what to change."""
+    source: str
+    """File and function in the installed package."""
+
+
+Rule = Callable[[RunSpec, Node, Architecture], str | None]
+
+
+def illegality(run: RunSpec, node: Node, architecture: Architecture) -> Illegality | None:
+    """The first reason why a closed run is refused, or None where it can be run."""
+    return next(illegalities(run, node, architecture), None)
+
+
+def illegalities(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Illegality]:
+    """Every reason why a closed run is refused."""
+    for rule, source in _RULES:
+        reason = rule(run, node, architecture)
+        if reason is not None:
+            yield Illegality(reason, source)
+
+
+def _param_offload_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.zero.offload_param != "cpu" or run.zero.stage == 3:
+        return None
+    return f"offload_param needs ZeRO stage 3: stage {run.zero.stage} keeps whole weights and ignores it"
+
+
+def _optimizer_offload_needs_zero(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.zero.offload_optimizer != "cpu" or run.zero.stage != 0:
+        return None
+    return "offload_optimizer needs ZeRO stage 1, 2 or 3: stage 0 gives CPUAdam weights on the GPU, which it refuses"
+
+
+def _fp16_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.precision != "fp16":
+        return None
+    if node.device.kind == "cpu":
+        return "precision fp16 needs a CPU with fp16 instructions, which few have: use bf16 or fp32"
+    capability = node.device.compute_capability
+    if capability is not None and capability < (7, 0):
+        return f"precision fp16 needs compute capability 7.0, {node.device.name} has {_dotted(capability)}: use fp32"
+    return None
+
+
+def _flash_attention_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.attention != "flash_attention_2":
+        return None
+    if node.device.kind in ("cpu", "hpu"):
+        return f"attention flash_attention_2 does not run on {node.device.name}: use sdpa"
+    capability = node.device.compute_capability
+    if capability is not None and capability < (8, 0):
+        return f"attention flash_attention_2 needs compute capability 8.0, {node.device.name} has {_dotted(capability)}"
+    return None
+
+
+def _flash_attention_precision(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.attention != "flash_attention_2" or run.precision != "fp32":
+        return None
+    return "attention flash_attention_2 computes in bf16 or fp16 only: set precision bf16, or attention sdpa"
+
+
+def _fused_loss_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.loss != "liger" or node.device.kind != "cpu":
+        return None
+    return "loss liger is a Triton kernel, which needs a GPU: use loss hf"
+
+
+def _pipeline(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.pp == 1:
+        return None
+    return "layout.pp needs a model written as deepspeed's PipelineModule, which transformers' models are not: set pp 1"
+
+
+def _sequence_parallel_heads(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.sp == 1:
+        return None
+    attention, sp = architecture.layers[0].attention, run.layout.sp
+    if attention.num_heads % sp:
+        return f"layout.sp {sp} does not divide the {attention.num_heads} attention heads"
+    if attention.num_kv_heads % sp and sp % attention.num_kv_heads:
+        return f"layout.sp {sp} neither divides the {attention.num_kv_heads} key/value heads nor is a multiple of them"
+    return None
+
+
+def _sequence_parallel_attention(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.sp == 1 or run.attention != "eager":
+        return None
+    return "layout.sp needs attention sdpa or flash_attention_2: eager's mask of all pairs is not split"
+
+
+def _sequence_parallel_length(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.seq_len % run.layout.sp == 0:
+        return None
+    return f"seq_len {run.seq_len} is no multiple of layout.sp {run.layout.sp}"
+
+
+def _tensor_and_sequence_parallel(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.tp == 1 or run.layout.sp == 1:
+        return None
+    return "layout.tp and layout.sp together: tensor parallelism replaces the groups that sequence parallelism needs"
+
+
+def _tensor_parallel_adapters(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.tp == 1 or run.method.kind == "full":
+        return None
+    return "layout.tp splits linears by their names, which adapters change: use method full, or tp 1"
+
+
+_RULES: tuple[tuple[Rule, str], ...] = (
+    (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
+    (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
+    (_fp16_hardware, "deepspeed/runtime/engine.py, _do_sanity_check; accelerator/*_accelerator.py, is_fp16_supported"),
+    (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),
+    (_flash_attention_precision, "transformers/modeling_utils.py, _flash_attn_can_dispatch"),
+    (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
+    (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
+    (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),
+    (_sequence_parallel_attention, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, register_with_transformers"),
+    (_sequence_parallel_length, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPDataLoaderAdapter.refill"),
+    (_tensor_and_sequence_parallel, "deepspeed/runtime/engine.py, _configure_tensor_parallel_states (self.mpu)"),
+    (_tensor_parallel_adapters, "deepspeed/module_inject/auto_tp.py (no LoRA layer in its policies)"),
+)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

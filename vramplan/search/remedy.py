@@ -1,0 +1,224 @@
+"""What would make a run fit that does not: each way is found by search and named by the number to change.
+
+Ways that leave the training as it is come first (layout, kernels, more devices), then those that change it (shorter
+sequences, adapters instead of full weights, a smaller optimizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from vramplan.errors import SpecError
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.device import Node
+from vramplan.memory.ledger import Estimate
+from vramplan.search.choose import Answer, fewest_bytes, leanest_fit, search
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+from vramplan.units import MIB, format_bytes
+
+Value = TypeVar("Value")
+
+MAX_REMEDIES = 4
+_MAX_NODES = 128
+_SEQ_STEP = 64
+"""Sequence lengths are tried in steps of as many tokens: kernels like multiples of it."""
+
+_PLANNED_FIELDS = (
+    "micro_batch_size",
+    "activation_checkpointing",
+    "zero.stage",
+    "zero.offload_optimizer",
+    "zero.offload_param",
+)
+"""What the planner decides where the user leaves it open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One way to make it fit."""
+
+    changes: tuple[tuple[str, Any], ...]
+    """Fields of the spec with the values to give them."""
+    used_peak_bytes: int
+    """Of one rank, with the changes made."""
+    changes_training: bool = False
+    """Whether what is learnt changes, not only where the bytes lie."""
+
+    def __str__(self) -> str:
+        text = " and ".join(f"{name} {value}" for name, value in self.changes)
+        return f"{text} ({format_bytes(self.used_peak_bytes)})"
+
+
+def remedies(run: RunSpec, node: Node, architecture: Architecture, answer: Answer) -> tuple[Remedy, ...]:
+    """Ways to make ``run`` fit on ``node``, of which ``answer`` says that nothing fits; at most ``MAX_REMEDIES``."""
+    opened = list(_opened(run, node, architecture))
+    if opened:
+        return tuple(opened[:MAX_REMEDIES])
+    free = _with_open(run, _PLANNED_FIELDS)
+    found = [way for find in _SEARCHES if (way := find(free, node, architecture)) is not None]
+    return tuple(found[:MAX_REMEDIES])
+
+
+def get_field(run: RunSpec, name: str) -> Any:
+    """A field of the spec by its dotted name."""
+    section, dot, key = name.partition(".")
+    return getattr(getattr(run, section), key) if dot else getattr(run, section)
+
+
+def with_field(run: RunSpec, name: str, value: Any) -> RunSpec:
+    """``run`` with one field, by its dotted name, set."""
+    section, dot, key = name.partition(".")
+    if not dot:
+        return run.model_copy(update={section: value})
+    return run.model_copy(update={section: getattr(run, section).model_copy(update={key: value})})
+
+
+def _with_open(run: RunSpec, names: Sequence[str]) -> RunSpec:
+    for name in names:
+        run = with_field(run, name, None)
+        if name == "micro_batch_size" and run.global_batch_size is not None:
+            run = run.model_copy(update={"grad_accum_steps": None})  # the two share one number
+    return run
+
+
+def _opened(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Remedy]:
+    """Leaving the planner one of the fields that the user fixed; where no one is enough, all of them."""
+    fixed = [name for name in _PLANNED_FIELDS if get_field(run, name) is not None]
+    single = [way for name in fixed if (way := _reopen(run, (name,), node, architecture)) is not None]
+    yield from single
+    if not single and len(fixed) > 1 and (way := _reopen(run, fixed, node, architecture)) is not None:
+        yield way
+
+
+def _reopen(run: RunSpec, names: Sequence[str], node: Node, architecture: Architecture) -> Remedy | None:
+    try:
+        answer = search(_with_open(run, names), node, architecture)
+    except SpecError:  # what is left fixed cannot be combined with anything
+        return None
+    if answer.chosen is None:
+        return None
+    closed = answer.chosen.run
+    changed = tuple(
+        (name, get_field(closed, name)) for name in names if get_field(closed, name) != get_field(run, name)
+    )
+    return Remedy(changed, answer.estimate.used_peak_bytes)
+
+
+def _fused_loss(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    if run.loss == "liger" or node.device.kind == "cpu":
+        return None
+    return _by_field(run, "loss", "liger", node, architecture)
+
+
+def _adapters(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """LoRA instead of full training, QLoRA instead of LoRA."""
+    if run.method.kind == "full":
+        tried = [LoraMethod(kind="lora"), LoraMethod(kind="qlora")]
+    elif run.method.kind == "lora":
+        tried = [run.method.model_copy(update={"kind": "qlora"})]
+    else:
+        return None
+    for method in tried:
+        found = _try_fit(run.model_copy(update={"method": method}), node, architecture)
+        if found is not None:
+            return Remedy((("method.kind", method.kind),), found.used_peak_bytes, changes_training=True)
+    return None
+
+
+def _small_optimizer(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    if run.method.kind != "full" or run.optimizer.kind == "adamw_8bit" or node.device.kind == "cpu":
+        return None
+    way = _by_field(run, "optimizer.kind", "adamw_8bit", node, architecture)
+    return None if way is None else replace(way, changes_training=True)
+
+
+def _shorter_sequences(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    lengths = range(_SEQ_STEP, run.seq_len, _SEQ_STEP)
+
+    def fit(length: int) -> Estimate | None:
+        return _try_fit(run.model_copy(update={"seq_len": length}), node, architecture)
+
+    # the largest length that fits is the first that fits of the lengths from the longest on
+    found = _first_that_fits(lengths[::-1], fit)
+    return None if found is None else Remedy((("seq_len", found[0]),), found[1].used_peak_bytes, changes_training=True)
+
+
+def _more_devices(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """The smallest number of devices, within one node first; batch and layout may forbid some numbers."""
+    if run.layout is not None:
+        return None
+    full_node = max(8, node.gpus_per_node)
+    counts = [(each, 1) for each in range(node.gpus_per_node + 1, full_node + 1)] if node.num_nodes == 1 else []
+    counts += [(full_node, nodes) for nodes in range(max(2, node.num_nodes + 1), _MAX_NODES + 1)]
+    dp_allows = [count for count in counts if (run.global_batch_size or 0) % (count[0] * count[1]) == 0]
+
+    def fit(count: tuple[int, int]) -> Estimate | None:
+        return _try_fit(run, replace(node, gpus_per_node=count[0], num_nodes=count[1]), architecture)
+
+    found = _first_that_fits(dp_allows, fit)
+    if found is None:
+        return None
+    (gpus, nodes), fitting = found
+    changes: tuple[tuple[str, Any], ...] = (("hardware.gpus_per_node", gpus),)
+    if nodes != node.num_nodes:
+        changes += (("hardware.nodes", nodes),)
+    return Remedy(changes, fitting.used_peak_bytes)
+
+
+def _more_memory(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """The smallest capacity of one rank, in whole MiB, that would do."""
+    try:
+        lean = fewest_bytes(run, node, architecture)
+    except SpecError:
+        return None
+    if lean.used_peak_bytes <= lean.capacity_bytes:
+        needed = -(-lean.host_bytes_per_node // MIB) * MIB
+        return Remedy((("hardware.host_memory", format_size(needed)),), lean.used_peak_bytes)
+    needed = -(-lean.used_peak_bytes // MIB) * MIB
+    raisable = node.memory_cap_bytes is not None and needed <= node.device.usable_bytes
+    name = "hardware.memory_cap" if raisable else "device memory of at least"
+    return Remedy(((name, format_size(needed)),), lean.used_peak_bytes)
+
+
+def format_size(num_bytes: int) -> str:
+    """Bytes as a size that ``parse_bytes`` reads back to no less, e.g. ``12345MiB``."""
+    return f"{-(-num_bytes // MIB)}MiB"
+
+
+_SEARCHES: tuple[Callable[[RunSpec, Node, Architecture], Remedy | None], ...] = (
+    _fused_loss,
+    _more_devices,
+    _more_memory,
+    _shorter_sequences,
+    _adapters,
+    _small_optimizer,
+)
+
+
+def _by_field(run: RunSpec, name: str, value: Any, node: Node, architecture: Architecture) -> Remedy | None:
+    found = _try_fit(with_field(run, name, value), node, architecture)
+    return None if found is None else Remedy(((name, value),), found.used_peak_bytes)
+
+
+def _try_fit(run: RunSpec, node: Node, architecture: Architecture) -> Estimate | None:
+    """An estimate of ``run`` that fits; None where none does or the run cannot be made."""
+    try:
+        return leanest_fit(run, node, architecture)
+    except SpecError:
+        return None
+
+
+def _first_that_fits(values: Sequence[Value], fit: Callable[[Value], Estimate | None]) -> tuple[Value, Estimate] | None:
+    """The first of ``values`` that fits, where all after one that fits do too (bisection)."""
+    low, high, best = 0, len(values), None
+    while low < high:
+        middle = (low + high) // 2
+        found = fit(values[middle])
+        if found is None:
+            low = middle + 1
+        else:
+            high, best = middle, (values[middle], found)
+    return best
