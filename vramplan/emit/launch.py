@@ -66,7 +66,8 @@ def torchrun_command(
 def launch_environment(run: RunSpec, node: Node, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables that the launch sets on top of ``inherited`` (this process's own); one that is set there stays."""
     inherited = os.environ if inherited is None else inherited
-    wanted = {"DS_ACCELERATOR": "cpu" if node.device.kind == "cpu" else "cuda"}
+    # DeepSpeed knows AMD's GPUs as cuda (accelerator/real_accelerator.py)
+    wanted: dict[str, str] = {"DS_ACCELERATOR": "cuda" if node.device.kind == "rocm" else node.device.kind}
     if node.device.kind == "cpu":
         # without it each rank starts a thread a core, and the ranks share the cores
         wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // node.gpus_per_node))

@@ -1,0 +1,89 @@
+"""A conversation as the tokenizer's chat template renders it, and which characters of it are the assistant's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vramplan.data.row import Conversation
+from vramplan.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""Given to a tokenizer that has none (a base model's); it is saved with the trained model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation's text, and the half-open spans of characters that the assistant wrote."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def ensure_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Gives a tokenizer without a chat template the default one; says whether it did."""
+    if tokenizer.chat_template is not None:
+        return False
+    tokenizer.chat_template = DEFAULT_TEMPLATE
+    return True
+
+
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """The whole conversation as text. An assistant's span begins where generation begins and ends with the
+    end-of-turn marker, if the template writes one: what the model must produce, no more.
+
+    Raises:
+        DataError: the template refuses the conversation, or rewrites earlier turns as later ones are added.
+    """
+    messages = conversation.messages
+    full = _apply(tokenizer, messages, conversation.where, prompt=False)
+    spans = [
+        _assistant_span(tokenizer, conversation, turn, full)
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    return Rendered(full, tuple(spans))
+
+
+def _assistant_span(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, full: str
+) -> tuple[int, int]:
+    messages, where = conversation.messages, conversation.where
+    before = _apply(tokenizer, messages[:turn], where, prompt=True)
+    through = _apply(tokenizer, messages[: turn + 1], where, prompt=False)
+    if not through.startswith(before) or not full.startswith(through):
+        raise DataError(
+            f"{where}: the chat template renders turn {turn + 1} differently when more turns follow, so its "
+            "tokens cannot be told apart; give data.train rows with one assistant turn at the end"
+        )
+    return len(before), _end_of_turn(through, len(before), messages[turn]["content"])
+
+
+def _end_of_turn(text: str, start: int, content: str) -> int:
+    """Where the assistant stops: after the marker that follows its words, before the template's own white space."""
+    words = content if text.startswith(content, start) else content.strip()
+    after = text.find(words, start)
+    tail_start = after + len(words) if after >= 0 else start
+    return tail_start + len(text[tail_start:].rstrip())
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, prompt: bool
+) -> str:
+    import jinja2
+
+    if not messages:
+        return ""
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except jinja2.TemplateError as error:
+        raise DataError(f"{where}: the tokenizer's chat template refuses it ({error})") from error
+    return str(text)
