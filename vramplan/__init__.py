@@ -1,3 +1,5 @@
 """vramplan: says before launch whether a fine-tuning job fits, and plans, runs and measures it."""
 
-__version__ = "0.1.0"
+from vramplan.version import __version__
+
+__all__ = ["__version__"]

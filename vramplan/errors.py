@@ -86,7 +86,7 @@ class SimulationError(VramplanError):
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
-    """The known names most like ``name``, best first, compared without case: those that hold it, then those spelt alike.
+    """The known names most like ``name``, best first, without case: those that hold it, then those spelt alike.
 
     A hub id is often given without its owner, or the reverse, so the part after the slash is compared too.
     """

@@ -14,8 +14,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from vramplan import __version__
 from vramplan.errors import VramplanError
+from vramplan.version import __version__
 
 
 @dataclass(frozen=True, slots=True)

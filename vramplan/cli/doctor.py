@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from vramplan import __version__
 from vramplan.cli import tables
 from vramplan.facts.environment import TESTED_VERSIONS, Environment, read_environment
 from vramplan.facts.health import Finding, Level, findings
+from vramplan.version import __version__
 
 _STYLES = {Level.OK: "green", Level.HURTS: "yellow", Level.BLOCKS: "bold red"}
 

@@ -1,0 +1,1 @@
+"""Arithmetic of time: flops, traffic, seconds of a step."""

@@ -1,0 +1,1 @@
+"""A run translated to what other tools read: DeepSpeed's config, launch commands."""

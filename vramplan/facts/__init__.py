@@ -1,0 +1,1 @@
+"""What is true before any run: models, devices, hosts, number formats."""

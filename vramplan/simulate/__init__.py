@@ -1,0 +1,1 @@
+"""The real model and engine on fake tensors. Imports torch."""

@@ -97,7 +97,7 @@ class RunSpec(UserModel):
     method: Method = FullMethod()
     """full, lora or qlora."""
     precision: Precision = "bf16"
-    """Number format of weights and compute: DeepSpeed's bf16 or fp16 engine, fp32, or fp32 weights under bf16 autocast."""
+    """Format of weights and compute: DeepSpeed's bf16 or fp16 engine, fp32, or fp32 weights under bf16 autocast."""
     seq_len: int = Field(default=2048, ge=1)
     """Tokens of one sequence, padding included."""
     global_batch_size: int | None = Field(default=None, ge=1)

@@ -1,0 +1,1 @@
+"""Start the trainer as a process, watch it, and say why it ended."""

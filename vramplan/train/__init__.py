@@ -1,0 +1,1 @@
+"""The trainer that the launcher starts on each rank. Imports torch."""

@@ -1,4 +1,4 @@
-"""Reads the fields of one ``config.json``: typed, with the class defaults of transformers, every error with its field."""
+"""Reads the fields of one ``config.json``: typed, with transformers' class defaults, every error with its field."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Fields:
         return value
 
     def rotary_frac(self, *names: str, default: float) -> float:
-        """Share of a head that is rotated: top level, or inside ``rope_parameters``/``rope_scaling`` as newer files have it."""
+        """Share of a head that is rotated: at the top, or in ``rope_parameters`` or ``rope_scaling`` (newer files)."""
         for section_name in ("rope_parameters", "rope_scaling"):
             section = self.section(section_name)
             if section is not None and "partial_rotary_factor" in section:
