@@ -1,0 +1,95 @@
+"""What every block needs to run on a tape: formats, device, attention, which parameters are trained, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vramplan.facts.architecture import Linear, Norm, Role
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.size import per_token
+from vramplan.memory.tape import Parameter, Tape, Tensor
+from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+
+
+@dataclass
+class BlockContext:
+    """One run of a model on a tape."""
+
+    tape: Tape
+    dtype: Dtype
+    """Format of activations and weights (under autocast: of weights and of the residual stream)."""
+    device: str
+    """``cuda`` or ``cpu``: kernels save different things."""
+    attention: str
+    method: Method = field(default_factory=FullMethod)
+    autocast: Dtype | None = None
+    """Format that matrix products are cast to, or None."""
+    sequence_parallel: int = 1
+    prefix: str = ""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    casts: dict[str, Tensor] = field(default_factory=dict)
+    """Autocast's cache: the low-precision copy of each trained weight, until autocast ends."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+
+    @property
+    def trains_base(self) -> bool:
+        return isinstance(self.method, FullMethod)
+
+    def parameter(self, name: str, numel: int, trainable: bool | None = None) -> Parameter:
+        """The parameter of that full name; the same object for the same name (tied weights)."""
+        full = f"{self.prefix}{name}"
+        if full not in self.parameters:
+            trained = self.trains_base if trainable is None else trainable
+            self.parameters[full] = Parameter(self.tape, full, numel, self.dtype, trained)
+        return self.parameters[full]
+
+    def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:
+        weight = self.parameter(f"{linear.name}.weight", linear.weight_numel)
+        bias = self.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None
+        return weight, bias
+
+    def norm_parameters(self, norm: Norm) -> tuple[Parameter | None, Parameter | None]:
+        weight = self.parameter(f"{norm.name}.weight", norm.width) if norm.affine else None
+        bias = self.parameter(f"{norm.name}.bias", norm.width) if norm.affine and norm.bias else None
+        return weight, bias
+
+    def adapts(self, linear: Linear) -> LoraMethod | None:
+        """The adapter settings if this projection gets an adapter (PEFT's ``check_target_module_exists``)."""
+        method = self.method
+        if not isinstance(method, LoraMethod):
+            return None
+        if method.target_modules == "all-linear" and linear.role is Role.HEAD:
+            return None
+        return method if targets(method, f"{self.prefix}{linear.name}") else None
+
+    @contextmanager
+    def module(self, name: str, *params: Parameter | None) -> Iterator[None]:
+        """Tell the tape's listener that a module that owns ``params`` runs (ZeRO-3 gathers them around it)."""
+        owned = tuple(param for param in params if param is not None)
+        self.tape.on_module("enter", f"{self.prefix}{name}", owned)
+        yield
+        self.tape.on_module("leave", f"{self.prefix}{name}", owned)
+
+
+def targets(method: LoraMethod, module_name: str) -> bool:
+    """Whether PEFT puts an adapter on ``module_name`` (peft/tuners/tuners_utils.py, ``check_target_module_exists``).
+
+    ``all-linear`` takes every linear but the output head; a list takes exact names and name endings; one string is a
+    regular expression for the whole name.
+    """
+    wanted = method.target_modules
+    if wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        import re
+
+        return re.fullmatch(wanted, module_name) is not None
+    return any(module_name == name or module_name.endswith(f".{name}") for name in wanted)
+
+
+def tokens(width: int) -> tuple[int, int, int, int, int]:
+    """Elements of an activation of ``width`` features a token."""
+    return per_token(width)

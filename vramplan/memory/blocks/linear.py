@@ -1,0 +1,66 @@
+"""A projection as the model calls it: ``nn.Linear`` or ``Conv1D``, under autocast, with or without an adapter."""
+
+from __future__ import annotations
+
+from vramplan.facts.architecture import Linear
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import ops
+from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.tape import Parameter, Tensor
+from vramplan.spec.trainable import LoraMethod
+
+
+def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
+    """``linear(x)``, plus PEFT's adapter where the method puts one on it."""
+    adapter = ctx.adapts(linear)
+    if adapter is None:
+        return _dense(ctx, x, linear, label)
+    return _with_adapter(ctx, x, linear, adapter, label)
+
+
+def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
+    weight, bias = ctx.linear_parameters(linear)
+    with ctx.module(linear.name, weight, bias):
+        return _product(ctx, x, weight, bias, linear.out_features, label)
+
+
+def _product(
+    ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out_features: int, label: str
+) -> Tensor:
+    if ctx.autocast is None:
+        return ops.linear(x, weight, bias, tokens(out_features), label)
+    low = ops.to(x, ctx.autocast, label)
+    cast_weight = _cast(ctx, weight, ctx.autocast)
+    cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
+    return ops.linear(low, cast_weight, cast_bias, tokens(out_features), label)
+
+
+def _cast(ctx: BlockContext, weight: Parameter, dtype: Dtype) -> Tensor:
+    """Autocast's copy of a weight: made once while autocast is on and kept if the weight is trained
+    (``at::autocast::cached_cast``), else made for each use."""
+    if weight.name in ctx.casts:
+        return ctx.casts[weight.name]
+    copy = ops.to(weight, dtype, "autocast copies of weights")
+    if weight.requires_grad:
+        ctx.casts[weight.name] = copy
+    return copy
+
+
+def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, label: str) -> Tensor:
+    """``result + lora_B(lora_A(dropout(x))) * scaling`` (peft/tuners/lora/layer.py, ``Linear.forward``)."""
+    base = Linear(
+        f"{linear.name}.base_layer", linear.in_features, linear.out_features, linear.bias, linear.role, linear.conv1d
+    )
+    result = _dense(ctx, x, base, label)
+    down = ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, trainable=True)
+    up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, trainable=True)
+    dropped = ops.dropout(x, method.dropout, ctx.device, "adapters: dropped input")
+    with ctx.module(f"{linear.name}.lora_A", down):
+        narrow = _product(ctx, dropped, down, None, method.r, "adapters")
+    del dropped
+    with ctx.module(f"{linear.name}.lora_B", up):
+        wide = _product(ctx, narrow, up, None, linear.out_features, "adapters")
+    del narrow
+    scaled = ops.scaled(wide, "adapters")
+    del wide
+    return ops.add(result, scaled, label)

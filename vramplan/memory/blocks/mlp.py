@@ -1,0 +1,60 @@
+"""Feed-forward blocks: gated (Llama) and plain (GPT-2), with the activation functions op by op."""
+
+from __future__ import annotations
+
+from vramplan.errors import UnknownNameError
+from vramplan.facts.architecture import GatedMLP, PlainMLP
+from vramplan.memory import ops
+from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.linear import project
+from vramplan.memory.tape import Tensor
+
+MLP = "feed-forward"
+
+_ONE_KERNEL = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_python_tanh", "relu"}
+"""Activations that are one fused operator which saves its input (relu: its result, of the same size)."""
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """``ACT2FN[name](x)`` (transformers/activations.py)."""
+    if name in _ONE_KERNEL:
+        return ops.unary(x, MLP, "input" if name != "relu" else "result")
+    if name in ("gelu_new", "gelu_fast"):
+        return _gelu_new(x)
+    raise UnknownNameError("activation function", name, [*_ONE_KERNEL, "gelu_new", "gelu_fast"])
+
+
+def _gelu_new(x: Tensor) -> Tensor:
+    """``0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3)))``, one operator at a time."""
+    half = ops.scaled(x, MLP)
+    cubed = ops.unary(x, MLP, "input", temporaries=2)
+    inner = ops.add(x, ops.scaled(cubed, MLP), MLP)
+    del cubed
+    inner = ops.unary(ops.scaled(inner, MLP), MLP, "result")
+    shifted = ops.shifted(inner, MLP)
+    del inner
+    return ops.mul(half, shifted, MLP)
+
+
+def gated(ctx: BlockContext, x: Tensor, block: GatedMLP) -> Tensor:
+    """``down(act(gate(x)) * up(x))`` (``LlamaMLP.forward``), the two halves of one projection where it is fused."""
+    if block.fused:
+        both = project(ctx, x, block.projections[0], MLP)
+        gate, up = ops.split(both, [tokens(block.intermediate), tokens(block.intermediate)])
+        del both
+        return project(ctx, ops.mul(up, activate(gate, block.activation), MLP), block.projections[1], MLP)
+    gate_proj, up_proj, down_proj = block.projections
+    return project(
+        ctx,
+        ops.mul(activate(project(ctx, x, gate_proj, MLP), block.activation), project(ctx, x, up_proj, MLP), MLP),
+        down_proj,
+        MLP,
+    )
+
+
+def plain(ctx: BlockContext, x: Tensor, block: PlainMLP) -> Tensor:
+    """``dropout(down(act(up(x))))`` (``GPT2MLP.forward``)."""
+    x = project(ctx, x, block.projections[0], MLP)
+    x = activate(x, block.activation)
+    x = project(ctx, x, block.projections[1], MLP)
+    return ops.dropout(x, block.dropout, ctx.device, MLP)

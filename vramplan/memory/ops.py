@@ -1,0 +1,376 @@
+"""The operators of a decoder layer: what each allocates, what it saves for backward, what its backward allocates.
+
+Each function mirrors the torch operator of its name as ``tools/autograd/derivatives.yaml`` (torch 2.13) differentiates
+it; allocations come in the operator's own order. ``label`` says under which heading the result is counted.
+"""
+
+from __future__ import annotations
+
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.size import ZERO, Size, scale
+from vramplan.memory.tape import Node, Parameter, Tape, Tensor
+
+GRADIENTS = "activation gradients"
+TEMPORARY = "temporary of an operator"
+WEIGHT_GRADIENT = "gradient of the weight in hand"
+
+
+def resized(numel: Size, times: int, over: int = 1) -> Size:
+    """``numel * times / over``, exact for the widths of a model."""
+    a, b, c, d, e = scale(numel, times)
+    return (a // over, b // over, c // over, d // over, e // over)
+
+
+def view(x: Tensor, numel: Size | None = None) -> Tensor:
+    """Another shape of the same bytes (``view``, ``transpose``, ``narrow``); its gradient is a view too."""
+    tape = x.storage.tape
+    out = Tensor(x.storage, numel if numel is not None else x.numel, x.dtype)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        if grad is None:
+            return [None]
+        same = Tensor(grad.storage, grad.numel, grad.dtype)
+        same.is_view = True
+        return [same]
+
+    return tape.attach("view", out, [x], [], backward)
+
+
+def to(x: Tensor, dtype: Dtype, label: str) -> Tensor:
+    """``x.to(dtype)``: ``x`` itself if it has that dtype, else a copy; saves nothing."""
+    if x.dtype is dtype:
+        return x
+    tape, source = x.storage.tape, x.dtype
+    out = tape.new(x.numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [tape.new(grads[0].numel, source, GRADIENTS) if grads[0] is not None else None]
+
+    return tape.attach("to", out, [x], [], backward)
+
+
+def clone(x: Tensor, label: str) -> Tensor:
+    """``x.contiguous()`` of a transposed tensor: a copy; its backward hands the gradient on."""
+    tape = x.storage.tape
+    out = tape.new(x.numel, x.dtype, label)
+    return tape.attach("clone", out, [x], [], lambda node, grads: [grads[0]])
+
+
+def add(a: Tensor, b: Tensor, label: str) -> Tensor:
+    """``a + b`` of equal shapes; saves nothing, both get the same gradient."""
+    tape = a.storage.tape
+    out = tape.new(a.numel, a.dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        if grad is None:
+            return [None, None]
+        return [grad, Tensor(grad.storage, grad.numel, grad.dtype)]
+
+    return tape.attach("add", out, [a, b], [], backward)
+
+
+def add_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
+    """``x + small`` with ``small`` shared by the batch: its gradient is summed into a new tensor."""
+    tape, small_numel, dtype = x.storage.tape, small.numel, x.dtype
+    out = tape.new(x.numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [grads[0], tape.new(small_numel, dtype, GRADIENTS)]
+
+    return tape.attach("add", out, [x, small], [], backward)
+
+
+def unary(x: Tensor, label: str, saves: str, temporaries: int = 0, dtype: Dtype | None = None) -> Tensor:
+    """An elementwise function of one tensor.
+
+    ``saves``: ``"input"``, ``"result"`` or ``"nothing"``; ``temporaries``: tensors of the input's size that its
+    backward formula makes besides the gradient.
+    """
+    tape = x.storage.tape
+    out = tape.new(x.numel, dtype or x.dtype, label)
+    source, numel = x.dtype, x.numel
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        scratch = [tape.new(numel, source, TEMPORARY) for _ in range(temporaries)]
+        result = tape.new(numel, source, GRADIENTS)
+        del held, scratch
+        return [result]
+
+    saved = {"input": [x], "result": [out], "nothing": []}[saves]
+    return tape.attach("unary", out, [x], saved, backward)
+
+
+def scaled(x: Tensor, label: str) -> Tensor:
+    """``x * number``: saves nothing, its backward multiplies too."""
+    return unary(x, label, "nothing")
+
+
+def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
+    """``a * b`` of equal shapes: each is saved if the other needs a gradient."""
+    tape = a.storage.tape
+    out = tape.new(a.numel, a.dtype, label)
+    need_a, need_b = a.requires_grad, b.requires_grad
+    saved = ([b] if need_a else []) + ([a] if need_b else [])
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        grad_a = tape.new(out_numel, out_dtype, GRADIENTS) if need_a else None
+        grad_b = tape.new(out_numel, out_dtype, GRADIENTS) if need_b else None
+        del held
+        return [grad_a, grad_b]
+
+    out_numel, out_dtype = out.numel, out.dtype
+    return tape.attach("mul", out, [a, b], saved, backward)
+
+
+def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = False) -> Tensor:
+    """``x * small`` (or ``small * x``) where ``small`` is broadcast over ``x``: a weight, a row's scale, a rotary table.
+
+    The gradient of ``small`` is first made in ``x``'s shape, then summed (``engine.cpp``, ``validate_outputs``); the
+    gradients are made in the order of the operands.
+    """
+    tape = x.storage.tape
+    out = tape.new(x.numel, x.dtype, label)
+    need_x, need_small = x.requires_grad, small.requires_grad
+    saved = ([small] if need_x else []) + ([x] if need_small else [])
+    numel, dtype, small_numel, small_dtype = x.numel, x.dtype, small.numel, small.dtype
+    small_label = WEIGHT_GRADIENT if isinstance(small, Parameter) else GRADIENTS
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        wide = tape.new(numel, dtype, TEMPORARY) if need_small and small_first else None
+        grad_x = tape.new(numel, dtype, GRADIENTS) if need_x else None
+        if need_small and not small_first:
+            wide = tape.new(numel, dtype, TEMPORARY)
+        grad_small = tape.new(small_numel, small_dtype, small_label) if need_small else None
+        del held, wide
+        return [grad_x, grad_small]
+
+    return tape.attach("mul", out, [x, small], saved, backward)
+
+
+def shifted(x: Tensor, label: str) -> Tensor:
+    """``x + number``: saves nothing, hands the gradient on."""
+    tape = x.storage.tape
+    out = tape.new(x.numel, x.dtype, label)
+    return tape.attach("shift", out, [x], [], lambda node, grads: [grads[0]])
+
+
+def masked(x: Tensor, label: str) -> Tensor:
+    """``x + mask``: a new tensor; the gradient passes on."""
+    return shifted(x, label)
+
+
+def square(x: Tensor, label: str) -> Tensor:
+    """``x.pow(2)``: saves x; backward ``grad * (2 * x.pow(1))`` makes two temporaries."""
+    return unary(x, label, "input", temporaries=2)
+
+
+def row_mean(x: Tensor, rows: Size, label: str) -> Tensor:
+    """``x.mean(-1, keepdim=True)``: one value a row; its backward divides the expanded gradient into a new tensor."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    out = tape.new(rows, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [tape.new(numel, dtype, GRADIENTS)]
+
+    return tape.attach("mean", out, [x], [], backward)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_numel: Size, label: str) -> Tensor:
+    """``F.linear`` of a 3-D input: saves x if the weight is trained, the weight if x needs a gradient.
+
+    Backward makes the gradient of x, then of the weight (``mm``: self, then mat2), and a bias's by a sum.
+    """
+    tape = x.storage.tape
+    out = tape.new(out_numel, x.dtype, label)
+    need_x, need_w = x.requires_grad, weight.requires_grad
+    need_b = bias is not None and bias.requires_grad
+    saved = ([x] if need_w else []) + ([weight] if need_x else [])
+    x_numel, dtype, w_numel = x.numel, x.dtype, weight.numel
+    b_numel = bias.numel if bias is not None else ZERO
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        grad_x = grad_w = grad_b = None
+        if need_x:
+            grad_x = tape.new(x_numel, dtype, GRADIENTS)
+            grad_x.is_view = True
+        if need_w:
+            grad_w = tape.new(w_numel, dtype, WEIGHT_GRADIENT)
+            grad_w.is_view = True
+        if need_b:
+            grad_b = tape.new(b_numel, dtype, WEIGHT_GRADIENT)
+        del held
+        return [grad_x, grad_w, grad_b]
+
+    return tape.attach("linear", out, [x, weight, bias], saved, backward)
+
+
+def embedding(tape: Tape, weight: Parameter, out_numel: Size, dtype: Dtype, label: str) -> Tensor:
+    """``F.embedding``: its backward makes a dense gradient of the whole table (``embedding_dense_backward``)."""
+    out = tape.new(out_numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [tape.new(weight.numel, dtype, WEIGHT_GRADIENT)]
+
+    return tape.attach("embedding", out, [weight], [], backward)
+
+
+def layer_norm(
+    x: Tensor, weight: Parameter | None, bias: Parameter | None, rows: Size, statistics: Dtype, label: str
+) -> Tensor:
+    """``F.layer_norm``: one kernel; saves x and a mean and a reciprocal deviation a row (fp32 on CUDA, x's dtype on
+    the CPU)."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    out = tape.new(numel, dtype, label)
+    mean = tape.new(rows, statistics, label)
+    rstd = tape.new(rows, statistics, label)
+    need_x = x.requires_grad
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        grad_x = tape.new(numel, dtype, GRADIENTS) if need_x else None
+        parts = [
+            tape.new(param.numel, dtype, WEIGHT_GRADIENT) if param is not None and param.requires_grad else None
+            for param in (weight, bias)
+        ]
+        del held
+        return [grad_x, *parts]
+
+    return tape.attach("layer_norm", out, [x, weight, bias], [x, mean, rstd], backward)
+
+
+def piece(x: Tensor, numel: Size) -> Tensor:
+    """A slice of ``x``; its backward puts the gradient into zeros of x's shape (``slice_backward``)."""
+    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
+    out = Tensor(x.storage, numel, dtype)
+    return tape.attach("slice", out, [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
+
+
+def cat(parts: list[Tensor], numel: Size, label: str) -> Tensor:
+    """``torch.cat``: a copy; its backward hands out views of the gradient."""
+    tape = parts[0].storage.tape
+    out = tape.new(numel, parts[0].dtype, label)
+    sizes = [part.numel for part in parts]
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        if grad is None:
+            return [None for _ in sizes]
+        views: list[Tensor | None] = []
+        for size in sizes:
+            narrowed = Tensor(grad.storage, size, grad.dtype)
+            narrowed.is_view = True
+            views.append(narrowed)
+        return views
+
+    return tape.attach("cat", out, list(parts), [], backward)
+
+
+def split(x: Tensor, sizes: list[Size]) -> list[Tensor]:
+    """``x.split(...)`` along the features: views; backward concatenates the parts' gradients (``split_backward``)."""
+    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
+    outs = [Tensor(x.storage, size, dtype) for size in sizes]
+    tape.attach("split", outs[0], [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
+    if outs[0].node is not None:
+        outs[0].node.num_outputs = len(outs)
+        for slot, out in enumerate(outs):
+            out.node, out.slot = outs[0].node, slot
+    return outs
+
+
+def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
+    """``F.dropout`` in training: nothing at p = 0; else a result and a mask (bool on CUDA, x's dtype on the CPU)."""
+    if probability == 0.0:
+        return x
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    mask = tape.new(numel, Dtype.BOOL if device == "cuda" else dtype, label)
+    out = tape.new(numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(numel, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    return tape.attach("dropout", out, [x], [mask], backward)
+
+
+def matmul(a: Tensor, b: Tensor, out_numel: Size, label: str) -> Tensor:
+    """A batched product of two activations (``bmm``): each saved if the other needs a gradient."""
+    tape = a.storage.tape
+    out = tape.new(out_numel, a.dtype, label)
+    need_a, need_b = a.requires_grad, b.requires_grad
+    saved = ([a] if need_b else []) + ([b] if need_a else [])
+    a_numel, b_numel, dtype = a.numel, b.numel, a.dtype
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        grad_a = tape.new(a_numel, dtype, GRADIENTS) if need_a else None
+        grad_b = tape.new(b_numel, dtype, GRADIENTS) if need_b else None
+        for grad in (grad_a, grad_b):
+            if grad is not None:
+                grad.is_view = True
+        del held
+        return [grad_a, grad_b]
+
+    return tape.attach("bmm", out, [a, b], saved, backward)
+
+
+def softmax(x: Tensor, dtype: Dtype, fused_upcast: bool, label: str) -> Tensor:
+    """``softmax(x, dtype=...)``: saves its result. CUDA widens inside the kernel, the CPU makes a wide copy first."""
+    if x.dtype is not dtype and not fused_upcast:
+        x = to(x, dtype, TEMPORARY)
+    tape, source, numel = x.storage.tape, x.dtype, x.numel
+    out = tape.new(numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(numel, source, GRADIENTS)
+        del held
+        return [result]
+
+    return tape.attach("softmax", out, [x], [out], backward)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, lse: Size, label: str, backward_scratch: Size) -> Tensor:
+    """A fused attention kernel: saves q, k, v, its result and one fp32 log-sum-exp a row and head.
+
+    ``backward_scratch``: fp32 elements that the kernel's backward makes besides the three gradients.
+    """
+    tape = q.storage.tape
+    out = tape.new(q.numel, q.dtype, label)
+    log_sum_exp = tape.new(lse, Dtype.FP32, label)
+    sizes, dtype = [q.numel, k.numel, v.numel], q.dtype
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        results: list[Tensor | None] = [tape.new(numel, dtype, GRADIENTS) for numel in sizes]
+        scratch = tape.new(backward_scratch, Dtype.FP32, TEMPORARY)
+        del held, scratch
+        return results
+
+    return tape.attach("attention", out, [q, k, v], [q, k, v, out, log_sum_exp], backward)
+
+
+def log_softmax(x: Tensor, label: str) -> Tensor:
+    """``log_softmax``: saves its result; backward makes one tensor."""
+    return unary(x, label, "result")
+
+
+def nll_loss(log_probabilities: Tensor, targets: Tensor, label: str) -> Tensor:
+    """``nll_loss`` (mean): saves its input and the targets; backward fills a whole tensor with the gradient."""
+    tape, numel, dtype = log_probabilities.storage.tape, log_probabilities.numel, log_probabilities.dtype
+    out = tape.new((1, 0, 0, 0, 0), dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(numel, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    return tape.attach("nll_loss", out, [log_probabilities], [log_probabilities, targets], backward)

@@ -1,0 +1,214 @@
+"""One micro-batch of a model on the tape: what is alive when, as polynomials of the batch.
+
+Layers of one kind differ only in how many others are alive, so only the first and the last layer of each kind are
+run; a layer between them stands as what it keeps for backward. Along a stretch of equal layers the bytes alive grow
+or fall linearly, so the highest instant is in the first or the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from vramplan.facts.architecture import Architecture, DecoderLayer
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import ops
+from vramplan.memory.blocks.context import BlockContext
+from vramplan.memory.blocks.attention import causal_mask, rotary_tables
+from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
+from vramplan.memory.blocks.layer import run_layer
+from vramplan.memory.blocks.norm import normalise
+from vramplan.memory.size import ZERO, Size, add, scale, sub
+from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
+from vramplan.spec.trainable import Method
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What decides the bytes of one micro-batch, besides the batch itself."""
+
+    architecture: Architecture
+    method: Method
+    dtype: Dtype
+    autocast: Dtype | None
+    device: str
+    attention: str
+    checkpointing: bool
+    keep_outputs: bool
+    sequence_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class ModuleEvent:
+    """A module with parameters begins or ends to run, at allocation ``index``."""
+
+    index: int
+    event: str
+    name: str
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Every instant of one micro-batch's forward and backward."""
+
+    forward: tuple[Point, ...]
+    forward_end: Point
+    backward: tuple[Point, ...]
+    backward_end: Point
+    gradients: tuple[tuple[str, int, int], ...]
+    """Each parameter gradient in the order of backward: name, elements, index of the point at which it appears."""
+
+
+class _Runner:
+    def __init__(self, run: ModelRun) -> None:
+        self.run = run
+        self.tape = Tape()
+        self.ctx = BlockContext(
+            self.tape,
+            run.dtype,
+            run.device,
+            run.attention,
+            method=run.method,
+            autocast=run.autocast,
+            sequence_parallel=run.sequence_parallel,
+        )
+        self.gradients: list[tuple[str, int, int]] = []
+        self.tape.on_grad = self._collect
+
+    def _collect(self, param: Parameter, grad: Tensor) -> None:
+        self.gradients.append((param.name, param.grad_numel, len(self.tape.points) - 1))
+
+    def profile(self) -> Profile:
+        tape = self.tape
+        result, kept = self._forward()
+        forward, end = tuple(tape.points), self._snapshot("after forward")
+        tape.points.clear()
+        grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
+        tape.backward(result, grad)
+        del grad, result
+        backward = tuple(tape.points)
+        last = self._snapshot("after backward")
+        del kept
+        return Profile(forward, end, backward, last, tuple(self.gradients))
+
+    def _snapshot(self, where: str) -> Point:
+        tape = self.tape
+        return Point(where, len(tape.points), tape.total, dict(tape.by_label), tape.grad_numel)
+
+    def _forward(self) -> tuple[Tensor, list[Tensor]]:
+        ctx, architecture = self.ctx, self.run.architecture
+        kept = [self.tape.new((0, 1, 0, 0, 0), Dtype.INT64, TOKENS)]
+        with self.tape.at("embedding"):
+            x = embed(ctx, architecture)
+        causal_mask(ctx)
+        rotary = architecture.layers[0].attention.rotary_dim
+        if rotary:
+            rotary_tables(ctx, rotary)
+        x = self._layers(x)
+        with self.tape.at("head"):
+            if architecture.final_norm is not None:
+                x = normalise(ctx, x, architecture.final_norm)
+            ctx.rotary = ctx.mask = None
+            scores = logits(ctx, x, architecture)
+        with self.tape.at("loss"):
+            result = loss(ctx, scores)
+        del x  # the caller of the head holds its input until the loss is there
+        ctx.casts.clear()
+        if self.run.keep_outputs:
+            kept.append(scores)
+        return result, kept
+
+    def _layers(self, x: Tensor) -> Tensor:
+        keys = [_kind(self.run, index) for index in range(self.run.architecture.num_layers)]
+        first, last = {}, {}
+        for index, key in enumerate(keys):
+            first.setdefault(key, index)
+            last[key] = index
+        costs: dict[Hashable, dict[str, Size]] = {}
+        skipped: list[Hashable] = []
+        skipped_numel = 0
+        for index, key in enumerate(keys):
+            layer = self.run.architecture.layers[index]
+            if index not in (first[key], last[key]):
+                skipped.append(key)
+                skipped_numel += _trained_numel(self.ctx, layer, index, self.run.architecture.layer_prefix)
+                continue
+            x = self._skip(x, skipped, costs, skipped_numel)
+            skipped, skipped_numel = [], 0
+            before = dict(self.tape.by_label)
+            x = self._layer(x, layer, index)
+            costs.setdefault(key, _difference(self.tape.by_label, before))
+        return self._skip(x, skipped, costs, skipped_numel)
+
+    def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
+        ctx = self.ctx
+        prefix = f"{self.run.architecture.layer_prefix}.{index}."
+        rotary, mask = ctx.rotary, ctx.mask
+
+        def forward(hidden: Tensor) -> Tensor:
+            before = ctx.prefix, ctx.rotary, ctx.mask
+            # a second forward runs when the model's own has let go of the tables
+            ctx.prefix, ctx.rotary, ctx.mask = prefix, rotary, mask
+            try:
+                return run_layer(ctx, hidden, layer)
+            finally:
+                ctx.prefix, ctx.rotary, ctx.mask = before
+
+        with self.tape.at(f"layer {index}"):
+            return self.tape.checkpoint(forward, x) if self.run.checkpointing else forward(x)
+
+    def _skip(self, x: Tensor, kinds: list[Hashable], costs: dict[Hashable, dict[str, Size]], numel: int) -> Tensor:
+        """Layers that are not run: what they keep, as a node that frees it when backward passes."""
+        if not kinds:
+            return x
+        tape = self.tape
+        total: dict[str, Size] = {}
+        for kind in set(kinds):
+            for label, size in costs[kind].items():
+                total[label] = add(total.get(label, ZERO), scale(size, kinds.count(kind)))
+        held = [tape.new(size, Dtype.UINT8, label) for label, size in total.items() if size != ZERO]
+        out = Tensor(x.storage, x.numel, x.dtype)
+
+        def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+            tape.grad_numel += numel
+            return [grads[0]]
+
+        with tape.at(""):
+            out = tape.attach("layers between", out, [x], [], backward)
+        if out.node is not None:
+            out.node.saved.extend(held)
+        return out
+
+
+def _kind(run: ModelRun, index: int) -> Hashable:
+    """Layers of one kind keep the same bytes. The first layer is of its own kind: its input is also held by the
+    model's forward, and with a frozen base nothing before its first adapter needs a gradient."""
+    return run.architecture.layers[index], index == 0
+
+
+def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
+    labels = {*after, *before}
+    changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
+    return {label: size for label, size in changes.items() if size != ZERO}
+
+
+def _trained_numel(ctx: BlockContext, layer: DecoderLayer, index: int, layer_prefix: str) -> int:
+    if ctx.trains_base:
+        return sum(tensor.numel for tensor in layer.tensors())
+    before, ctx.prefix = ctx.prefix, f"{layer_prefix}.{index}."
+    try:
+        return sum(
+            adapter.r * (linear.in_features + linear.out_features)
+            for linear in layer.linears()
+            if (adapter := ctx.adapts(linear)) is not None
+        )
+    finally:
+        ctx.prefix = before
+
+
+@lru_cache(maxsize=256)
+def profile(run: ModelRun) -> Profile:
+    """The profile of one micro-batch; computed once for each model and setting."""
+    return _Runner(run).profile()

@@ -1,0 +1,345 @@
+"""A small autograd engine without numbers: it follows who holds which bytes through forward and backward.
+
+torch frees a tensor when its last reference goes: a Python variable, a node of the autograd graph that saved it for
+backward, or a gradient on its way. This module keeps the same references for tensors that have a size and no
+values, so a block written with the same operators and the same local variables as the model's code in transformers
+has the same bytes alive at the same instants. Sizes are polynomials of the batch (``memory/size.py``), so one run
+answers every batch and sequence length.
+
+The rules it follows, from torch 2.13:
+
+- nodes run in descending order of creation, gradient sinks first (``torch/csrc/autograd/engine.cpp``, the
+  comparison of ``ReadyQueue``); what a node saved is released after its outputs exist (``evaluate_function``);
+- a second gradient of the same tensor is added in place if the first is held by nobody else and is no view
+  (``input_buffer.cpp``, ``can_accumulate_inplace``; seen with the profiler: the gradient of a 3-D linear's input or of
+  a linear's weight, both views of a matrix product, is never added to in place);
+- non-reentrant checkpointing keeps a region's inputs, recomputes it at the first saved tensor that is asked for, and
+  stops recomputing at the last one (``torch/utils/checkpoint.py``, ``_checkpoint_without_reentrant_generator``).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.size import ZERO, Size, add, sub
+
+
+class Storage:
+    """Bytes with a label and a count of the tensors that share them; freed with the last."""
+
+    __slots__ = ("label", "refs", "size", "tape")
+
+    def __init__(self, tape: Tape, size: Size, label: str) -> None:
+        self.tape = tape
+        self.size = size
+        self.label = label
+        self.refs = 0
+
+
+class Tensor:
+    """A reference to a storage: its number of elements (a polynomial), its dtype, and the node that made it."""
+
+    __slots__ = ("dtype", "is_view", "node", "numel", "slot", "storage")
+
+    def __init__(self, storage: Storage, numel: Size, dtype: Dtype, node: Node | None = None, slot: int = 0) -> None:
+        self.storage = storage
+        self.numel = numel
+        self.dtype = dtype
+        self.node = node
+        self.slot = slot
+        self.is_view = False
+        storage.refs += 1
+
+    def __del__(self) -> None:
+        storage = self.storage
+        storage.refs -= 1
+        if storage.refs == 0:
+            storage.tape.free(storage)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.node is not None
+
+    def detach(self) -> Tensor:
+        """The same bytes, outside the graph."""
+        return Tensor(self.storage, self.numel, self.dtype)
+
+
+Backward = Callable[["Node", list["Tensor | None"]], list["Tensor | None"]]
+
+
+class Node:
+    """One operator of the graph: what it saved, where its gradients go, how it computes them."""
+
+    __slots__ = ("backward", "inputs", "name", "num_outputs", "order", "saved", "where")
+
+    def __init__(
+        self, name: str, order: int, inputs: list[tuple[Node, int] | None], backward: Backward, where: str
+    ) -> None:
+        self.name = name
+        self.order = order
+        self.inputs = inputs
+        self.backward = backward
+        self.saved: list[Tensor | Packed] = []
+        self.num_outputs = 1
+        self.where = where
+
+    def unpack(self, index: int) -> Tensor:
+        """The tensor saved at ``index``; recomputes the checkpointed region that it belongs to if need be."""
+        saved = self.saved[index]
+        return saved.take() if isinstance(saved, Packed) else saved
+
+
+class StopRecompute(Exception):
+    """Every tensor that the region's backward needs has been recomputed (torch's ``_StopRecomputationError``)."""
+
+
+class Region:
+    """A checkpointed stretch of forward: its inputs are kept, what it saves is recomputed in backward."""
+
+    def __init__(self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+        self.tape = tape
+        self.function = function
+        self.inputs: tuple[Tensor, ...] | None = inputs
+        self.num_saved = 0
+        self.recomputed: dict[int, Tensor] = {}
+
+    def recompute(self) -> None:
+        assert self.inputs is not None
+        tape = self.tape
+        inputs = tuple(tensor.detach() for tensor in self.inputs)
+        for tensor, original in zip(inputs, self.inputs, strict=True):
+            if original.requires_grad:
+                tape.leaf(tensor)
+        with tape.recording(Recorder(self)):
+            try:
+                self.function(*inputs)
+            except StopRecompute:
+                pass
+        self.inputs, self.function = None, _spent
+
+
+def _spent(*inputs: Tensor) -> Tensor:
+    raise AssertionError("a checkpointed region is recomputed once")
+
+
+class Packed:
+    """A saved tensor of a checkpointed region: an index instead of bytes."""
+
+    __slots__ = ("index", "region")
+
+    def __init__(self, region: Region, index: int) -> None:
+        self.region = region
+        self.index = index
+
+    def take(self) -> Tensor:
+        if self.index not in self.region.recomputed:
+            self.region.recompute()
+        return self.region.recomputed.pop(self.index)
+
+
+class Recorder:
+    """Collects what a region's second forward saves, and stops it at the last."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.count = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.region.recomputed[self.count] = tensor.detach()
+        self.count += 1
+        if self.count == self.region.num_saved:
+            raise StopRecompute
+        return tensor
+
+
+class Packer:
+    """Counts what a region's first forward saves, and keeps none of it."""
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+
+    def pack(self, tensor: Tensor) -> Packed:
+        index = self.region.num_saved
+        self.region.num_saved += 1
+        return Packed(self.region, index)
+
+
+@dataclass(slots=True)
+class Point:
+    """The bytes alive right after an allocation, by label; ``where`` names the stretch of the step."""
+
+    where: str
+    index: int
+    total: Size
+    by_label: dict[str, Size]
+    grad_numel: int
+    """Elements of parameter gradients that backward has delivered so far."""
+
+
+class Tape:
+    """Live bytes, the graph, and every instant at which an allocation happened."""
+
+    def __init__(self) -> None:
+        self.total: Size = ZERO
+        self.by_label: dict[str, Size] = {}
+        self.points: list[Point] = []
+        self.where = ""
+        self.grad_numel = 0
+        self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
+        self.on_module: Callable[[str, str, tuple[Parameter, ...]], None] = lambda event, name, params: None
+        self._order = 0
+        self._hooks: list[Packer | Recorder] = []
+        self._grad_enabled = True
+
+    def new(self, numel: Size, dtype: Dtype, label: str) -> Tensor:
+        """Allocate ``numel`` elements (a size polynomial of elements) of ``dtype`` under ``label``."""
+        width = dtype.nbytes
+        size = (numel[0] * width, numel[1] * width, numel[2] * width, numel[3] * width, numel[4] * width)
+        self.total = add(self.total, size)
+        self.by_label[label] = add(self.by_label.get(label, ZERO), size)
+        self.points.append(
+            Point(self.where, len(self.points), self.total, dict(self.by_label), self.grad_numel)
+        )
+        return Tensor(Storage(self, size, label), numel, dtype)
+
+    def free(self, storage: Storage) -> None:
+        self.total = sub(self.total, storage.size)
+        left = sub(self.by_label[storage.label], storage.size)
+        if left == ZERO:
+            del self.by_label[storage.label]
+        else:
+            self.by_label[storage.label] = left
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        """Make ``tensor`` require a gradient that nobody collects (the input of a checkpointed region)."""
+        tensor.node = Node("leaf", self._next_order(), [], lambda node, grads: [], self.where)
+        return tensor
+
+    def attach(
+        self, name: str, out: Tensor, inputs: list[Tensor | None], saved: list[Tensor], backward: Backward
+    ) -> Tensor:
+        """Put ``out`` on the graph if any of ``inputs`` requires a gradient."""
+        edges = [
+            (tensor.node, tensor.slot) if tensor is not None and tensor.node is not None else None
+            for tensor in inputs
+        ]
+        if not self._grad_enabled or not any(edges):
+            return out
+        node = Node(name, self._next_order(), edges, backward, self.where)
+        out.node = node
+        out.slot = 0
+        for tensor in saved:
+            held: Tensor | Packed = Tensor(tensor.storage, tensor.numel, tensor.dtype)
+            if self._hooks:
+                held = self._hooks[-1].pack(held)  # type: ignore[arg-type]
+            node.saved.append(held)
+        return out
+
+    def _next_order(self) -> int:
+        self._order += 1
+        return self._order
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """Name the stretch of the step that the following allocations belong to."""
+        before, self.where = self.where, where
+        try:
+            yield
+        finally:
+            self.where = before
+
+    @contextmanager
+    def recording(self, hook: Packer | Recorder) -> Iterator[None]:
+        self._hooks.append(hook)
+        try:
+            yield
+        finally:
+            self._hooks.pop()
+
+    def checkpoint(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Run ``function`` and keep only ``inputs``; what it saves is recomputed when backward asks."""
+        region = Region(self, function, tuple(Tensor(t.storage, t.numel, t.dtype, t.node, t.slot) for t in inputs))
+        with self.recording(Packer(region)):
+            return function(*inputs)
+
+    def backward(self, root: Tensor, grad: Tensor) -> None:
+        """Run the graph below ``root`` in torch's order; parameter gradients go to ``on_grad``."""
+        assert root.node is not None
+        waiting = _count_dependencies(root.node)
+        buffers: dict[int, list[Tensor | None]] = {id(root.node): [grad]}
+        del grad
+        ready = [(-root.node.order, id(root.node), root.node)]
+        del root
+        while ready:
+            node = heapq.heappop(ready)[2]
+            grads = buffers.pop(id(node))
+            where, self.where = self.where, node.where if node.where else self.where
+            outputs = node.backward(node, grads)
+            del grads
+            node.saved.clear()
+            for position, edge in enumerate(node.inputs):
+                if edge is None:
+                    continue
+                target, slot = edge
+                out = outputs[position]
+                outputs[position] = None
+                buffer = buffers.setdefault(id(target), [None] * target.num_outputs)
+                if out is not None:
+                    self._accumulate(buffer, slot, out)
+                del out
+                waiting[id(target)] -= 1
+                if waiting[id(target)] == 0:
+                    heapq.heappush(ready, (-target.order, id(target), target))
+            self.where = where
+            node.inputs = []
+
+    def _accumulate(self, buffer: list[Tensor | None], slot: int, grad: Tensor) -> None:
+        held = buffer[slot]
+        if held is None:
+            buffer[slot] = grad
+        elif held.storage.refs != 1 or held.is_view:
+            buffer[slot] = self.new(held.numel, held.dtype, "activation gradients")
+        # else: added in place, nothing is allocated
+
+
+class Parameter(Tensor):
+    """A weight: its bytes are counted among the model's states, not here; its gradient goes to ``tape.on_grad``."""
+
+    __slots__ = ("grad_numel", "name")
+
+    def __init__(self, tape: Tape, name: str, numel: int, dtype: Dtype, trainable: bool) -> None:
+        super().__init__(Storage(tape, ZERO, "parameters"), (numel, 0, 0, 0, 0), dtype)
+        self.storage.refs += 1  # never freed: the model owns it
+        self.name = name
+        self.grad_numel = numel
+        if trainable:
+            self.node = Node("AccumulateGrad", 1 << 62, [], self._deliver, "")
+
+    def _deliver(self, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        grads.clear()
+        if grad is not None:
+            tape = self.storage.tape
+            tape.grad_numel += self.grad_numel
+            tape.on_grad(self, grad)
+        return []
+
+
+def _count_dependencies(root: Node) -> dict[int, int]:
+    waiting: dict[int, int] = {}
+    stack, seen = [root], {id(root)}
+    while stack:
+        for edge in stack.pop().inputs:
+            if edge is None:
+                continue
+            target = edge[0]
+            waiting[id(target)] = waiting.get(id(target), 0) + 1
+            if id(target) not in seen:
+                seen.add(id(target))
+                stack.append(target)
+    return waiting
