@@ -14,31 +14,25 @@ inside it, is handed out again sooner or later: what such a block held is taken 
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import torch
 
+from vramplan.measure.blocks import LiveBlocks, MemoryEvent
 from vramplan.measure.record import PhaseReading
+from vramplan.measure.trace import BirthReader
 
 # Kineto writes a line on every start and stop; it reads this when its logger is first used.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEvent:
-    """One allocation (``num_bytes`` > 0) or free (< 0) of the CPU allocator, at ``address``."""
-
-    time_ns: int
-    address: int
-    num_bytes: int
-
-
 class _Meter(Protocol):
     """What a device answers about one phase."""
+
+    live_at_peak: dict[int, MemoryEvent]
 
     def begin(self) -> None: ...
 
@@ -57,14 +51,15 @@ class PhaseProbe:
                 ...
         probe.readings
 
-    Open it before the first tensor that shall count. Phases do not nest. ``keep_events`` keeps the CPU's memory
-    events of each phase under ``events`` (for a trace of what is alive at the peak).
+    Open it before the first tensor that shall count. Phases do not nest. With ``births``, a reader of where blocks
+    are born, the blocks alive at each phase's peak are kept under ``live_at_peak`` (on the CPU; several times slower).
     """
 
-    def __init__(self, device: torch.device | str, *, keep_events: bool = False) -> None:
+    def __init__(self, device: torch.device | str, *, births: BirthReader | None = None) -> None:
         self.device = torch.device(device)
         self.readings: list[PhaseReading] = []
-        self._meter: _Meter = _CudaMeter(self.device) if self.device.type == "cuda" else _CpuMeter(keep_events)
+        self.live_at_peak: dict[str, dict[int, MemoryEvent]] = {}
+        self._meter: _Meter = _CudaMeter(self.device) if self.device.type == "cuda" else _CpuMeter(births)
         self._open: str | None = None
 
     def __enter__(self) -> Self:
@@ -84,12 +79,9 @@ class PhaseProbe:
             yield
         finally:
             self.readings.append(self._meter.end(name))
+            if self._meter.live_at_peak:
+                self.live_at_peak[name] = self._meter.live_at_peak
             self._open = None
-
-    @property
-    def events(self) -> dict[str, list[MemoryEvent]]:
-        """The CPU's memory events by phase, where they were asked for."""
-        return self._meter.events if isinstance(self._meter, _CpuMeter) else {}
 
     def close(self) -> None:
         """Stops counting; readings stay."""
@@ -101,6 +93,7 @@ class _CudaMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.live_at_peak: dict[int, MemoryEvent] = {}
         self._retries = 0
 
     def begin(self) -> None:
@@ -133,21 +126,25 @@ class _CudaMeter:
 class _CpuMeter:
     """Adds up the CPU allocator's memory events."""
 
-    def __init__(self, keep_events: bool) -> None:
-        self.events: dict[str, list[MemoryEvent]] = {}
-        self._keep = keep_events
+    def __init__(self, births: BirthReader | None) -> None:
+        self.live_at_peak: dict[int, MemoryEvent] = {}
+        self._births = births
         self._live = LiveBlocks()
         self._running = False
         self._start()
 
     def begin(self) -> None:
-        self._harvest()
+        for event in self._harvest():
+            self._live.apply(event)
         self._live.reset_peak()
 
     def end(self, phase: str) -> PhaseReading:
         events = self._harvest()
-        if self._keep:
-            self.events[phase] = events
+        if self._births is None:
+            for event in events:
+                self._live.apply(event)
+        else:
+            self.live_at_peak = self._live.apply_to_peak(_in_phase(events, phase))
         return PhaseReading(phase, self._live.peak_bytes, self._live.num_bytes)
 
     def close(self) -> None:
@@ -157,8 +154,6 @@ class _CpuMeter:
     def _harvest(self) -> list[MemoryEvent]:
         events = self._stop()
         self._start()
-        for event in events:
-            self._live.apply(event)
         return events
 
     def _start(self) -> None:
@@ -167,59 +162,24 @@ class _CpuMeter:
             profiler.ProfilerState.KINETO,
             False,  # report_input_shapes
             True,  # profile_memory
-            False,  # with_stack
+            self._births is not None,  # with_stack
             False,  # with_flops
             False,  # with_modules
             profiler._ExperimentalConfig(),
         )
         cpu = {profiler.ProfilerActivity.CPU}
         torch._C._autograd._prepare_profiler(config, cpu)
-        # Only user annotations are recorded besides memory: operators would cost time and space for nothing.
-        scopes = {profiler.RecordScope.USER_SCOPE}
+        # Without births only user annotations are recorded besides memory: operators would cost time for nothing.
+        scopes = set() if self._births is not None else {profiler.RecordScope.USER_SCOPE}
         torch._C._autograd._enable_profiler(config, cpu, scopes)  # type: ignore[call-arg]  # the stub lacks scopes
         self._running = True
 
     def _stop(self) -> list[MemoryEvent]:
         self._running = False
         result = torch._C._autograd._disable_profiler()
-        return sorted(_memory_events(result.experimental_event_tree()), key=lambda event: event.time_ns)
-
-
-class LiveBlocks:
-    """The blocks now allocated, their sum and its highest value."""
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        self.peak_bytes = 0
-        self._size_at: dict[int, int] = {}
-        self._addresses: list[int] = []
-
-    def reset_peak(self) -> None:
-        self.peak_bytes = self.num_bytes
-
-    def apply(self, event: MemoryEvent) -> None:
-        if event.num_bytes < 0:
-            self._drop(event.address)
-            return
-        self._drop_overlapping(event.address, event.num_bytes)
-        self._addresses.insert(bisect_left(self._addresses, event.address), event.address)
-        self._size_at[event.address] = event.num_bytes
-        self.num_bytes += event.num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
-
-    def _drop(self, address: int) -> None:
-        size = self._size_at.pop(address, None)
-        if size is not None:  # None: freed unseen, and taken back already when its space was handed out again
-            del self._addresses[bisect_left(self._addresses, address)]
-            self.num_bytes -= size
-
-    def _drop_overlapping(self, address: int, num_bytes: int) -> None:
-        first = bisect_left(self._addresses, address)
-        if first and self._addresses[first - 1] + self._size_at[self._addresses[first - 1]] > address:
-            first -= 1
-        last = bisect_left(self._addresses, address + num_bytes)
-        for stale in self._addresses[first:last]:
-            self._drop(stale)
+        tree = result.experimental_event_tree()
+        events = _memory_events(tree) if self._births is None else self._births.read(tree)
+        return sorted(events, key=lambda event: event.time_ns)
 
 
 def _memory_events(tree: list[Any]) -> Iterator[MemoryEvent]:
@@ -231,3 +191,11 @@ def _memory_events(tree: list[Any]) -> Iterator[MemoryEvent]:
             fields = event.extra_fields
             if fields.device.type == "cpu":
                 yield MemoryEvent(event.start_time_ns, fields.ptr, fields.alloc_size)
+
+
+def _in_phase(events: list[MemoryEvent], phase: str) -> list[MemoryEvent]:
+    """The same events, their births marked with the phase."""
+    return [
+        replace(event, birth=replace(event.birth, phase=phase)) if event.birth is not None else event
+        for event in events
+    ]

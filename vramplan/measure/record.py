@@ -178,6 +178,15 @@ class Record:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadRecord:
+    """A record whose spec this version does not understand: its figures, and why."""
+
+    id: str
+    reason: str
+    measured: Measured
+
+
 def peaks_of(phases: Iterable[PhaseReading]) -> dict[str, int]:
     """The record's summary figures: highest of the step phases, highest of all, highest reserved."""
     phases = tuple(phases)
@@ -198,6 +207,21 @@ def read_records(path: Path | str) -> list[Record]:
         SpecError: a line is no JSON, or no record; the text names file, line and field.
     """
     return [_record_from_dict(raw, where) for where, raw in _json_lines(Path(path))]
+
+
+def read_records_leniently(path: Path | str) -> list[Record | UnreadRecord]:
+    """As ``read_records``, but a record whose spec is not understood comes with the reason instead of an error."""
+    found: list[Record | UnreadRecord] = []
+    for where, raw in _json_lines(Path(path)):
+        try:
+            found.append(_record_from_dict(raw, where))
+        except SpecError as error:
+            measured = raw.get("measured")
+            if not isinstance(raw.get("spec"), dict) or not isinstance(measured, dict) or "outcome" not in measured:
+                raise
+            name = str(raw.get("id", raw["spec"].get("id", where)))
+            found.append(UnreadRecord(name, str(error), Measured.from_dict(measured)))
+    return found
 
 
 def read_jobs(path: Path | str) -> list[JobSpec]:

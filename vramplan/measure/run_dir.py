@@ -1,0 +1,95 @@
+"""The directory of one training run: what lies where, and the events of ``metrics.jsonl``. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths below ``root``; nothing is created by asking."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        """The plan that the run follows."""
+        return self.root / "plan.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        """DeepSpeed's config, as given to ``deepspeed.initialize``."""
+        return self.root / "ds_config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One event a line, in order of time; a step that was repeated after a resume stands there twice."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def record(self) -> Path:
+        """The measurement record, with the prediction beside it."""
+        return self.root / "record.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """``step-00000010`` and so on: whole checkpoints only."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Trained adapters, as PEFT loads them."""
+        return self.root / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, as ``from_pretrained`` loads it (full training, or adapters merged)."""
+        return self.root / "model"
+
+    @property
+    def logs(self) -> Path:
+        """Output of the launcher and of each rank."""
+        return self.root / "logs"
+
+    @property
+    def ranks(self) -> Path:
+        """What each rank says of itself: its phase while it lives, its failure when it ends."""
+        return self.root / "ranks"
+
+    def status_of(self, rank: int) -> Path:
+        return self.ranks / f"rank{rank}.status.json"
+
+    def failure_of(self, rank: int) -> Path:
+        return self.ranks / f"rank{rank}.failure.json"
+
+
+def append_event(path: Path, kind: str, **fields: Any) -> None:
+    """Adds one event, whole: a line of JSON with its kind under ``event`` and the time (seconds since 1970)."""
+    line = json.dumps({"event": kind, **fields, "time": time.time()}) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Every whole event of the file so far; none where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file so that a reader sees either all of it or what was there before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,114 @@
+"""The model of a run: transformers' own class, with its adapters, in the dtype of the precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from vramplan.errors import ConfigError, SpecError
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+
+WEIGHT_STD = 0.02
+"""Spread of the random weights: small enough that nothing overflows in bf16 or fp16; bytes do not depend on it."""
+
+
+def weight_dtype(run: RunSpec) -> torch.dtype:
+    """What the weights are stored in: bf16-autocast keeps them in fp32 and casts as it computes."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision, torch.float32)
+
+
+def transformers_config(run: RunSpec) -> Any:
+    """transformers' config object of a run whose ``model_config_fields`` are given.
+
+    Raises:
+        ConfigError: there are no fields, or transformers does not know the model type.
+    """
+    from transformers import AutoConfig
+
+    if not run.model_config_fields:
+        raise ConfigError(f"{run.model}: the fields of its config.json are needed to build it")
+    fields = dict(run.model_config_fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError(f"{run.model}: config.json has no model_type")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ConfigError(f"{run.model}: transformers does not know the model type {model_type!r}") from error
+    config.use_cache = False
+    return config
+
+
+def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
+    """The model with random weights, adapters and checkpointing as the run asks, before DeepSpeed's engine.
+
+    Under ZeRO-3 it is built inside ``deepspeed.zero.Init``, which splits each weight as soon as it exists; adapters
+    are added after it, in their own dtype, and split by the engine.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _partitioned_from_the_start(run, ds_config):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            transformers_config(run), dtype=weight_dtype(run), attn_implementation=run.attention
+        )
+    if isinstance(run.method, LoraMethod):
+        model = add_adapters(model, run.method)
+    fill_weights(model)
+    if run.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    if run.loss == "liger":
+        apply_liger(model)
+    return model
+
+
+def add_adapters(model: torch.nn.Module, method: LoraMethod) -> torch.nn.Module:
+    """PEFT's wrapper; its default keeps adapters in fp32 beside bf16 weights (``autocast_adapter_dtype``)."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = method.target_modules
+    config = LoraConfig(
+        r=method.r,
+        lora_alpha=method.scale_alpha,
+        lora_dropout=method.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_dora=method.use_dora,
+        use_rslora=method.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    wrapped: torch.nn.Module = get_peft_model(model, config)
+    return wrapped
+
+
+def apply_liger(model: torch.nn.Module) -> None:
+    """Replaces the model's loss by liger-kernel's fused linear cross-entropy."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise SpecError("loss: liger needs the package liger-kernel; install it, or use loss: hf") from error
+    _apply_liger_kernel_to_instance(
+        model=model, rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True
+    )
+
+
+@torch.no_grad()
+def fill_weights(model: torch.nn.Module) -> None:
+    """Random weights in place: of a weight that ZeRO-3 split, this rank's share."""
+    for param in model.parameters():
+        if param.is_floating_point():
+            getattr(param, "ds_tensor", param).normal_(std=WEIGHT_STD)
+
+
+def _partitioned_from_the_start(run: RunSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+    if run.zero.stage != 3:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(
+        config_dict_or_path=ds_config, dtype=weight_dtype(run), remote_device=None
+    )
+    return context

@@ -1,0 +1,34 @@
+"""Optimizers that DeepSpeed cannot build by name, built here and handed over."""
+
+from __future__ import annotations
+
+import torch
+
+from vramplan.emit.deepspeed import CLIENT_OPTIMIZERS
+from vramplan.errors import SpecError
+from vramplan.spec.run import RunSpec
+
+
+def client_optimizer(run: RunSpec, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer to hand to ``deepspeed.initialize``; None where its config names it."""
+    kind = run.optimizer.kind
+    if kind not in CLIENT_OPTIMIZERS:
+        return None
+    options = run.optimizer
+    if kind == "adamw_torch_fused":
+        return torch.optim.AdamW(
+            params,
+            lr=run.peak_lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise SpecError("optimizer.kind: adamw_8bit needs bitsandbytes; install it, or use adamw") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(
+        params, lr=run.peak_lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+    )
+    return optimizer

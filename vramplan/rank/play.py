@@ -1,0 +1,113 @@
+"""A job as records are measured: load, engine, then forward, backward and step of each micro-batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vramplan.emit.deepspeed import ds_config
+from vramplan.rank.group import join_fake_group, sequence_parallel_group
+from vramplan.rank.model import build_model
+from vramplan.rank.optimizer import client_optimizer
+from vramplan.spec.layout import Layout
+from vramplan.spec.run import RunSpec
+
+PhaseContext = Callable[[str], AbstractContextManager[None]]
+"""Given a phase's name, what is to be entered around it."""
+
+
+@dataclass(slots=True)
+class Played:
+    """What a played job tells of itself."""
+
+    numel_total: int = 0
+    numel_trainable: int = 0
+    seconds_per_step: float = 0.0
+    """Of the last step played."""
+
+
+@dataclass
+class RankPlayer:
+    """Plays rank 0 of ``layout`` for a closed run, each phase inside ``phase(name)``.
+
+    ``managed``: DeepSpeed counts micro-batches and ``engine.step()`` is called after each one (as in the records);
+    else the loop steps after the last. What is known so far is in ``played``, also when a phase fails.
+    """
+
+    run: RunSpec
+    layout: Layout
+    phase: PhaseContext
+    device: str = "cpu"
+    steps: int = 2
+    managed: bool = True
+
+    def __post_init__(self) -> None:
+        self.played = Played()
+        self.model: torch.nn.Module | None = None
+        self.engine: Any = None
+
+    def play(self) -> Played:
+        join_fake_group(self.layout.world_size)
+        config = ds_config(self.run, self.layout.world_size)
+        config["managed_gradient_accumulation"] = self.managed
+        config["steps_per_print"] = 2**31
+        with self.phase("model_load"):
+            self.model = build_model(self.run, config)
+        self._count(self.model)
+        with self.phase("engine_init"):
+            self.engine = self._initialize(self.model, config)
+        for step in range(1, self.steps + 1):
+            started = time.perf_counter()
+            for micro in range(1, (self.run.grad_accum_steps or 1) + 1):
+                self._micro_batch(f"step{step}.micro{micro}", is_last=micro == self.run.grad_accum_steps)
+            self.played.seconds_per_step = time.perf_counter() - started
+        return self.played
+
+    def _initialize(self, model: torch.nn.Module, config: dict[str, Any]) -> Any:
+        import deepspeed
+
+        mpu = sequence_parallel_group(self.layout, model, self.run.attention, self.run.micro_batch_size or 1)
+        trainable = [param for param in model.parameters() if param.requires_grad]
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=trainable,
+            optimizer=client_optimizer(self.run, trainable),
+            config=config,
+            mpu=mpu,
+        )
+        return engine
+
+    def _micro_batch(self, prefix: str, *, is_last: bool) -> None:
+        batch = self._batch()
+        with self.phase(f"{prefix}.forward"):
+            output = self.engine(**batch)
+        with self.phase(f"{prefix}.backward"):
+            self.engine.backward(output.loss)
+            if not self.run.keep_outputs:
+                del output
+        with self.phase(f"{prefix}.optimizer_step"):
+            if self.managed or is_last:
+                self.engine.step()
+
+    def _batch(self) -> dict[str, Any]:
+        vocab_size = self.engine.module.config.vocab_size
+        local_len = self.run.seq_len // self.layout.sp
+        shape = (self.run.micro_batch_size or 1, local_len)
+        input_ids = torch.randint(0, vocab_size, shape, device=self.device)
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": input_ids.clone(), "use_cache": False}
+        if self.run.attention_mask:
+            batch["attention_mask"] = torch.ones_like(input_ids)
+        if self.layout.sp > 1:
+            batch["position_ids"] = torch.arange(local_len, device=self.device).expand(shape)
+        return batch
+
+    def _count(self, model: torch.nn.Module) -> None:
+        for param in model.parameters():
+            numel = getattr(param, "ds_numel", param.numel())
+            self.played.numel_total += numel
+            self.played.numel_trainable += numel * param.requires_grad
