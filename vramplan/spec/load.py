@@ -104,14 +104,14 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise SpecError(f"--set {assignment!r}: the value is not valid YAML: {_yaml_reason(error)}") from error
-        fields = merge(fields, _nest(key.strip().split("."), value))
+        fields = merge(fields, nest(key.strip(), value))
     return fields
 
 
-def _nest(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value  # type: ignore[no-any-return]
+def nest(name: str, value: Any) -> dict[str, Any]:
+    """The nested mapping that sets one dotted name: ``zero.stage`` -> ``{"zero": {"stage": value}}``."""
+    head, dot, rest = name.partition(".")
+    return {head: nest(rest, value) if dot else value}
 
 
 def _same_kind(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:

@@ -1,0 +1,138 @@
+"""The sentences and labels of a report: verdict, plan, remedies; the same in terminal, notebook and JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vramplan.facts.device import Node
+from vramplan.memory.ledger import Estimate
+from vramplan.memory.term import Basis, Term
+from vramplan.search.choose import why_not
+from vramplan.search.fit import Fit
+from vramplan.search.plan import Plan
+from vramplan.search.remedy import Remedy
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+from vramplan.units import format_bytes, format_count, format_seconds
+
+_FLAGS = {
+    "micro_batch_size": "--micro-batch",
+    "activation_checkpointing": "--checkpointing",
+    "zero.stage": "--zero",
+    "loss": "--loss",
+    "hardware.gpus_per_node": "--gpus",
+    "hardware.nodes": "--nodes",
+    "hardware.memory_cap": "--memory-cap",
+    "hardware.host_memory": "--host-memory",
+    "seq_len": "--seq-len",
+    "method.kind": "--method",
+    "optimizer.kind": "--optimizer",
+}
+"""Options of ``vramplan fit`` and ``plan`` by the field of the spec that they set."""
+
+
+def verdict(fit: Fit) -> str:
+    """One sentence: fits or not, the moment of the peak, bytes used of bytes offered, what would make it fit."""
+    found = fit.estimate
+    subject = describe_run(fit.asked, fit.num_params)
+    place = describe_node(fit.plan.node)
+    if fit.fits:
+        spare = found.capacity_bytes - found.used_peak_bytes
+        room = f"{format_bytes(spare)} to spare" + (", less than the planner's margin" if fit.tight else "")
+        return f"FITS: {subject} on {place}: {_peak(found)} ({room}){_host_clause(found)}."
+    shortage = (
+        f"{_peak(found)}, {format_bytes(found.used_peak_bytes - found.capacity_bytes)} too many"
+        if found.used_peak_bytes > found.capacity_bytes
+        else why_not(found, 0.0)
+    )
+    advice = " or with ".join(remedy_text(way) for way in fit.remedies)
+    would = f"; it would fit with {advice}" if advice else "; no single change that was tried makes it fit"
+    return f"DOES NOT FIT: {subject} on {place}: {shortage}{would}."
+
+
+def _peak(found: Estimate) -> str:
+    return (
+        f"its peak, {found.peak.name}, uses {format_bytes(found.used_peak_bytes)} of the "
+        f"{format_bytes(found.capacity_bytes)} that each rank may use"
+    )
+
+
+def _host_clause(found: Estimate) -> str:
+    if not found.host_bytes_per_node or found.host_capacity_bytes is not None:
+        return ""
+    return f", if each host has {format_bytes(found.host_bytes_per_node)} of memory to give"
+
+
+def describe_run(run: RunSpec, num_params: int | None = None) -> str:
+    """E.g. ``meta-llama/Llama-3.1-8B (8.03 B parameters), full fine-tuning in bf16, 4096 tokens``."""
+    size = f" ({format_count(num_params)} parameters)" if num_params else ""
+    return f"{run.model}{size}, {describe_method(run)} in {run.precision}, sequences of {run.seq_len:,} tokens"
+
+
+def describe_method(run: RunSpec) -> str:
+    """E.g. ``LoRA r 16``."""
+    if not isinstance(run.method, LoraMethod):
+        return "full fine-tuning"
+    name = {"lora": "LoRA", "qlora": "QLoRA"}[run.method.kind]
+    return f"{name} r {run.method.r}{' (DoRA)' if run.method.use_dora else ''}"
+
+
+def describe_node(node: Node) -> str:
+    """E.g. ``2 nodes of 8 x NVIDIA H100 80GB HBM3 (SXM)``."""
+    devices = (
+        f"{node.gpus_per_node} CPU ranks" if node.device.kind == "cpu" else f"{node.gpus_per_node} x {node.device.name}"
+    )
+    return devices if node.num_nodes == 1 else f"{node.num_nodes} nodes of {devices}"
+
+
+def describe_layout(run: RunSpec) -> str:
+    """What the planner decided, e.g. ``micro-batch 2 x 4 accumulated x 8 ranks = 64 sequences, ZeRO 2, ...``."""
+    dp = run.layout.dp if run.layout is not None else 1
+    offloaded = [
+        what
+        for what, where in (("optimizer", run.zero.offload_optimizer), ("weights", run.zero.offload_param))
+        if where == "cpu"
+    ]
+    offload = f"{' and '.join(offloaded)} on the CPU" if offloaded else "no offload"
+    return (
+        f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {dp} ranks = "
+        f"{run.global_batch_size} sequences a step, ZeRO {run.zero.stage}, "
+        f"checkpointing {run.activation_checkpointing}, {offload}"
+    )
+
+
+def describe_speed(plan: Plan) -> str:
+    """The step time that ranked the plan, marked as the assumption that it is."""
+    prediction = plan.prediction
+    return (
+        f"about {format_seconds(prediction.step_time_s)} a step, {format_count(int(prediction.tokens_per_s))} tokens/s "
+        "(ASSUMED efficiencies: good for ranking only)"
+    )
+
+
+def remedy_text(way: Remedy) -> str:
+    """The options to give, and what is used then: ``--zero 3 --checkpointing full (61.0 GiB)``."""
+    parts = [part for name, value in way.changes if (part := _option(name, value))]
+    offload = _offload_option(dict(way.changes))
+    changed = " (changes the training)" if way.changes_training else ""
+    return f"{' '.join([*parts, *offload])}, which uses {format_bytes(way.used_peak_bytes)}{changed}"
+
+
+def _option(name: str, value: Any) -> str:
+    if name.startswith("zero.offload_"):
+        return ""
+    return f"{_FLAGS.get(name, name)} {value}"
+
+
+def _offload_option(changes: dict[str, Any]) -> list[str]:
+    optimizer, param = changes.get("zero.offload_optimizer"), changes.get("zero.offload_param")
+    if optimizer is None and param is None:
+        return []
+    return ["--offload " + {"cpu": "all"}.get(param or "", "optimizer" if optimizer == "cpu" else "none")]
+
+
+def uncertain_terms(found: Estimate) -> list[Term]:
+    """Terms of the peak, the overhead and the host that were fitted or assumed, largest first, each name once."""
+    every = [*found.peak.terms, *found.overhead, *found.host_terms]
+    by_name = {term.name: term for term in every if term.basis in (Basis.FITTED, Basis.ASSUMED)}
+    return sorted(by_name.values(), key=lambda term: -term.num_bytes)
