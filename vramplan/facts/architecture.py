@@ -1,4 +1,4 @@
-"""A model as a sequence of typed blocks; each block lists its parameter tensors.
+"""A model as a sequence of typed blocks (``facts/blocks.py``); each block lists its parameter tensors.
 
 ``facts/families/`` builds these from a ``config.json``; ``memory/blocks/`` says what each block keeps for
 backward; neither knows the other. Names of tensors are those of ``model.named_parameters()`` in the installed
@@ -9,193 +9,85 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 
+from vramplan.facts.blocks import (
+    Attention,
+    Embedding,
+    Experts,
+    GatedMLP,
+    LatentAttention,
+    Linear,
+    MixtureOfExperts,
+    Norm,
+    ParamTensor,
+    PlainMLP,
+    Role,
+    Router,
+)
 
-class Role(Enum):
-    """What a parameter tensor is for; the per-role counts of ``vramplan models``."""
-
-    EMBEDDING = "embedding"
-    ATTENTION = "attention"
-    MLP = "mlp"
-    EXPERTS = "experts"
-    ROUTER = "router"
-    NORM = "norm"
-    HEAD = "head"
-
-
-@dataclass(frozen=True, slots=True)
-class ParamTensor:
-    """One parameter tensor: its name below the block that owns it, its shape and its role."""
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-
-    @property
-    def numel(self) -> int:
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A dense projection ``(..., in_features) -> (..., out_features)``.
-
-    ``conv1d`` marks transformers' ``Conv1D`` (GPT-2), whose weight is stored ``(in, out)``.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-    role: Role
-    conv1d: bool = False
-
-    def tensors(self) -> Iterator[ParamTensor]:
-        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
-        yield ParamTensor(f"{self.name}.weight", shape, self.role)
-        if self.bias:
-            yield ParamTensor(f"{self.name}.bias", (self.out_features,), self.role)
-
-    @property
-    def weight_numel(self) -> int:
-        return self.in_features * self.out_features
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """A normalisation over ``width`` elements. ``kind``: ``rms`` (HF's Python RMSNorm: several ops, an fp32 copy)
-    or ``layer`` (``torch.nn.LayerNorm``: one fused op). ``affine`` False: no parameters (OLMo)."""
-
-    name: str
-    width: int
-    kind: str = "rms"
-    bias: bool = False
-    affine: bool = True
-
-    def tensors(self) -> Iterator[ParamTensor]:
-        if self.affine:
-            yield ParamTensor(f"{self.name}.weight", (self.width,), Role.NORM)
-            if self.bias:
-                yield ParamTensor(f"{self.name}.bias", (self.width,), Role.NORM)
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """A lookup table ``num_embeddings x width``."""
-
-    name: str
-    num_embeddings: int
-    width: int
-
-    def tensors(self) -> Iterator[ParamTensor]:
-        yield ParamTensor(f"{self.name}.weight", (self.num_embeddings, self.width), Role.EMBEDDING)
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Softmax attention with ``num_heads`` query heads and ``num_kv_heads`` key/value heads of ``head_dim``.
-
-    ``projections`` in registration order: three (q, k, v) or one fused, then the output projection last.
-    ``q_norm``/``k_norm`` act on each head (width ``head_dim``) or on the whole projection (OLMo-2).
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    projections: tuple[Linear, ...]
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    sliding_window: int | None = None
-    dropout: float = 0.0
-    rotary_dim: int = 0
-    """Elements of each head that are rotated: ``head_dim`` for Llama, 0 for learned positions (GPT-2)."""
-
-    @property
-    def q_width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def fused_qkv(self) -> bool:
-        return len(self.projections) == 2
-
-    @property
-    def out(self) -> Linear:
-        return self.projections[-1]
-
-    def tensors(self) -> Iterator[ParamTensor]:
-        for linear in self.projections:
-            yield from linear.tensors()
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                yield from norm.tensors()
-
-    def linears(self) -> Iterator[Linear]:
-        yield from self.projections
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMLP:
-    """``down(act(gate(x)) * up(x))``, width ``intermediate``; ``projections`` = (gate, up, down) or, fused,
-    (gate_up, down)."""
-
-    intermediate: int
-    activation: str
-    projections: tuple[Linear, ...]
-
-    @property
-    def fused(self) -> bool:
-        return len(self.projections) == 2
-
-    def tensors(self) -> Iterator[ParamTensor]:
-        for linear in self.projections:
-            yield from linear.tensors()
-
-    def linears(self) -> Iterator[Linear]:
-        yield from self.projections
-
-
-@dataclass(frozen=True, slots=True)
-class PlainMLP:
-    """``down(act(up(x)))``; ``projections`` = (up, down). ``dropout`` after ``down`` where the family has it."""
-
-    intermediate: int
-    activation: str
-    projections: tuple[Linear, Linear]
-    dropout: float = 0.0
-
-    def tensors(self) -> Iterator[ParamTensor]:
-        for linear in self.projections:
-            yield from linear.tensors()
-
-    def linears(self) -> Iterator[Linear]:
-        yield from self.projections
+__all__ = [
+    "Architecture",
+    "Attention",
+    "DecoderLayer",
+    "Embedding",
+    "Experts",
+    "GatedMLP",
+    "LatentAttention",
+    "Linear",
+    "MixtureOfExperts",
+    "Norm",
+    "ParamTensor",
+    "PlainMLP",
+    "Role",
+    "Router",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One decoder layer. ``parts`` in registration order, each an attention, an MLP or a norm; the residual
-    arrangement is ``sequential`` (pre-norm attention, then pre-norm MLP) or ``parallel``."""
+    """One decoder layer. ``parts`` in registration order: an attention, an MLP or experts, and norms.
 
-    parts: tuple[Attention | GatedMLP | PlainMLP | Norm, ...]
+    ``residual`` is the arrangement, ``x`` being the layer's input:
+
+    ``sequential``  ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` (Llama)
+    ``parallel``    ``x + attention(norm(x)) + mlp(norm(x))``: two norms (GPT-NeoX) or one for both (Phi)
+    ``post``        ``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))`` (OPT-350m)
+    ``norm_after``  ``x += norm(attention(x))``, then ``x += norm(mlp(x))`` (OLMo-2)
+    ``sandwich``    ``x += norm(attention(norm(x)))``, then ``x += norm(mlp(norm(x)))`` (Gemma-2)
+    """
+
+    parts: tuple[Attention | LatentAttention | GatedMLP | PlainMLP | MixtureOfExperts | Norm, ...]
     residual: str = "sequential"
     residual_dropout: float = 0.0
+    residual_scaled: bool = False
+    """Both branches are multiplied by a constant before they are added (Granite)."""
+
+    @property
+    def mixer(self) -> Attention | LatentAttention:
+        """What mixes tokens."""
+        return next(part for part in self.parts if isinstance(part, Attention | LatentAttention))
+
+    @property
+    def feed_forward(self) -> GatedMLP | PlainMLP | MixtureOfExperts:
+        """What acts on each token alone."""
+        return next(part for part in self.parts if isinstance(part, GatedMLP | PlainMLP | MixtureOfExperts))
 
     @property
     def attention(self) -> Attention:
-        return next(part for part in self.parts if isinstance(part, Attention))
+        """The mixer of a layer that has plain attention; ask ``mixer`` where it may be latent."""
+        mixer = self.mixer
+        if not isinstance(mixer, Attention):
+            raise TypeError(f"this layer mixes tokens with {type(mixer).__name__}, not Attention")
+        return mixer
 
     @property
     def mlp(self) -> GatedMLP | PlainMLP:
-        return next(part for part in self.parts if isinstance(part, GatedMLP | PlainMLP))
+        """The MLP of a dense layer; ask ``feed_forward`` where it may be experts."""
+        feed_forward = self.feed_forward
+        if isinstance(feed_forward, MixtureOfExperts):
+            raise TypeError("this layer has experts, not one MLP")
+        return feed_forward
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -228,6 +120,7 @@ class Architecture:
     final_norm: Norm | None
     head: Linear
     tied_embeddings: bool
+    """Whether the head's weight is the first embedding's (a head's bias is its own all the same)."""
     layer_prefix: str = "model.layers"
     embedding_dropout: float = 0.0
     embedding_scaled: bool = False
@@ -236,6 +129,12 @@ class Architecture:
     """``softcap * tanh(logits / softcap)`` (Gemma-2): three more tensors of the logits' size."""
     logits_scaled: bool = False
     """The logits are multiplied or divided by a constant (Granite, Cohere): one more tensor of the logits' size."""
+    embedding_norm: Norm | None = None
+    """A norm on the embedding's output, registered after it (BLOOM)."""
+    embedding_projections: tuple[Linear, ...] = ()
+    """Between the embedding's width and the layers': out, in; registered after the embeddings (OPT-350m)."""
+    norm_before_layers: bool = False
+    """The final norm is registered before the layers (OPT)."""
     extra: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property
@@ -243,16 +142,24 @@ class Architecture:
         return len(self.layers)
 
     def named_tensors(self) -> Iterator[ParamTensor]:
-        """Every unique parameter tensor by its full name, in registration order (a tied head is left out)."""
+        """Every unique parameter tensor by its full name, in registration order (a tied head's weight is left out)."""
+        final_norm = () if self.final_norm is None else tuple(self.final_norm.tensors())
         for embedding in self.embeddings:
             yield from embedding.tensors()
+        if self.embedding_norm is not None:
+            yield from self.embedding_norm.tensors()
+        for projection in self.embedding_projections:
+            yield from projection.tensors()
+        if self.norm_before_layers:
+            yield from final_norm
         for index, layer in enumerate(self.layers):
             for tensor in layer.tensors():
                 yield ParamTensor(f"{self.layer_prefix}.{index}.{tensor.name}", tensor.shape, tensor.role)
-        if self.final_norm is not None:
-            yield from self.final_norm.tensors()
-        if not self.tied_embeddings:
-            yield from self.head.tensors()
+        if not self.norm_before_layers:
+            yield from final_norm
+        for tensor in self.head.tensors():
+            if not (self.tied_embeddings and tensor.name == f"{self.head.name}.weight"):
+                yield tensor
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
         """Every dense projection of the layers by its full module name (not the head)."""

@@ -1,0 +1,343 @@
+"""The typed blocks that models are made of; each lists its parameter tensors.
+
+Names of tensors are relative to the layer (or the model) that holds the block. Where two spellings of one thing differ
+in what they keep for backward, the block says which it is; what that costs stands in ``memory/blocks/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+
+
+class Role(Enum):
+    """What a parameter tensor is for; the per-role counts of ``vramplan models``."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    EXPERTS = "experts"
+    ROUTER = "router"
+    NORM = "norm"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class ParamTensor:
+    """One parameter tensor: its name below the block that owns it, its shape and its role."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A dense projection ``(..., in_features) -> (..., out_features)``.
+
+    ``conv1d`` marks transformers' ``Conv1D`` (GPT-2), whose weight is stored ``(in, out)``.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+    role: Role
+    conv1d: bool = False
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
+        yield ParamTensor(f"{self.name}.weight", shape, self.role)
+        if self.bias:
+            yield ParamTensor(f"{self.name}.bias", (self.out_features,), self.role)
+
+    @property
+    def weight_numel(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalisation over ``width`` elements.
+
+    ``kind`` is the code that transformers runs:
+
+    ``rms``          fp32 copy, scaled, cast back, then times the weight (Llama)
+    ``rms_fp32``     the same, but the weight is applied before the cast back (OLMo-2, gpt-oss)
+    ``rms_gemma``    the same with ``1 + weight`` in fp32 (Gemma)
+    ``l2``           RMS without a weight (Llama-4's queries and keys)
+    ``layer``        ``torch.nn.LayerNorm``: one fused op
+    ``layer_fp32``   the fused op on an fp32 copy, without parameters (OLMo)
+    ``layer_python`` mean and variance in separate fp32 ops, weight and no bias (Cohere)
+    """
+
+    name: str
+    width: int
+    kind: str = "rms"
+    bias: bool = False
+    affine: bool = True
+    num_heads: int | None = None
+    """Heads with a weight each, where the norm acts on each head with its own; None: one weight for all."""
+    separate_heads: bool = False
+    """Whether each of those heads is a module of its own (StableLM) instead of a row of one weight (Cohere)."""
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        if not self.affine:
+            return
+        if self.separate_heads:
+            for head in range(self.num_heads or 0):
+                yield ParamTensor(f"{self.name}.norms.{head}.weight", (self.width,), Role.NORM)
+            return
+        shape = (self.width,) if self.num_heads is None else (self.num_heads, self.width)
+        yield ParamTensor(f"{self.name}.weight", shape, Role.NORM)
+        if self.bias:
+            yield ParamTensor(f"{self.name}.bias", shape, Role.NORM)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A lookup table ``num_embeddings x width``."""
+
+    name: str
+    num_embeddings: int
+    width: int
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        yield ParamTensor(f"{self.name}.weight", (self.num_embeddings, self.width), Role.EMBEDDING)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Softmax attention with ``num_heads`` query heads and ``num_kv_heads`` key/value heads of ``head_dim``.
+
+    ``projections``: those of query, key and value in registration order, or one fused; the output projection last.
+    ``q_norm``/``k_norm`` act on each head (width ``head_dim``) or on the whole projection (OLMo-2).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    projections: tuple[Linear, ...]
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    sliding_window: int | None = None
+    dropout: float = 0.0
+    rotary_dim: int = 0
+    """Elements of each head that are rotated: ``head_dim`` for Llama, 0 for learned positions (GPT-2)."""
+    alibi: bool = False
+    """Positions come in as a bias on the scores (BLOOM)."""
+    softcap: bool = False
+    """``cap * tanh(scores / cap)`` in eager attention (Gemma-2)."""
+    clip_qkv: bool = False
+    """Query, key and value are clamped in place (OLMo)."""
+    chunk: int | None = None
+    """Tokens of a chunk that attends only within itself (Llama-4); None: no chunks."""
+    sinks: bool = False
+    """One more learned score a head, so that attention can look at nothing (gpt-oss)."""
+    out_first: bool = False
+    """The output projection is registered before the fused one (Phi-3)."""
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def fused_qkv(self) -> bool:
+        return len(self.projections) == 2
+
+    @property
+    def out(self) -> Linear:
+        return self.projections[-1]
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        if self.sinks:
+            prefix = self.out.name.rpartition(".")[0]
+            yield ParamTensor(f"{prefix}.sinks", (self.num_heads,), Role.ATTENTION)
+        for linear in self.projections[::-1] if self.out_first else self.projections:
+            yield from linear.tensors()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                yield from norm.tensors()
+
+    def linears(self) -> Iterator[Linear]:
+        yield from self.projections
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """DeepSeek's multi-head latent attention: keys and values come out of one narrow projection.
+
+    ``parts`` in registration order: query down, its norm, query up (or one query projection where ``q_rank`` is
+    None); key/value down, its norm, key/value up; output projection last.
+    """
+
+    num_heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_head_dim: int
+    rotary_dim: int
+    """Rotated elements of a head; those of the keys are shared by all heads."""
+    v_head_dim: int
+    parts: tuple[Linear | Norm, ...]
+    dropout: float = 0.0
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.nope_head_dim + self.rotary_dim
+
+    @property
+    def out(self) -> Linear:
+        return list(self.linears())[-1]
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        for part in self.parts:
+            yield from part.tensors()
+
+    def linears(self) -> Iterator[Linear]:
+        for part in self.parts:
+            if isinstance(part, Linear):
+                yield part
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """``down(act(gate(x)) * up(x))``, width ``intermediate``; ``projections`` = (gate, up, down) or, fused,
+    (gate_up, down)."""
+
+    intermediate: int
+    activation: str
+    projections: tuple[Linear, ...]
+
+    @property
+    def fused(self) -> bool:
+        return len(self.projections) == 2
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        for linear in self.projections:
+            yield from linear.tensors()
+
+    def linears(self) -> Iterator[Linear]:
+        yield from self.projections
+
+
+@dataclass(frozen=True, slots=True)
+class PlainMLP:
+    """``down(act(up(x)))``; ``projections`` = (up, down). ``dropout`` after ``down`` where the family has it."""
+
+    intermediate: int
+    activation: str
+    projections: tuple[Linear, Linear]
+    dropout: float = 0.0
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        for linear in self.projections:
+            yield from linear.tensors()
+
+    def linears(self) -> Iterator[Linear]:
+        yield from self.projections
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Scores every expert for every token: ``num_experts x in_features``.
+
+    ``is_linear``: a ``torch.nn.Linear`` (Llama-4), which adapters and quantizers see; else a bare parameter.
+    """
+
+    name: str
+    in_features: int
+    num_experts: int
+    bias: bool = False
+    is_linear: bool = False
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        yield ParamTensor(f"{self.name}.weight", (self.num_experts, self.in_features), Role.ROUTER)
+        if self.bias:
+            yield ParamTensor(f"{self.name}.bias", (self.num_experts,), Role.ROUTER)
+
+    def linears(self) -> Iterator[Linear]:
+        if self.is_linear:
+            yield Linear(self.name, self.in_features, self.num_experts, self.bias, Role.ROUTER)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """All routed experts of a layer as two three-dimensional parameters, gate and up fused (transformers 5).
+
+    No ``torch.nn.Linear``: adapters and quantizers that walk modules do not see them. ``transposed``: stored
+    ``(experts, in, out)`` (gpt-oss, Llama-4) instead of ``(experts, out, in)``.
+    """
+
+    name: str
+    num_experts: int
+    hidden_size: int
+    intermediate: int
+    bias: bool = False
+    transposed: bool = False
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        for suffix, fan_in, fan_out in (
+            ("gate_up_proj", self.hidden_size, 2 * self.intermediate),
+            ("down_proj", self.intermediate, self.hidden_size),
+        ):
+            matrix = (fan_in, fan_out) if self.transposed else (fan_out, fan_in)
+            yield ParamTensor(f"{self.name}.{suffix}", (self.num_experts, *matrix), Role.EXPERTS)
+            if self.bias:
+                yield ParamTensor(f"{self.name}.{suffix}_bias", (self.num_experts, fan_out), Role.EXPERTS)
+
+    def linears(self) -> Iterator[Linear]:
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """Routed experts, ``experts_per_token`` of them for each token, and perhaps a shared expert for all tokens.
+
+    ``parts`` in registration order: the router, the experts, the shared expert, and the linear that weighs it
+    (Qwen2-MoE).
+    """
+
+    experts_per_token: int
+    activation: str
+    parts: tuple[Router | Experts | GatedMLP | Linear, ...]
+
+    @property
+    def router(self) -> Router:
+        return next(part for part in self.parts if isinstance(part, Router))
+
+    @property
+    def experts(self) -> Experts:
+        return next(part for part in self.parts if isinstance(part, Experts))
+
+    @property
+    def shared(self) -> GatedMLP | None:
+        return next((part for part in self.parts if isinstance(part, GatedMLP)), None)
+
+    @property
+    def shared_gate(self) -> Linear | None:
+        return next((part for part in self.parts if isinstance(part, Linear)), None)
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts.num_experts
+
+    def tensors(self) -> Iterator[ParamTensor]:
+        for part in self.parts:
+            yield from part.tensors()
+
+    def linears(self) -> Iterator[Linear]:
+        for part in self.parts:
+            if isinstance(part, Linear):
+                yield part
+            else:
+                yield from part.linears()
