@@ -13,7 +13,9 @@ from vramplan.report.compared import comparison_to_dict, render_comparison
 
 
 def compare(
-    records: Annotated[Path, typer.Argument(help="A JSONL file of measurement records.", show_default=False)],
+    records: Annotated[
+        Path, typer.Argument(metavar="RECORDS.jsonl", help="A JSONL file of measurement records.", show_default=False)
+    ],
     phases: Annotated[bool, typer.Option("--phases", help="Also compare every phase of every record.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

@@ -15,7 +15,10 @@ from vramplan.search.fit import fit_run
 @with_run_options
 def fit(
     model: Annotated[
-        str, typer.Argument(help="A catalogue name, a hub id, a local directory, or a SPEC.yaml.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A catalogue name, a hub id, a local directory, or a SPEC.yaml.", show_default=False
+        ),
     ],
     options: RunOptions,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

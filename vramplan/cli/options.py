@@ -31,23 +31,23 @@ def _option(help_text: str, name: str | None = None, panel: str = "Run") -> Any:
 class RunOptions:
     """One field an option; what is not given is left to the spec file, its defaults, or the search."""
 
-    method: Annotated[str | None, _option("full, lora or qlora [default: full]")] = None
-    lora_r: Annotated[int | None, _option("Rank of the adapters [default: 16]")] = None
-    precision: Annotated[str | None, _option("bf16, fp16, fp32 or bf16-autocast [default: bf16]")] = None
-    seq_len: Annotated[int | None, _option("Tokens of one sequence [default: 2048]")] = None
+    method: Annotated[str | None, _option("full, lora or qlora (default: full)")] = None
+    lora_r: Annotated[int | None, _option("Rank of the adapters (default: 16)")] = None
+    precision: Annotated[str | None, _option("bf16, fp16, fp32 or bf16-autocast (default: bf16)")] = None
+    seq_len: Annotated[int | None, _option("Tokens of one sequence (default: 2048)")] = None
     global_batch: Annotated[int | None, _option("Sequences of one optimizer step over all ranks")] = None
-    micro_batch: Annotated[int | None, _option("Sequences of one rank's forward [default: searched]")] = None
-    optimizer: Annotated[str | None, _option("adamw, adamw_torch, adamw_8bit, sgd, ... [default: adamw]")] = None
-    attention: Annotated[str | None, _option("sdpa, eager or flash_attention_2 [default: sdpa]")] = None
-    loss: Annotated[str | None, _option("hf, or liger for a fused loss [default: hf]")] = None
-    zero: Annotated[int | None, _option("ZeRO stage, 0 to 3 [default: searched]", panel="Layout")] = None
-    offload: Annotated[str | None, _option("none, optimizer or all [default: searched]", panel="Layout")] = None
-    checkpointing: Annotated[str | None, _option("none or full [default: searched]", panel="Layout")] = None
+    micro_batch: Annotated[int | None, _option("Sequences of one rank's forward (default: searched)")] = None
+    optimizer: Annotated[str | None, _option("adamw, adamw_torch, adamw_8bit, sgd, ... (default: adamw)")] = None
+    attention: Annotated[str | None, _option("sdpa, eager or flash_attention_2 (default: sdpa)")] = None
+    loss: Annotated[str | None, _option("hf, or liger for a fused loss (default: hf)")] = None
+    zero: Annotated[int | None, _option("ZeRO stage, 0 to 3 (default: searched)", panel="Layout")] = None
+    offload: Annotated[str | None, _option("none, optimizer or all (default: searched)", panel="Layout")] = None
+    checkpointing: Annotated[str | None, _option("none or full (default: searched)", panel="Layout")] = None
     gpu: Annotated[
-        str | None, _option("A GPU of the catalogue, or cpu [default: this machine's]", panel="Hardware")
+        str | None, _option("A GPU of the catalogue, or cpu (default: this machine's)", panel="Hardware")
     ] = None
     gpus: Annotated[int | None, _option("GPUs (or CPU ranks) of each node", panel="Hardware")] = None
-    nodes: Annotated[int | None, _option("Nodes of as many GPUs each [default: 1]", panel="Hardware")] = None
+    nodes: Annotated[int | None, _option("Nodes of as many GPUs each (default: 1)", panel="Hardware")] = None
     memory_cap: Annotated[str | None, _option("Bytes that one rank may use, such as 24GiB", panel="Hardware")] = None
     host_memory: Annotated[str | None, _option("Memory of one node's host, such as 512GiB", panel="Hardware")] = None
     assign: Annotated[

@@ -19,7 +19,10 @@ from vramplan.search.planner import make_plan
 @with_run_options
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A catalogue name, a hub id, a local directory, or a SPEC.yaml.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A catalogue name, a hub id, a local directory, or a SPEC.yaml.", show_default=False
+        ),
     ],
     options: RunOptions,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", show_default=False)],

@@ -101,7 +101,9 @@ def render_plan(plan: Plan) -> RenderableType:
         of = f" of {format_bytes(known)}" if known is not None else " (the host's memory is not known)"
         head.add_row("host", f"{format_bytes(prediction.host_bytes_per_node)} per node{of}")
     parts: list[RenderableType] = [head, "", phases_table(prediction.phases)]
-    parts += ["", refusals_table(plan.refused)] if plan.refused else ["", Text("No faster candidate was refused.")]
+    parts += (
+        ["", refusals_table(plan.refused)] if plan.refused else ["", Text("No better-looking candidate was refused.")]
+    )
     return Group(*parts)
 
 
@@ -121,8 +123,8 @@ def phases_table(phases: Sequence[PhaseBytes]) -> Table:
 
 
 def refusals_table(refused: Sequence[Refusal]) -> RenderableType:
-    """Candidates that would have been faster, with the reason against each."""
-    table = _table("Faster candidates that were refused")
+    """Candidates that would have been faster or simpler, with the reason against each."""
+    table = _table("Better-looking candidates that were refused")
     table.add_column("candidate", overflow="fold")
     table.add_column("a step", justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold")

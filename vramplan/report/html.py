@@ -65,7 +65,9 @@ def plan_html(plan: Plan) -> str:
         (
             _table("Plan", (), facts, numbers=()),
             _table("Predicted, bytes allocated on one rank", ("phase", "peak", "at its end"), phases, numbers=(1, 2)),
-            _table("Faster candidates that were refused", ("candidate", "a step", "why not"), refused, numbers=(1,)),
+            _table(
+                "Better-looking candidates that were refused", ("candidate", "a step", "why not"), refused, numbers=(1,)
+            ),
         )
     )
 

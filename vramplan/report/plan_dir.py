@@ -55,7 +55,7 @@ def _launch_script(plan: Plan) -> str:
     """Starts the ranks as ``vramplan train`` does, but without its recovery; takes the run directory as argument."""
     command = launch_command(plan.node, "$PLAN", "$RUN_DIR")
     environment = launch_environment(plan.run, plan.node, inherited={})
-    line = shell_text(command, environment).replace("'$PLAN'", '"$PLAN"').replace("$PLAN $RUN", '"$PLAN" "$RUN')
+    line = shell_text(command, environment).replace("$PLAN", '"$PLAN"').replace("$RUN_DIR", '"$RUN_DIR"')
     return (
         "#!/bin/sh\n"
         "# `vramplan train plan.yaml` does the same, shows progress and writes the record.\n"
@@ -68,7 +68,7 @@ def _launch_script(plan: Plan) -> str:
 
 
 def refused_markdown(plan: Plan) -> str:
-    """A table of the candidates that would have been faster, with the reason against each."""
+    """A table of the candidates that looked better, with the reason against each."""
     prediction = plan.prediction
     lines = [
         f"# {words.describe_run(plan.run)}",
@@ -79,10 +79,10 @@ def refused_markdown(plan: Plan) -> str:
         "",
     ]
     if not plan.refused:
-        return "\n".join([*lines, "No candidate would have been faster.", ""])
+        return "\n".join([*lines, "No candidate looked better.", ""])
     lines += [
-        "Every candidate that would have been faster, fastest first. Step times rank; they rest on assumed "
-        "efficiencies.",
+        "Every candidate that looked better, the best first: faster, or as fast and simpler. Step times rank; they "
+        "rest on assumed efficiencies.",
         "",
         "| candidate | a step | why not |",
         "| --- | ---: | --- |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from vramplan.facts.device import Node
@@ -20,6 +21,7 @@ _FLAGS = {
     "activation_checkpointing": "--checkpointing",
     "zero.stage": "--zero",
     "loss": "--loss",
+    "hardware.gpu": "--gpu",
     "hardware.gpus_per_node": "--gpus",
     "hardware.nodes": "--nodes",
     "hardware.memory_cap": "--memory-cap",
@@ -40,12 +42,9 @@ def verdict(fit: Fit) -> str:
         spare = found.capacity_bytes - found.used_peak_bytes
         room = f"{format_bytes(spare)} to spare" + (", less than the planner's margin" if fit.tight else "")
         return f"FITS: {subject} on {place}: {_peak(found)} ({room}){_host_clause(found)}."
-    shortage = (
-        f"{_peak(found)}, {format_bytes(found.used_peak_bytes - found.capacity_bytes)} too many"
-        if found.used_peak_bytes > found.capacity_bytes
-        else why_not(found, 0.0)
-    )
-    advice = " or with ".join(remedy_text(way) for way in fit.remedies)
+    excess = found.used_peak_bytes - found.capacity_bytes
+    shortage = f"{_peak(found)}, {format_bytes(excess)} too many" if excess > 0 else why_not(found, 0.0)
+    advice = ", or with ".join(remedy_text(way) for way in fit.remedies)
     would = f"; it would fit with {advice}" if advice else "; no single change that was tried makes it fit"
     return f"DOES NOT FIT: {subject} on {place}: {shortage}{would}."
 
@@ -95,10 +94,14 @@ def describe_layout(run: RunSpec) -> str:
     ]
     offload = f"{' and '.join(offloaded)} on the CPU" if offloaded else "no offload"
     return (
-        f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {dp} ranks = "
-        f"{run.global_batch_size} sequences a step, ZeRO {run.zero.stage}, "
+        f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {_plural(dp, 'rank')} = "
+        f"{_plural(run.global_batch_size or 0, 'sequence')} a step, ZeRO {run.zero.stage}, "
         f"checkpointing {run.activation_checkpointing}, {offload}"
     )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def describe_speed(plan: Plan) -> str:
@@ -114,14 +117,14 @@ def remedy_text(way: Remedy) -> str:
     """The options to give, and what is used then: ``--zero 3 --checkpointing full (61.0 GiB)``."""
     parts = [part for name, value in way.changes if (part := _option(name, value))]
     offload = _offload_option(dict(way.changes))
-    changed = " (changes the training)" if way.changes_training else ""
-    return f"{' '.join([*parts, *offload])}, which uses {format_bytes(way.used_peak_bytes)}{changed}"
+    changed = "; changes the training" if way.changes_training else ""
+    return f"{' '.join([*parts, *offload])} ({format_bytes(way.used_peak_bytes)}{changed})"
 
 
 def _option(name: str, value: Any) -> str:
     if name.startswith("zero.offload_"):
         return ""
-    return f"{_FLAGS.get(name, name)} {value}"
+    return f"{_FLAGS.get(name, name)} {shlex.quote(str(value))}"
 
 
 def _offload_option(changes: dict[str, Any]) -> list[str]:

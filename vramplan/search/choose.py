@@ -1,7 +1,8 @@
-"""The search: of all legal candidates the fastest that fits, and why every faster one was refused."""
+"""The search: of all legal candidates the fastest that fits, and why every better-looking one was refused."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ MARGIN_FRAC = 0.02
 ASSUMED: twice the estimator's own aim of 1 %."""
 
 
+TIE_FRAC = 0.02
+"""Step times that differ by less are called equal: their efficiencies are assumed, so the simpler plan is better."""
+
+
 @dataclass(frozen=True, slots=True)
 class Priced:
     """A legal candidate, closed, with its step time."""
@@ -31,15 +36,17 @@ class Priced:
     step_time_s: float
 
     @property
-    def rank(self) -> tuple[float, int, str, str, str]:
-        """Orders candidates by seconds per sequence; of equally fast ones the simpler comes first."""
+    def rank(self) -> tuple[int, bool, bool, bool, int, float]:
+        """Orders candidates by seconds per sequence; of about equally fast ones the simpler comes first."""
         candidate = self.candidate
+        seconds = self.step_time_s / (self.run.global_batch_size or 1)
         return (
-            self.step_time_s / (self.run.global_batch_size or 1),
+            math.floor(math.log(seconds) / math.log1p(TIE_FRAC)),
+            candidate.offload_optimizer != "none",
+            candidate.offload_param != "none",
+            candidate.activation_checkpointing != "none",
             candidate.zero_stage,
-            candidate.offload_optimizer,
-            candidate.offload_param,
-            candidate.activation_checkpointing,
+            seconds,
         )
 
 
@@ -167,10 +174,10 @@ def why_not(found: Estimate, margin_frac: float) -> str:
     """One clause: what does not fit in an estimate."""
     limit = int(found.capacity_bytes * (1 - margin_frac))
     if found.used_peak_bytes > limit:
-        margin = f" less the margin of {margin_frac:.0%}" if found.used_peak_bytes <= found.capacity_bytes else ""
+        margin = f", of which {margin_frac:.0%} stay free" if found.used_peak_bytes <= found.capacity_bytes else ""
         return (
             f"{found.peak.name} needs {format_bytes(found.used_peak_bytes)} of "
-            f"{format_bytes(found.capacity_bytes)}{margin}"
+            f"{format_bytes(found.capacity_bytes)}{margin}: {format_bytes(found.used_peak_bytes - limit)} too many"
         )
     return (
         f"the host needs {format_bytes(found.host_bytes_per_node)} of "

@@ -62,7 +62,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A candidate that would have been faster than the chosen one, and why it was not taken."""
+    """A candidate that looked better than the chosen one (faster, or as fast and simpler), and why it was not taken."""
 
     candidate: Candidate
     reason: str

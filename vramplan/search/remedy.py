@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
+from vramplan.facts.devices import all_devices
 from vramplan.memory.ledger import Estimate
 from vramplan.search.choose import Answer, fewest_bytes, leanest_fit, search
 from vramplan.spec.run import RunSpec
@@ -169,18 +170,28 @@ def _more_devices(run: RunSpec, node: Node, architecture: Architecture) -> Remed
 
 
 def _more_memory(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
-    """The smallest capacity of one rank, in whole MiB, that would do."""
+    """The smallest host memory or cap, in whole MiB, that would do, where it is one of these that binds."""
     try:
         lean = fewest_bytes(run, node, architecture)
     except SpecError:
         return None
     if lean.used_peak_bytes <= lean.capacity_bytes:
-        needed = -(-lean.host_bytes_per_node // MIB) * MIB
-        return Remedy((("hardware.host_memory", format_size(needed)),), lean.used_peak_bytes)
-    needed = -(-lean.used_peak_bytes // MIB) * MIB
-    raisable = node.memory_cap_bytes is not None and needed <= node.device.usable_bytes
-    name = "hardware.memory_cap" if raisable else "device memory of at least"
-    return Remedy(((name, format_size(needed)),), lean.used_peak_bytes)
+        return Remedy((("hardware.host_memory", format_size(lean.host_bytes_per_node)),), lean.used_peak_bytes)
+    if node.memory_cap_bytes is None or lean.used_peak_bytes > node.device.usable_bytes:
+        return None
+    return Remedy((("hardware.memory_cap", format_size(lean.used_peak_bytes)),), lean.used_peak_bytes)
+
+
+def _larger_device(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """The catalogue's smallest device of the same kind on which it fits."""
+    if node.device.kind == "cpu" or node.memory_cap_bytes is not None:
+        return None
+    larger = sorted(
+        (each for each in all_devices() if each.kind == node.device.kind and each.usable_bytes > node.capacity_bytes),
+        key=lambda each: each.usable_bytes,
+    )
+    found = _first_that_fits(larger, lambda device: _try_fit(run, replace(node, device=device), architecture))
+    return None if found is None else Remedy((("hardware.gpu", found[0].name),), found[1].used_peak_bytes)
 
 
 def format_size(num_bytes: int) -> str:
@@ -192,6 +203,7 @@ _SEARCHES: tuple[Callable[[RunSpec, Node, Architecture], Remedy | None], ...] = 
     _fused_loss,
     _more_devices,
     _more_memory,
+    _larger_device,
     _shorter_sequences,
     _adapters,
     _small_optimizer,
