@@ -6,14 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from vramplan.errors import SpecError
-from vramplan.search.plan import is_plan
-from vramplan.spec.load import merge, nest, parse_assignments, read_yaml_mapping, run_from_mapping
+from vramplan.search.plan import asked_fields
+from vramplan.spec.load import merge, nest, parse_assignments, run_from_mapping
 from vramplan.spec.run import RunSpec
 
 _OFFLOADS = {
@@ -75,18 +74,11 @@ _PLACES = {
 def asked_run(model: str, options: RunOptions) -> RunSpec:
     """The run that a model's name or a spec file asks for, with the options laid over it.
 
-    A plan file counts as the spec that it holds, with everything in it decided.
-
     Raises:
         SpecError: a file, key or value that cannot be; the text names it and the nearest that can.
     """
-    overrides = _overrides(options)
-    path = Path(model).expanduser()
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        return run_from_mapping(merge({"model": model}, overrides))
-    content = read_yaml_mapping(path)
-    spec = content.get("run", {}) if is_plan(content) else content
-    return run_from_mapping(merge(spec, overrides), source=str(path))
+    asked, source = asked_fields(model)
+    return run_from_mapping(merge(asked, _overrides(options)), source)
 
 
 def with_run_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -68,9 +68,10 @@ class Refusal:
     reason: str
     """One clause: the moment and bytes that do not fit, or DeepSpeed's reason."""
     step_time_s: float
-    used_peak_bytes: int | None = None
-    """None where it was refused before any bytes were counted."""
-    peak_moment: str | None = None
+    tokens_per_s: float
+    """Of all ranks together; step times of different global batches do not compare."""
+    used_peak_bytes: int
+    peak_moment: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +143,52 @@ _HEADER = """\
 """
 
 
+def asked_fields(model: Path | str) -> tuple[dict[str, Any], str]:
+    """The fields of a spec that a model's name or a YAML file stands for, and the file's name for errors (or "").
+
+    A plan file counts as the spec that it holds, with everything in it decided.
+
+    Raises:
+        SpecError: the file cannot be read as YAML.
+    """
+    path = Path(model).expanduser()
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return {"model": str(model)}, ""
+    content = read_yaml_mapping(path)
+    return (dict(content.get("run", {})) if is_plan(content) else content), str(path)
+
+
 def is_plan(fields: Mapping[str, Any]) -> bool:
     """Whether a file's mapping is a plan (else it is a spec)."""
     return _FORMAT_KEY in fields
 
 
-_DEVICE_FIELDS = ("name", "kind", "memory_bytes", "usable_bytes", "bf16_flops", "fp32_flops", "memory_bandwidth")
+_DEVICE_FIELDS = (
+    "name",
+    "kind",
+    "memory_bytes",
+    "usable_bytes",
+    "bf16_flops",
+    "fp32_flops",
+    "memory_bandwidth",
+    "link_bandwidth",
+    "compute_capability",
+)
 _NODE_FIELDS = ("gpus_per_node", "num_nodes", "host_memory_bytes", "memory_cap_bytes")
 
 
 def _node_to_dict(node: Node) -> dict[str, Any]:
     device = {name: getattr(node.device, name) for name in _DEVICE_FIELDS}
+    if node.device.compute_capability is not None:
+        device["compute_capability"] = list(node.device.compute_capability)  # YAML has no tuples
     return _drop_none({"device": _drop_none(device)} | {name: getattr(node, name) for name in _NODE_FIELDS})
 
 
 def _node_from_dict(fields: Mapping[str, Any]) -> Node:
-    return Node(**{**fields, "device": Device(**fields["device"])})
+    device = dict(fields["device"])
+    capability = device.pop("compute_capability", None)
+    device["compute_capability"] = None if capability is None else tuple(capability)
+    return Node(**{**fields, "device": Device(**device)})
 
 
 def _prediction_to_dict(prediction: Prediction) -> dict[str, Any]:
