@@ -84,6 +84,7 @@ def refusal_to_dict(refusal: Refusal) -> dict[str, Any]:
     return {
         **asdict(refusal.candidate),
         "step_time_s": refusal.step_time_s,
+        "tokens_per_s": refusal.tokens_per_s,
         "used_peak_bytes_per_rank": refusal.used_peak_bytes,
         "peak_moment": refusal.peak_moment,
         "reason": refusal.reason,

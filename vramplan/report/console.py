@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from vramplan.memory.ledger import Estimate, PhaseBytes
 from vramplan.memory.term import Basis
 from vramplan.report import words
-from vramplan.report.rows import LedgerRow, host_rows, ledger_rows, moment_rows
+from vramplan.report.rows import LedgerRow, host_rows, ledger_rows, moment_rows, nearest_refusals
 from vramplan.search.fit import Fit
 from vramplan.search.plan import Plan, Refusal
-from vramplan.units import format_bytes, format_seconds
+from vramplan.units import format_bytes, format_count
 
 BAR_WIDTH = 24
-MAX_REFUSED = 12
-"""Refused candidates shown; all are in the plan's files and JSON."""
 _BASIS_STYLES = {Basis.FITTED: "cyan", Basis.ASSUMED: "yellow"}
 
 
@@ -123,15 +120,16 @@ def phases_table(phases: Sequence[PhaseBytes]) -> Table:
 
 
 def refusals_table(refused: Sequence[Refusal]) -> RenderableType:
-    """Candidates that would have been faster or simpler, with the reason against each."""
+    """Candidates that looked better, with the reason against each: of each layout the one nearest to fitting."""
     table = _table("Better-looking candidates that were refused")
     table.add_column("candidate", overflow="fold")
-    table.add_column("a step", justify="right", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold")
-    for refusal in refused[:MAX_REFUSED]:
-        table.add_row(refusal.candidate.label(), format_seconds(refusal.step_time_s), refusal.reason)
-    more = len(refused) - MAX_REFUSED
-    return Group(table, Padding(Text(f"and {more} more", style="dim"), (0, 2))) if more > 0 else table
+    shown = nearest_refusals(refused)
+    for refusal in shown:
+        table.add_row(refusal.candidate.label(), format_count(int(refusal.tokens_per_s)), refusal.reason)
+    more = len(refused) - len(shown)
+    return Group(table, Text(f"and {more} more of them with larger micro-batches", style="dim")) if more else table
 
 
 def bar_text(share: float, width: int = BAR_WIDTH) -> str:

@@ -8,10 +8,10 @@ from html import escape
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.term import Basis
 from vramplan.report import words
-from vramplan.report.rows import LedgerRow, host_rows, ledger_rows, moment_rows
+from vramplan.report.rows import LedgerRow, host_rows, ledger_rows, moment_rows, nearest_refusals
 from vramplan.search.fit import Fit
 from vramplan.search.plan import Plan
-from vramplan.units import format_bytes, format_seconds
+from vramplan.units import format_bytes, format_count
 
 _NUMBER = "text-align:right;white-space:nowrap"
 _TEXT = "text-align:left"
@@ -59,14 +59,18 @@ def plan_html(plan: Plan) -> str:
         (phase.phase, format_bytes(phase.peak_bytes), format_bytes(phase.end_bytes)) for phase in prediction.phases
     ]
     refused = [
-        (refusal.candidate.label(), format_seconds(refusal.step_time_s), refusal.reason) for refusal in plan.refused
+        (refusal.candidate.label(), format_count(int(refusal.tokens_per_s)), refusal.reason)
+        for refusal in nearest_refusals(plan.refused)
     ]
     return "".join(
         (
             _table("Plan", (), facts, numbers=()),
             _table("Predicted, bytes allocated on one rank", ("phase", "peak", "at its end"), phases, numbers=(1, 2)),
             _table(
-                "Better-looking candidates that were refused", ("candidate", "a step", "why not"), refused, numbers=(1,)
+                "Better-looking candidates that were refused",
+                ("candidate", "tokens/s", "why not"),
+                refused,
+                numbers=(1,),
             ),
         )
     )

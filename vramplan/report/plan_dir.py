@@ -13,7 +13,7 @@ from vramplan.emit.launch import launch_command, launch_environment, shell_text
 from vramplan.errors import SpecError
 from vramplan.report import words
 from vramplan.search.plan import Plan
-from vramplan.units import format_bytes, format_seconds
+from vramplan.units import format_bytes, format_count, format_seconds
 
 _TRAINING_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate")
 
@@ -84,11 +84,12 @@ def refused_markdown(plan: Plan) -> str:
         "Every candidate that looked better, the best first: faster, or as fast and simpler. Step times rank; they "
         "rest on assumed efficiencies.",
         "",
-        "| candidate | a step | why not |",
-        "| --- | ---: | --- |",
+        "| candidate | a step | tokens/s | why not |",
+        "| --- | ---: | ---: | --- |",
     ]
     lines += [
-        f"| {refusal.candidate.label()} | {format_seconds(refusal.step_time_s)} | {refusal.reason} |"
+        f"| {refusal.candidate.label()} | {format_seconds(refusal.step_time_s)} | "
+        f"{format_count(int(refusal.tokens_per_s))} | {refusal.reason} |"
         for refusal in plan.refused
     ]
     return "\n".join([*lines, ""])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.term import Basis, Term
+from vramplan.search.plan import Refusal
+from vramplan.search.space import Candidate
 
 SMALL_FRAC = 0.001
 """Terms below this share of the peak are shown as one row."""
@@ -55,6 +57,17 @@ def moment_rows(found: Estimate) -> list[LedgerRow]:
         )
         for moment in found.moments
     ]
+
+
+def nearest_refusals(refused: Iterable[Refusal]) -> list[Refusal]:
+    """Of refused candidates that differ in their micro-batch only, the smallest: larger ones need more still."""
+    nearest: dict[Candidate, Refusal] = {}
+    for refusal in refused:
+        layout = replace(refusal.candidate, micro_batch_size=0, grad_accum_steps=0)
+        known = nearest.get(layout)
+        if known is None or refusal.candidate.micro_batch_size < known.candidate.micro_batch_size:
+            nearest[layout] = refusal
+    return list(nearest.values())
 
 
 def _term_rows(terms: Iterable[Term], whole: int) -> list[LedgerRow]:

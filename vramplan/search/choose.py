@@ -166,7 +166,12 @@ def _shortfall(found: Estimate) -> tuple[bool, int]:
 
 def _refuse(each: Priced, found: Estimate, margin_frac: float) -> Refusal:
     return Refusal(
-        each.candidate, why_not(found, margin_frac), each.step_time_s, found.used_peak_bytes, found.peak.name
+        candidate=each.candidate,
+        reason=why_not(found, margin_frac),
+        step_time_s=each.step_time_s,
+        tokens_per_s=(each.run.global_batch_size or 0) * each.run.seq_len / each.step_time_s,
+        used_peak_bytes=found.used_peak_bytes,
+        peak_moment=found.peak.name,
     )
 
 

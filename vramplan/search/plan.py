@@ -85,6 +85,7 @@ class Plan:
     margin_frac: float
     """Share of the capacity that the plan leaves free."""
     refused: tuple[Refusal, ...] = ()
+    """The best-looking first."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of vramplan and of what is installed to train with, when the plan was made."""
 
