@@ -26,7 +26,7 @@ class Subcommand:
     help: str
 
     def load(self) -> Callable[..., Any]:
-        """The function, with everything that it imports at module level."""
+        """The function, or the Typer of its own subcommands, with everything that it imports at module level."""
         module = importlib.import_module(f"vramplan.cli.{self.name}")
         return cast(Callable[..., Any], getattr(module, self.name))
 
@@ -36,6 +36,7 @@ SUBCOMMANDS = (
     Subcommand("plan", "Choose the layout that trains fastest among those that fit, and write it down."),
     Subcommand("train", "Run a plan on DeepSpeed."),
     Subcommand("compare", "Lay predicted memory beside measured memory, record by record."),
+    Subcommand("bench", "Measure memory for real: run jobs, find the largest micro-batch, list live tensors."),
     Subcommand("models", "List the catalogue of models."),
     Subcommand("gpus", "List the catalogue of GPUs."),
     Subcommand("doctor", "Check this machine: versions, GPUs, memory, DeepSpeed, and what will hurt."),
@@ -55,7 +56,10 @@ def make_app(called: str | None) -> typer.Typer:
     completing = "_VRAMPLAN_COMPLETE" in os.environ
     for subcommand in SUBCOMMANDS:
         function = subcommand.load() if completing or subcommand.name == called else _not_called
-        app.command(subcommand.name, help=subcommand.help)(function)
+        if isinstance(function, typer.Typer):
+            app.add_typer(function, name=subcommand.name, help=subcommand.help)
+        else:
+            app.command(subcommand.name, help=subcommand.help)(function)
     return app
 
 

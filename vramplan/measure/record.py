@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from vramplan.errors import SpecError
 from vramplan.spec.base import UserModel
-from vramplan.spec.layout import Layout
+from vramplan.spec.layout import Layout, shard
 from vramplan.spec.run import (
     Attention,
     Checkpointing,
@@ -185,6 +185,24 @@ class UnreadRecord:
     id: str
     reason: str
     measured: Measured
+
+
+def steps_were_skipped(record: Record) -> bool:
+    """Whether DeepSpeed discarded the record's optimizer steps, so that its optimizer states never came to be.
+
+    Under ZeRO-3 the fake group's gather leaves the other ranks' part of a weight undefined; where that reads as NaN,
+    so do the gradients, and DeepSpeed takes it for an overflow. The states (two fp32 numbers per trainable element)
+    are made in the first step that is not discarded: if the bytes after step 1 did not grow by them, it was.
+    """
+    spec, measured = record.spec, record.measured
+    if spec.zero.stage != 3 or spec.optimizer not in ("adamw", "adamw_torch") or not measured.numel_trainable:
+        return False
+    ends = {phase.phase: phase.allocated_end_bytes for phase in measured.phases}
+    last = f"step1.micro{spec.grad_accum_steps}"
+    if not {f"{last}.backward", f"{last}.optimizer_step"} <= ends.keys():
+        return False
+    grew = ends[f"{last}.optimizer_step"] - ends[f"{last}.backward"]
+    return grew < 4 * shard(measured.numel_trainable, spec.layout.zero_degree)
 
 
 def peaks_of(phases: Iterable[PhaseReading]) -> dict[str, int]:

@@ -72,10 +72,10 @@ class RunDir:
         return self.ranks / f"rank{rank}.failure.json"
 
 
-def append_event(path: Path, kind: str, **fields: Any) -> None:
+def append_event(file_path: Path, kind: str, /, **fields: Any) -> None:
     """Adds one event, whole: a line of JSON with its kind under ``event`` and the time (seconds since 1970)."""
     line = json.dumps({"event": kind, **fields, "time": time.time()}) + "\n"
-    with path.open("a", encoding="utf-8") as file:
+    with file_path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
