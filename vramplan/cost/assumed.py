@@ -37,9 +37,6 @@ PCIE_BANDWIDTH = {3: 12e9, 4: 24e9, 5: 48e9}
 """Bytes per second and direction of 16 lanes, by generation. ASSUMED: 76 % of the signalling rate."""
 PCIE_DEFAULT_GENERATION = 4
 """Where the catalogue does not give one. ASSUMED."""
-OVERLAP_HIDDEN_FRAC = 0.30
-"""Share of a collective that ``overlap_comm`` hides behind backward.
-ASSUMED: a third at most, since DeepSpeed waits for each bucket before it is filled again."""
 HOOK_S = 100e-6
 """Seconds that ZeRO-3 spends in Python for each module, each pass: fetch, release, trace.
 ASSUMED: the step time of small models under stage 3 is bound by it."""

@@ -21,7 +21,7 @@ class StepTime:
     compute_s: float
     """Forward, backward and recomputation of all micro-batches."""
     communication_s: float
-    """Collectives that are not hidden, and ZeRO-3's hooks."""
+    """Collectives and ZeRO-3's hooks."""
     offload_s: float
     """Copies between device and host."""
     optimizer_s: float
@@ -53,7 +53,7 @@ class CostModel:
         compute = (closed.grad_accum_steps or 1) * self._micro_batch_s(closed)
         return StepTime(
             compute_s=compute,
-            communication_s=self._communication_s(closed, traffic),
+            communication_s=self._communication_s(traffic),
             offload_s=traffic.host_bytes / _host_link_bandwidth(self.node.device),
             optimizer_s=self._optimizer_s(closed),
         )
@@ -81,10 +81,10 @@ class CostModel:
             return 0.0
         return passes * self.work.layer_flops / 2 * (0.5 + 2 + 2)
 
-    def _communication_s(self, closed: RunSpec, traffic: Traffic) -> float:
-        overlaps = closed.zero.overlap_comm if closed.zero.overlap_comm is not None else closed.zero.stage == 3
-        hidden = assumed.OVERLAP_HIDDEN_FRAC if overlaps else 0.0
-        seconds = (traffic.backward_bytes * (1 - hidden) + traffic.step_bytes) / link_bandwidth(self.node)
+    def _communication_s(self, traffic: Traffic) -> float:
+        """Collectives in full: how much of them ``overlap_comm`` hides differs widely, and counted in full the stages
+        keep the order of their bytes."""
+        seconds = traffic.link_bytes / link_bandwidth(self.node)
         on_cpu = self.node.device.kind == "cpu"
         latency = assumed.CPU_COLLECTIVE_LATENCY_S if on_cpu else assumed.COLLECTIVE_LATENCY_S
         return seconds + traffic.num_collectives * latency + traffic.num_hooks * assumed.HOOK_S
@@ -93,9 +93,10 @@ class CostModel:
         layout = closed.layout or Layout()
         degree = layout.tp * (layout.zero_degree if closed.zero.stage else 1)
         moved = shard(self.trainable_numel, degree) * assumed.OPTIMIZER_BYTES_PER_PARAM[closed.optimizer.kind]
+        bandwidth = _memory_bandwidth(self.node.device) * assumed.BANDWIDTH_EFFICIENCY
         if closed.zero.offload_optimizer == "cpu":
-            return moved * self.node.gpus_per_node / assumed.HOST_BANDWIDTH
-        return moved / (_memory_bandwidth(self.node.device) * assumed.BANDWIDTH_EFFICIENCY)
+            bandwidth = min(bandwidth, assumed.HOST_BANDWIDTH / self.node.gpus_per_node)
+        return moved / bandwidth
 
 
 def step_time_s(run: RunSpec, node: Node, architecture: Architecture) -> float:

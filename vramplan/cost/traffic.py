@@ -19,7 +19,7 @@ class Traffic:
     """Bytes and collectives of one rank in one optimizer step, all its micro-batches together."""
 
     backward_bytes: float
-    """Over the links, in forward and backward: what ``overlap_comm`` may hide."""
+    """Over the links, in forward and backward."""
     step_bytes: float
     """Over the links, at the optimizer step."""
     num_collectives: int

@@ -177,12 +177,17 @@ def _refuse(each: Priced, found: Estimate, margin_frac: float) -> Refusal:
 
 def why_not(found: Estimate, margin_frac: float) -> str:
     """One clause: what does not fit in an estimate."""
-    limit = int(found.capacity_bytes * (1 - margin_frac))
-    if found.used_peak_bytes > limit:
-        margin = f", of which {margin_frac:.0%} stay free" if found.used_peak_bytes <= found.capacity_bytes else ""
+    used, capacity = found.used_peak_bytes, found.capacity_bytes
+    limit = int(capacity * (1 - margin_frac))
+    if used > capacity:
         return (
-            f"{found.peak.name} needs {format_bytes(found.used_peak_bytes)} of "
-            f"{format_bytes(found.capacity_bytes)}{margin}: {format_bytes(found.used_peak_bytes - limit)} too many"
+            f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "
+            f"{format_bytes(used - capacity)} too many"
+        )
+    if used > limit:
+        return (
+            f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "
+            f"{format_bytes(used - limit)} into the margin of {margin_frac:.0%}"
         )
     return (
         f"the host needs {format_bytes(found.host_bytes_per_node)} of "

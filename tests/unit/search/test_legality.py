@@ -1,0 +1,111 @@
+"""Every rule: a run that it refuses, and the nearest one that it lets pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from vramplan.facts.device import Device, Node
+from vramplan.facts.devices import find_device
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.search.legality import _RULES, illegalities, illegality
+from vramplan.search.space import candidates
+from vramplan.spec.load import merge, run_from_mapping
+from vramplan.spec.run import RunSpec
+
+NODE = Node(find_device("h100-80gb"), 8)
+CPU_NODE = Node(Device("CPU", "cpu", 2**34, 2**33), 8)
+BASE = {
+    "model": "meta-llama/Llama-3.1-8B",
+    "micro_batch_size": 1,
+    "grad_accum_steps": 1,
+    "activation_checkpointing": "none",
+    "zero": {"stage": 2, "offload_optimizer": "none", "offload_param": "none"},
+    "layout": {"dp": 8},
+}
+
+
+def ask(fields: dict[str, object]) -> RunSpec:
+    return run_from_mapping(merge(BASE, fields))
+
+
+def reasons(fields: dict[str, object], node: Node = NODE) -> list[str]:
+    run = ask(fields)
+    return [each.reason for each in illegalities(run, node, resolve_architecture(run))]
+
+
+REFUSED = [
+    ({"zero": {"offload_param": "cpu"}}, NODE, "offload_param needs ZeRO stage 3"),
+    ({"zero": {"stage": 0, "offload_optimizer": "cpu"}}, NODE, "offload_optimizer needs ZeRO stage 1"),
+    ({"precision": "fp16"}, CPU_NODE, "precision fp16 needs a CPU"),
+    ({"precision": "fp16"}, Node(find_device("P100"), 8), "compute capability 7.0"),
+    ({"attention": "flash_attention_2"}, CPU_NODE, "does not run on CPU"),
+    ({"attention": "flash_attention_2"}, Node(find_device("T4"), 8), "compute capability 8.0"),
+    ({"attention": "flash_attention_2", "precision": "fp32"}, NODE, "bf16 or fp16 only"),
+    ({"loss": "liger"}, CPU_NODE, "needs a GPU"),
+    ({"layout": {"dp": 4, "pp": 2}}, NODE, "PipelineModule"),
+    ({"layout": {"dp": 1, "sp": 3}, "seq_len": 3072}, NODE, "does not divide the 32 attention heads"),
+    ({"layout": {"dp": 4, "sp": 2}, "attention": "eager"}, NODE, "layout.sp needs attention sdpa"),
+    ({"layout": {"dp": 4, "sp": 2}, "seq_len": 2049}, NODE, "no multiple of layout.sp 2"),
+    ({"layout": {"dp": 2, "sp": 2, "tp": 2}}, NODE, "layout.tp and layout.sp together"),
+    ({"layout": {"dp": 4, "tp": 2}, "method": "lora"}, NODE, "layout.tp splits linears"),
+]
+
+
+@pytest.mark.parametrize(("fields", "node", "said"), REFUSED, ids=str)
+def test_a_refused_combination_gives_its_reason(fields, node, said):
+    assert any(said in reason for reason in reasons(fields, node)), reasons(fields, node)
+
+
+@pytest.mark.parametrize(
+    ("fields", "node"),
+    [
+        ({}, NODE),
+        ({"zero": {"stage": 3, "offload_param": "cpu"}}, NODE),
+        ({"zero": {"stage": 1, "offload_optimizer": "cpu"}}, NODE),
+        ({"precision": "fp16"}, NODE),
+        ({"attention": "flash_attention_2", "precision": "bf16-autocast"}, NODE),
+        ({"loss": "liger"}, NODE),
+        ({"layout": {"dp": 2, "sp": 4}}, NODE),
+        ({"layout": {"dp": 4, "tp": 2}}, NODE),
+        ({"precision": "bf16"}, CPU_NODE),
+    ],
+    ids=str,
+)
+def test_an_allowed_combination_is_not_refused(fields, node):
+    assert reasons(fields, node) == []
+
+
+def test_key_value_heads_may_be_fewer_than_sequence_parallel_ranks():
+    # 8 key/value heads: 16 ranks are a multiple of them, so DeepSpeed replicates heads
+    run = ask({"layout": {"dp": 1, "sp": 16}})
+    node = replace(NODE, num_nodes=2)
+    assert illegality(run, node, resolve_architecture(run)) is None
+
+
+def test_every_rule_is_seen_refusing():
+    hit = set()
+    for fields, node, _ in REFUSED:
+        run = ask(fields)
+        hit |= {each.source for each in illegalities(run, node, resolve_architecture(run))}
+    assert hit == {source for _, source in _RULES}
+
+
+def test_every_source_names_a_file_that_the_installed_packages_have():
+    for _, source in _RULES:
+        package, _, rest = source.split(",")[0].split(";")[0].partition("/")
+        found = find_spec(package)
+        if found is None or found.origin is None:
+            continue  # liger_kernel is an option; the others are the trainer's own requirements
+        path = Path(found.origin).parent / rest.split(" ")[0]
+        assert path.exists(), source
+
+
+def test_what_a_search_tries_by_itself_is_legal_on_a_gpu():
+    run = run_from_mapping({"model": "meta-llama/Llama-3.1-8B"})
+    architecture = resolve_architecture(run)
+    for candidate in candidates(run, NODE):
+        assert illegality(candidate.close(run, NODE), NODE, architecture) is None
