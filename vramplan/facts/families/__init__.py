@@ -14,11 +14,37 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.families.fields import Fields
 
 FAMILIES: dict[str, str] = {
+    "bloom": "bloom",
+    "cohere": "cohere",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "glm": "glm",
     "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "gpt_oss": "gpt_oss",
+    "granite": "granite",
     "llama": "llama",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
     "mistral": "mistral",
+    "mixtral": "mixtral",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "opt": "opt",
+    "phi": "phi",
+    "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
 """``model_type`` of a ``config.json`` -> module of this package that reads it."""
 
@@ -38,7 +64,17 @@ def architecture_from_config(config: Mapping[str, object]) -> Architecture:
         raise _unknown_family(model_type, config)
     module = importlib.import_module(f"{__name__}.{module_name}")
     build = cast(Callable[[Fields], Architecture], module.build)
-    return build(Fields(config, module_name))
+    return build(Fields(_text_config(config, module_name), module_name))
+
+
+def _text_config(config: Mapping[str, object], module_name: str) -> Mapping[str, object]:
+    """The language model's part where the file describes a model for images too (``gemma3``, ``llama4``)."""
+    if "text_config" not in config and "vision_config" not in config:
+        return config
+    section = Fields(config, module_name).section("text_config")
+    if section is None:
+        raise Fields(config, module_name).error("text_config", "is missing")
+    return section
 
 
 def _unknown_family(model_type: str, config: Mapping[str, object]) -> ConfigError | UnknownNameError:

@@ -85,6 +85,13 @@ class Fields:
             raise self.error(names[0], f"must be a number, not {value!r}")
         return float(value)
 
+    def optional_number(self, *names: str, default: float | None) -> float | None:
+        """A number or ``null``, else the class default."""
+        value = self._get(names)
+        if value is None:
+            return None
+        return default if value is _MISSING else self.number(*names, default=0.0)
+
     def fraction(self, *names: str, default: float) -> float:
         """A number from 0 to 1, such as a dropout probability; absent or ``null``: the class default."""
         value = self.number(*names, default=default)
@@ -106,9 +113,9 @@ class Fields:
         return self._get(names) not in (_MISSING, None)
 
     def per_layer(self, name: str, num_layers: int) -> list[object] | None:
-        """A list with one entry a layer, or None where it is absent or ``null``."""
+        """A list with one entry a layer, or None where it is absent, ``null`` or empty."""
         value = self._get((name,))
-        if value is _MISSING or value is None:
+        if value is _MISSING or value is None or value == []:
             return None
         if not isinstance(value, list) or len(value) != num_layers:
             length = len(value) if isinstance(value, list) else "no list"

@@ -6,7 +6,18 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vramplan.facts.architecture import Architecture, DecoderLayer, Embedding, GatedMLP, Linear, Norm, Role
+from vramplan.facts.architecture import (
+    Architecture,
+    Attention,
+    DecoderLayer,
+    Embedding,
+    Experts,
+    GatedMLP,
+    Linear,
+    Norm,
+    PlainMLP,
+    Role,
+)
 from vramplan.facts.families.fields import Fields
 
 Kind = TypeVar("Kind", bound=Hashable)
@@ -57,6 +68,18 @@ def split_projections(
     )
 
 
+def attention(fields: Fields, heads: Heads, projections: tuple[Linear, ...]) -> Attention:
+    """Rotary attention over whole heads; a family that differs replaces what differs."""
+    return Attention(
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        projections,
+        dropout=fields.fraction("attention_dropout", default=0.0),
+        rotary_dim=heads.head_dim,
+    )
+
+
 def gated_mlp(
     hidden: int, intermediate: int, activation: str, *, bias: bool = False, prefix: str = "mlp", role: Role = Role.MLP
 ) -> GatedMLP:
@@ -72,21 +95,103 @@ def gated_mlp(
     )
 
 
-def rms_pair(hidden: int) -> tuple[Norm, Norm]:
-    """The two RMS norms before attention and before the MLP."""
-    return Norm("input_layernorm", hidden), Norm("post_attention_layernorm", hidden)
+def fused_gated_mlp(hidden: int, intermediate: int, activation: str) -> GatedMLP:
+    """Gate and up in one linear (Phi-3, GLM)."""
+    return GatedMLP(
+        intermediate,
+        activation,
+        (
+            Linear("mlp.gate_up_proj", hidden, 2 * intermediate, bias=False, role=Role.MLP),
+            Linear("mlp.down_proj", intermediate, hidden, bias=False, role=Role.MLP),
+        ),
+    )
+
+
+def plain_mlp(hidden: int, intermediate: int, activation: str, up: str, down: str, *, bias: bool = True) -> PlainMLP:
+    """Up and down projections under the family's own names."""
+    return PlainMLP(
+        intermediate,
+        activation,
+        (Linear(up, hidden, intermediate, bias, Role.MLP), Linear(down, intermediate, hidden, bias, Role.MLP)),
+    )
+
+
+def standard_mlp(fields: Fields, hidden: int, *, bias: bool = False) -> GatedMLP:
+    """The gated MLP of ``intermediate_size`` with ``hidden_act``, SiLU by default."""
+    return gated_mlp(
+        hidden, fields.required_size("intermediate_size"), fields.text("hidden_act", default="silu"), bias=bias
+    )
+
+
+def norm_pair(hidden: int, kind: str = "rms", *, bias: bool = False) -> tuple[Norm, Norm]:
+    """The two norms before attention and before the MLP."""
+    return Norm("input_layernorm", hidden, kind, bias), Norm("post_attention_layernorm", hidden, kind, bias)
+
+
+def sandwich_norms(hidden: int) -> tuple[Norm, ...]:
+    """Gemma's four norms, before and after attention and MLP."""
+    sides = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    return tuple(Norm(f"{side}_layernorm", hidden, "rms_gemma") for side in sides)
+
+
+def whole_multiple(fields: Fields, hidden: int, num_heads: int) -> int:
+    """Width of a head where the hidden size is cut into ``num_heads`` of them.
+
+    Raises:
+        ConfigError: it does not divide.
+    """
+    if hidden % num_heads:
+        raise fields.error("hidden_size", f"is {hidden}, no multiple of the {num_heads} heads")
+    return hidden // num_heads
+
+
+def routed_experts(fields: Fields, name: str, hidden: int, count: str, intermediate: str, *aliases: str) -> Experts:
+    """The routed experts, their number and width in the fields of those names."""
+    return Experts(name, fields.required_size(count, *aliases), hidden, fields.required_size(intermediate))
+
+
+def sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have experts as Qwen's configs say it: every ``decoder_sparse_step``-th but ``mlp_only_layers``."""
+    step = fields.size("decoder_sparse_step", default=1)
+    dense = fields.whole_numbers("mlp_only_layers")
+    return tuple((index + 1) % step == 0 and index not in dense for index in range(num_layers))
+
+
+def rotated_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have rotary positions: ``no_rope_layers`` (1 where they do), else all but every n-th."""
+    given = fields.per_layer("no_rope_layers", num_layers)
+    if given:
+        return tuple(bool(item) for item in given)
+    every = fields.size("no_rope_layer_interval", default=4)
+    return tuple((index + 1) % every != 0 for index in range(num_layers))
+
+
+def windows(fields: Fields, kinds: Sequence[str], default_window: int | None) -> tuple[int | None, ...]:
+    """Each layer's sliding window: that of the config on ``sliding_attention`` layers, else none.
+
+    ``kinds``: what the class makes of an absent ``layer_types``.
+    """
+    window = fields.optional_size("sliding_window", default=default_window)
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_kinds(fields, kinds))
+
+
+def layer_kinds(fields: Fields, default: Sequence[str]) -> tuple[str, ...]:
+    """``layer_types``, one a layer; ``default`` where it is absent."""
+    given = fields.per_layer("layer_types", len(default))
+    kinds = default if given is None else [str(kind) for kind in given]
+    unknown = set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"}
+    if unknown:
+        raise fields.error("layer_types", f"has {sorted(unknown)[0]!r}, which is no kind of attention that is known")
+    return tuple(kinds)
 
 
 def sliding_layers(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window as Qwen's configs say it: ``layer_types``, else ``max_window_layers``, else none."""
-    window = fields.optional_size("sliding_window", default=4096)
-    if not fields.flag("use_sliding_window", default=False) or window is None:
+    if not fields.flag("use_sliding_window", default=False):
         return (None,) * num_layers
-    types = fields.per_layer("layer_types", num_layers)
-    if types is not None:
-        return tuple(window if kind == "sliding_attention" else None for kind in types)
     first = fields.count("max_window_layers", default=28)
-    return tuple(window if index >= first else None for index in range(num_layers))
+    kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(num_layers)]
+    return windows(fields, kinds, default_window=4096)
 
 
 def one_per_kind(kinds: Sequence[Kind], make: Callable[[Kind], DecoderLayer]) -> tuple[DecoderLayer, ...]:
@@ -105,10 +210,14 @@ def decoder(
     hidden: int,
     default_positions: int,
     default_tied: bool,
+    default_vocab: int | None = None,
     final_norm: Norm | None = None,
 ) -> Architecture:
     """The frame around the layers in Llama's spelling: ``model.embed_tokens``, ``model.norm``, ``lm_head``."""
-    vocab = fields.required_size("vocab_size")
+    if default_vocab is None:
+        vocab = fields.required_size("vocab_size")
+    else:
+        vocab = fields.size("vocab_size", default=default_vocab)
     return Architecture(
         family=fields.family,
         hidden_size=hidden,

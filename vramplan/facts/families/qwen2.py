@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from vramplan.facts.architecture import Architecture, Attention, DecoderLayer
+from dataclasses import replace
+
+from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.families.fields import Fields
 from vramplan.facts.families.parts import (
+    attention,
     decoder,
-    gated_mlp,
+    norm_pair,
     one_per_kind,
     read_heads,
-    rms_pair,
     sliding_layers,
     split_projections,
+    standard_mlp,
 )
 
 
 def build(fields: Fields) -> Architecture:
     """Llama's blocks with biases on query, key and value (never on the output projection)."""
     heads = read_heads(fields, default_kv_heads=32)
-    num_layers = fields.required_size("num_hidden_layers")
-    projections = split_projections(heads, qkv_bias=True)
-    dropout = fields.fraction("attention_dropout", default=0.0)
-    mlp = gated_mlp(
-        heads.hidden_size, fields.required_size("intermediate_size"), fields.text("hidden_act", default="silu")
-    )
-    norms = rms_pair(heads.hidden_size)
-
-    def layer(window: int | None) -> DecoderLayer:
-        attention = Attention(
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_dim,
-            projections,
-            sliding_window=window,
-            dropout=dropout,
-            rotary_dim=heads.head_dim,
-        )
-        return DecoderLayer((attention, mlp, *norms))
-
-    layers = one_per_kind(sliding_layers(fields, num_layers), layer)
+    mixer = attention(fields, heads, split_projections(heads, qkv_bias=True))
+    rest = (standard_mlp(fields, heads.hidden_size), *norm_pair(heads.hidden_size))
+    windows = sliding_layers(fields, fields.required_size("num_hidden_layers"))
+    layers = one_per_kind(windows, lambda window: DecoderLayer((replace(mixer, sliding_window=window), *rest)))
     return decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
