@@ -19,7 +19,7 @@ from vramplan.memory.blocks.attention import causal_mask, rotary_tables
 from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
 from vramplan.memory.blocks.layer import run_layer
 from vramplan.memory.blocks.norm import normalise
-from vramplan.memory.size import ZERO, Size, add, scale, sub
+from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.spec.trainable import Method
 
@@ -40,13 +40,12 @@ class ModelRun:
 
 
 @dataclass(frozen=True)
-class ModuleEvent:
-    """A module with parameters begins or ends to run, at allocation ``index``."""
+class Gradient:
+    """A parameter's gradient is complete: what is alive at that instant, itself included."""
 
-    index: int
-    event: str
     name: str
-    backward: bool
+    numel: int
+    at: Point
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Profile:
     forward_end: Point
     backward: tuple[Point, ...]
     backward_end: Point
-    gradients: tuple[tuple[str, int, int], ...]
-    """Each parameter gradient in the order of backward: name, elements, index of the point at which it appears."""
+    gradients: tuple[Gradient, ...]
+    """Each parameter gradient in the order of backward."""
 
 
 class _Runner:
@@ -74,11 +73,11 @@ class _Runner:
             autocast=run.autocast,
             sequence_parallel=run.sequence_parallel,
         )
-        self.gradients: list[tuple[str, int, int]] = []
+        self.gradients: list[Gradient] = []
         self.tape.on_grad = self._collect
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
-        self.gradients.append((param.name, param.grad_numel, len(self.tape.points) - 1))
+        self.gradients.append(Gradient(param.name, param.grad_numel, self._snapshot(self.tape.where)))
 
     def profile(self) -> Profile:
         tape = self.tape
@@ -127,20 +126,18 @@ class _Runner:
             first.setdefault(key, index)
             last[key] = index
         costs: dict[Hashable, dict[str, Size]] = {}
-        skipped: list[Hashable] = []
-        skipped_numel = 0
+        skipped: list[int] = []
         for index, key in enumerate(keys):
             layer = self.run.architecture.layers[index]
             if index not in (first[key], last[key]):
-                skipped.append(key)
-                skipped_numel += _trained_numel(self.ctx, layer, index, self.run.architecture.layer_prefix)
+                skipped.append(index)
                 continue
-            x = self._skip(x, skipped, costs, skipped_numel)
-            skipped, skipped_numel = [], 0
+            x = self._skip(x, skipped, keys, costs)
+            skipped = []
             before = dict(self.tape.by_label)
             x = self._layer(x, layer, index)
             costs.setdefault(key, _difference(self.tape.by_label, before))
-        return self._skip(x, skipped, costs, skipped_numel)
+        return self._skip(x, skipped, keys, costs)
 
     def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
         ctx = self.ctx
@@ -159,20 +156,22 @@ class _Runner:
         with self.tape.at(f"layer {index}"):
             return self.tape.checkpoint(forward, x) if self.run.checkpointing else forward(x)
 
-    def _skip(self, x: Tensor, kinds: list[Hashable], costs: dict[Hashable, dict[str, Size]], numel: int) -> Tensor:
+    def _skip(
+        self, x: Tensor, skipped: list[int], keys: list[Hashable], costs: dict[Hashable, dict[str, Size]]
+    ) -> Tensor:
         """Layers that are not run: what they keep, as a node that frees it when backward passes."""
-        if not kinds:
+        if not skipped:
             return x
         tape = self.tape
         total: dict[str, Size] = {}
-        for kind in set(kinds):
-            for label, size in costs[kind].items():
-                total[label] = add(total.get(label, ZERO), scale(size, kinds.count(kind)))
+        for index in skipped:
+            for label, size in costs[keys[index]].items():
+                total[label] = add(total.get(label, ZERO), size)
         held = [tape.new(size, Dtype.UINT8, label) for label, size in total.items() if size != ZERO]
         out = Tensor(x.storage, x.numel, x.dtype)
 
         def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-            tape.grad_numel += numel
+            self._deliver_skipped(skipped, keys, costs)
             return [grads[0]]
 
         with tape.at(""):
@@ -180,6 +179,35 @@ class _Runner:
         if out.node is not None:
             out.node.saved.extend(held)
         return out
+
+    def _deliver_skipped(
+        self, skipped: list[int], keys: list[Hashable], costs: dict[Hashable, dict[str, Size]]
+    ) -> None:
+        """The gradients of the layers between, at the instants of the last layer of their kind less what the layers
+        above them no longer keep."""
+        freed: dict[str, Size] = {}
+        prefix = self.run.architecture.layer_prefix
+        templates: dict[Hashable, tuple[str, list[Gradient]]] = {}
+        for index in reversed(skipped):
+            key = keys[index]
+            if key not in templates:
+                last = f"{prefix}.{max(i for i, other in enumerate(keys) if other == key)}."
+                templates[key] = last, [event for event in self.gradients if event.name.startswith(last)]
+            last, events = templates[key]
+            for event in events:
+                self.tape.grad_numel += event.numel
+                at = _less(event.at, freed, self.tape.grad_numel, f"layer {index}")
+                self.gradients.append(Gradient(f"{prefix}.{index}.{event.name[len(last) :]}", event.numel, at))
+            for label, size in costs[key].items():
+                freed[label] = add(freed.get(label, ZERO), size)
+
+
+def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> Point:
+    by_label = {label: sub(size, freed.get(label, ZERO)) for label, size in point.by_label.items()}
+    total = ZERO
+    for size in by_label.values():
+        total = add(total, size)
+    return Point(where, point.index, total, by_label, grad_numel)
 
 
 def _kind(run: ModelRun, index: int) -> Hashable:
@@ -192,20 +220,6 @@ def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Si
     labels = {*after, *before}
     changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
     return {label: size for label, size in changes.items() if size != ZERO}
-
-
-def _trained_numel(ctx: BlockContext, layer: DecoderLayer, index: int, layer_prefix: str) -> int:
-    if ctx.trains_base:
-        return sum(tensor.numel for tensor in layer.tensors())
-    before, ctx.prefix = ctx.prefix, f"{layer_prefix}.{index}."
-    try:
-        return sum(
-            adapter.r * (linear.in_features + linear.out_features)
-            for linear in layer.linears()
-            if (adapter := ctx.adapts(linear)) is not None
-        )
-    finally:
-        ctx.prefix = before
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,119 @@
+"""What every ZeRO stage has in common: the run's phases, and the activations that pass through them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import labels
+from vramplan.memory.activations import forward_candidates, highest
+from vramplan.memory.job import ADAPTER_DTYPE, Job
+from vramplan.memory.moments import Bytes, Stretch, at_point, merged
+from vramplan.memory.profile import Profile, profile
+from vramplan.memory.size import Size, basis_at
+from vramplan.memory.term import Phase
+
+MICROS_SHOWN = 3
+"""Micro-batches of a step that are told apart: the first, one between, and the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """Which micro-batch of which step: states come and go with the first step, the first and the last micro-batch."""
+
+    step: int
+    index: int
+    count: int
+
+    @property
+    def first(self) -> bool:
+        return self.index == 1
+
+    @property
+    def boundary(self) -> bool:
+        return self.index == self.count
+
+    def phase(self, name: str) -> str:
+        return f"step{self.step}.micro{self.index}.{name}"
+
+
+class Engine(ABC):
+    """Walks one run's phases and collects their instants; one subclass a ZeRO stage.
+
+    ``resident`` is what is alive between phases besides activations; subclasses change it as the engine does.
+    """
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self.job = job
+        self.rank = rank
+        self.width = job.dtype.nbytes
+        self.basis: Size = basis_at(job.micro_batch_size, job.seq_len)
+        self.profile: Profile = profile(job.model_run)
+        self.resident: Bytes = {}
+        self.stretches: list[Stretch] = []
+        self.outputs: Bytes = {}
+        params = job.parameters
+        self.trained = tuple((param.name, param.numel) for param in params if param.trained)
+        self.trained_numel = sum(numel for _, numel in self.trained)
+        self.frozen_numel = sum(param.numel for param in params if not param.trained)
+        self.adapter_numel = sum(param.numel for param in params if param.adapter)
+
+    def walk(self) -> list[Stretch]:
+        self.load()
+        self.init()
+        count = self.job.grad_accum_steps
+        shown = sorted({1, min(2, count), count}) if count > MICROS_SHOWN else range(1, count + 1)
+        for step in (1, 2):
+            for index in shown:
+                micro = Micro(step, index, count)
+                self.forward(micro)
+                self.backward(micro)
+                self.step(micro)
+        return self.stretches
+
+    def open(self, record_phase: str, phase: Phase, step: int = 1) -> Stretch:
+        stretch = Stretch(record_phase, phase, step == 1)
+        self.stretches.append(stretch)
+        return stretch
+
+    def load(self) -> None:
+        """The model is built in the run's dtype; a tied head is made before it is tied (``post_init``)."""
+        base = (self.trained_numel + self.frozen_numel - self.adapter_numel) * self.width
+        adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
+        architecture = self.job.architecture
+        twice = 0
+        if architecture.tied_embeddings:
+            twice = architecture.vocab_size * architecture.hidden_size * self.width
+        stretch = self.open("model_load", Phase.MODEL_LOAD)
+        frozen = self.frozen_numel * self.width
+        built = {labels.FROZEN: frozen, labels.WEIGHTS: base + adapters - frozen}
+        stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
+        stretch.close(built)
+        self.resident = built
+
+    @abstractmethod
+    def init(self) -> None:
+        """``deepspeed.initialize``."""
+
+    @abstractmethod
+    def backward(self, micro: Micro) -> None: ...
+
+    @abstractmethod
+    def step(self, micro: Micro) -> None: ...
+
+    def forward(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("forward"), Phase.FORWARD, micro.step)
+        self.outputs = {}
+        point = highest(forward_candidates(self.job.model_run), self.basis)
+        assert point is not None
+        stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
+        stretch.close(merged(self.resident, at_point(self.profile.forward_end, self.basis)))
+
+    def after_backward(self) -> Bytes:
+        """What of the micro-batch outlives its backward: tokens, and the outputs where the loop keeps them."""
+        return at_point(self.profile.backward_end, self.basis)
+
+    @property
+    def master_bytes(self) -> int:
+        return Dtype.FP32.nbytes

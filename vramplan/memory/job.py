@@ -1,0 +1,165 @@
+"""A closed run in the arithmetic's own terms: every format, degree and size that a term needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from vramplan.errors import SpecError
+from vramplan.facts.architecture import Architecture, Linear
+from vramplan.facts.device import Node
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.blocks.context import targets
+from vramplan.memory.profile import ModelRun
+from vramplan.spec.layout import Layout
+from vramplan.spec.run import RunSpec, ZeroSpec
+from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+
+ADAPTER_DTYPE = Dtype.FP32
+"""PEFT keeps adapters in fp32 (``autocast_adapter_dtype``) until DeepSpeed casts the module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One unique parameter tensor of the model as it is trained, in registration order."""
+
+    name: str
+    numel: int
+    trained: bool
+    in_linear: bool
+    """Whether it belongs to an ``nn.Linear`` (torch_autocast communicates those in low precision)."""
+    adapter: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What decides the bytes of one rank."""
+
+    architecture: Architecture
+    method: Method
+    dtype: Dtype
+    """Format of the weights in the engine."""
+    autocast: Dtype | None
+    layout: Layout
+    zero: ZeroSpec
+    stage: int
+    micro_batch_size: int
+    seq_len: int
+    grad_accum_steps: int
+    checkpointing: bool
+    attention: str
+    optimizer: str
+    device: str
+    keep_outputs: bool
+    loss: str
+    offload_optimizer: bool
+    offload_param: bool
+    clipping: bool
+
+    @property
+    def degree(self) -> int:
+        """Ranks that ZeRO partitions over."""
+        return self.layout.zero_degree
+
+    @property
+    def model_run(self) -> ModelRun:
+        return ModelRun(
+            architecture=self.architecture,
+            method=self.method,
+            dtype=self.dtype,
+            autocast=self.autocast,
+            device=self.device,
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+            keep_outputs=self.keep_outputs,
+            sequence_parallel=self.layout.sp,
+        )
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return parameters(self.architecture, self.method)
+
+
+def job_from_run(run: RunSpec, node: Node, architecture: Architecture) -> Job:
+    """The job that a closed run describes.
+
+    Raises:
+        SpecError: a field that the planner decides is still None.
+    """
+    decided = {
+        "micro_batch_size": run.micro_batch_size,
+        "grad_accum_steps": run.grad_accum_steps,
+        "zero.stage": run.zero.stage,
+        "activation_checkpointing": run.activation_checkpointing,
+    }
+    missing = [name for name, value in decided.items() if value is None]
+    if missing:
+        raise SpecError(f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it")
+    assert run.micro_batch_size is not None and run.grad_accum_steps is not None and run.zero.stage is not None
+    dtype, autocast = {
+        "bf16": (Dtype.BF16, None),
+        "fp16": (Dtype.FP16, None),
+        "fp32": (Dtype.FP32, None),
+        "bf16-autocast": (Dtype.FP32, Dtype.BF16),
+    }[run.precision]
+    return Job(
+        architecture=architecture,
+        method=run.method,
+        dtype=dtype,
+        autocast=autocast,
+        layout=run.layout if run.layout is not None else Layout(dp=node.world_size),
+        zero=run.zero,
+        stage=run.zero.stage,
+        micro_batch_size=run.micro_batch_size,
+        seq_len=run.seq_len,
+        grad_accum_steps=run.grad_accum_steps,
+        checkpointing=run.activation_checkpointing == "full",
+        attention=run.attention,
+        optimizer=run.optimizer.kind,
+        device="cpu" if node.device.kind == "cpu" else "cuda",
+        keep_outputs=run.keep_outputs,
+        loss=run.loss,
+        offload_optimizer=run.zero.offload_optimizer == "cpu",
+        offload_param=run.zero.offload_param == "cpu",
+        clipping=run.training.max_grad_norm > 0,
+    )
+
+
+@lru_cache(maxsize=256)
+def parameters(architecture: Architecture, method: Method) -> tuple[Parameter, ...]:
+    """Every unique parameter of the model, adapters where PEFT puts them: after their own base layer's."""
+    return tuple(_parameters(architecture, method))
+
+
+def _parameters(architecture: Architecture, method: Method) -> Iterator[Parameter]:
+    linears = dict(architecture.named_linears())
+    linears[architecture.head.name] = architecture.head
+    if isinstance(method, FullMethod):
+        for tensor in architecture.named_tensors():
+            yield Parameter(tensor.name, tensor.numel, True, tensor.name.rpartition(".")[0] in linears)
+        return
+    pending: tuple[str, list[Parameter]] | None = None
+    for tensor in architecture.named_tensors():
+        module = tensor.name.rpartition(".")[0]
+        if pending is not None and pending[0] != module:
+            yield from pending[1]
+            pending = None
+        yield Parameter(tensor.name, tensor.numel, False, module in linears)
+        if module in linears and pending is None:
+            pending = module, _adapters(architecture, method, module, linears[module])
+    if pending is not None:
+        yield from pending[1]
+
+
+def _adapters(architecture: Architecture, method: LoraMethod, module: str, linear: Linear) -> list[Parameter]:
+    is_head = module == architecture.head.name
+    if (is_head and method.target_modules == "all-linear") or not targets(method, module):
+        return []
+    made = [
+        Parameter(f"{module}.lora_A.weight", method.r * linear.in_features, True, True, adapter=True),
+        Parameter(f"{module}.lora_B.weight", method.r * linear.out_features, True, True, adapter=True),
+    ]
+    if method.use_dora:
+        made.append(Parameter(f"{module}.lora_magnitude_vector.weight", linear.out_features, True, False, adapter=True))
+    return made

@@ -1,0 +1,87 @@
+"""Every heading of the ledger: its category, its basis, and the formula with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.memory.term import Basis, Category, Place, Term
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    category: Category
+    note: str
+    basis: Basis = Basis.DERIVED
+
+
+FROZEN = "frozen weights"
+WEIGHTS = "trained weights"
+MASTER = "fp32 master weights"
+MOMENTS = "optimizer states"
+GRADIENTS = "gradients"
+GRAD_PARTITION = "gradient partition"
+ACCUMULATED = "accumulated gradients"
+BUCKET = "reduce bucket"
+REDUCTION = "reduction copy"
+INIT = "copies during initialisation"
+NORM = "gradient norm in fp64"
+FLAT_GRAD = "flat gradient for the step"
+STEP_SCRATCH = "optimizer step scratch"
+GATHERED = "gathered weights"
+GATHER_BUFFER = "gather buffer"
+PERSISTENT = "persistent weights"
+LOADING = "copies during loading"
+OUTPUTS = "logits"
+SCRATCH = "kernel scratch"
+
+LABELS: dict[str, Label] = {
+    FROZEN: Label(Category.PARAMETER, "elements x width; under ZeRO-3 each tensor / ranks, rounded up", Basis.EXACT),
+    WEIGHTS: Label(
+        Category.PARAMETER,
+        "elements x width, padded to 2 x ranks under ZeRO-1/2 (nccl_start_alignment_factor); per tensor / ranks, "
+        "rounded up, under ZeRO-3",
+        Basis.EXACT,
+    ),
+    MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks (single_partition_of_fp32_groups)", Basis.EXACT),
+    MOMENTS: Label(Category.OPTIMIZER, "AdamW: 2 x 4 B x trained elements / ranks; made in the first step", Basis.EXACT),
+    GRADIENTS: Label(Category.GRADIENT, "width x trained elements whose backward is done (param.grad)"),
+    GRAD_PARTITION: Label(
+        Category.GRADIENT, "width x elements of every parameter that touches the rank's partition (grads_in_partition)"
+    ),
+    ACCUMULATED: Label(Category.GRADIENT, "the gradient partition of earlier micro-batches (all_grad_tensors)"),
+    BUCKET: Label(
+        Category.COMMUNICATION, "reduce_bucket_size x width, whatever the model's size (stage_1_and_2.py, setup_buckets)"
+    ),
+    REDUCTION: Label(Category.COMMUNICATION, "a flattened copy of the bucket's elements (allreduce_bucket)"),
+    INIT: Label(Category.TEMPORARY, "flat copies of weights and master made while the engine starts"),
+    NORM: Label(Category.TEMPORARY, "8 B x largest gradient slice of the partition (get_grad_norm_direct)"),
+    FLAT_GRAD: Label(Category.GRADIENT, "the partition's gradients as one tensor, in the master's format (step)"),
+    STEP_SCRATCH: Label(Category.TEMPORARY, "temporaries of the optimizer's implementation"),
+    GATHERED: Label(Category.PARAMETER, "ZeRO-3: whole weights of the modules in use or not yet released"),
+    GATHER_BUFFER: Label(Category.COMMUNICATION, "ZeRO-3: flat receive buffers of gathers in flight"),
+    PERSISTENT: Label(Category.PARAMETER, "ZeRO-3: tensors of at most stage3_param_persistence_threshold elements, whole"),
+    LOADING: Label(Category.PARAMETER, "weights held twice while the model is built"),
+    SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),
+    "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),
+    "loss": Label(Category.LOGITS, "fp32 logits and log-softmax: tokens x vocabulary x 4 B each (ForCausalLMLoss)"),
+    "token ids and labels": Label(Category.ACTIVATION, "8 B x tokens each", Basis.EXACT),
+    "residual stream": Label(Category.ACTIVATION, "tokens x hidden x width for each tensor of the stream that is held"),
+    "attention projections": Label(Category.ACTIVATION, "outputs of q, k, v and output projections that are kept"),
+    "attention core": Label(Category.ACTIVATION, "rotated q and k, v, the core's result and its row sums (or scores)"),
+    "causal mask": Label(Category.ACTIVATION, "seq x seq x width, shared by layers"),
+    "rotary tables": Label(Category.ACTIVATION, "2 x seq x rotary width x width, shared by layers"),
+    "feed-forward": Label(Category.ACTIVATION, "tokens x intermediate x width for gate, up, activation and product"),
+    "norms": Label(Category.ACTIVATION, "fp32 input, its row scale and the output of each norm that are kept"),
+    "adapters": Label(Category.ACTIVATION, "tokens x rank, and the adapters' outputs while they are added"),
+    "adapters: dropped input": Label(Category.ACTIVATION, "dropout's result and mask on each adapter's input"),
+    "autocast copies of weights": Label(Category.PARAMETER, "2 B x trained linear weights, kept for backward"),
+    "activation gradients": Label(Category.TEMPORARY, "gradients of activations on their way through backward"),
+    "temporary of an operator": Label(Category.TEMPORARY, "tensors that live within one operator"),
+    "gradient of the weight in hand": Label(Category.GRADIENT, "width x elements of the weight whose backward runs"),
+}
+
+
+def term(name: str, num_bytes: int, place: Place = Place.DEVICE) -> Term:
+    """The ledger's line for a heading."""
+    label = LABELS[name]
+    return Term(name, num_bytes, label.category, label.basis, label.note, place)

@@ -1,0 +1,63 @@
+"""Instants of a run as headings and bytes, and the phases that they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vramplan.memory.labels import term
+from vramplan.memory.ledger import PhaseBytes
+from vramplan.memory.size import Size, evaluate
+from vramplan.memory.tape import Point
+from vramplan.memory.term import Moment, Phase
+
+Bytes = dict[str, int]
+
+
+def total(parts: Bytes) -> int:
+    return sum(parts.values())
+
+
+def merged(*many: Bytes) -> Bytes:
+    """Headings and bytes of several states that are alive together."""
+    result: Bytes = {}
+    for parts in many:
+        for name, num_bytes in parts.items():
+            result[name] = result.get(name, 0) + num_bytes
+    return result
+
+
+def at_point(point: Point, basis: Size) -> Bytes:
+    """What is alive at a point of the tape for a given batch."""
+    return {label: evaluate(size, basis) for label, size in point.by_label.items()}
+
+
+@dataclass
+class Stretch:
+    """One phase of a record while it is being filled: its highest instant so far, and what is alive at its end."""
+
+    record_phase: str
+    phase: Phase
+    first_step: bool
+    best: tuple[str, Bytes] = ("", {})
+    best_bytes: int = -1
+    end: Bytes = field(default_factory=dict)
+
+    def see(self, name: str, parts: Bytes) -> None:
+        """An instant at which ``parts`` are alive."""
+        num_bytes = total(parts)
+        if num_bytes > self.best_bytes:
+            self.best, self.best_bytes = (name, parts), num_bytes
+
+    def close(self, end: Bytes) -> None:
+        self.end = end
+        self.see("end", end)
+
+    def moment(self) -> Moment:
+        name, parts = self.best
+        terms = tuple(
+            sorted((term(key, value) for key, value in parts.items() if value), key=lambda each: -each.num_bytes)
+        )
+        return Moment(f"{self.record_phase}: {name}", self.phase, terms, self.first_step)
+
+    def phase_bytes(self) -> PhaseBytes:
+        return PhaseBytes(self.record_phase, self.best_bytes, total(self.end))

@@ -1,0 +1,96 @@
+"""ZeRO-1 and ZeRO-2's flat partitioning: which elements a rank owns, and when gradient buckets are reduced.
+
+Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py. All trainable parameters of a group are laid end to end,
+padded to a multiple of ``2 * degree`` (``nccl_start_alignment_factor``), and cut into equal partitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from vramplan.spec.layout import shard
+
+START_ALIGNMENT = 2
+"""``nccl_start_alignment_factor``: all-gather buffers start at multiples of 4 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """The flat buffer of one parameter group: names and element ranges, and its equal partitions."""
+
+    offsets: dict[str, tuple[int, int]]
+    numel: int
+    degree: int
+
+    @property
+    def partition_numel(self) -> int:
+        return shard(self.numel, START_ALIGNMENT * self.degree) * START_ALIGNMENT
+
+    @property
+    def padded_numel(self) -> int:
+        return self.partition_numel * self.degree
+
+    def ranks_of(self, start: int, end: int) -> range:
+        """The ranks whose partitions hold elements ``start`` to ``end`` (exclusive)."""
+        return range(start // self.partition_numel, -(-end // self.partition_numel))
+
+    def owned_by(self, name: str, rank: int) -> int:
+        """Elements of the parameter that lie in the rank's partition."""
+        start, end = self.offsets[name]
+        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
+        return max(0, min(end, high) - max(start, low))
+
+
+def flat_group(params: tuple[tuple[str, int], ...], degree: int) -> Flat:
+    """The flat buffer of parameters ``(name, numel)`` in the optimizer's order."""
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name, numel in params:
+        offsets[name] = (position, position + numel)
+        position += numel
+    return Flat(offsets, position, degree)
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """One reduction of the bucket: it happens when gradient ``before`` arrives (None: after the last)."""
+
+    before: int | None
+    numel: int
+    copies: bool
+    """Whether the reduction flattens its slices into a new buffer (they belong to several ranks)."""
+    fills_partition: bool
+    """Whether it holds gradients of the rank's own partition, for which a buffer is then there."""
+
+
+@lru_cache(maxsize=1024)
+def flushes(
+    order: tuple[str, ...], params: tuple[tuple[str, int], ...], degree: int, bucket_numel: int, rank: int
+) -> tuple[Flush, ...]:
+    """When gradients that arrive in ``order`` fill buckets of ``bucket_numel`` elements.
+
+    Source: ``reduce_independent_p_g_buckets_and_remove_grads`` and ``average_tensor``.
+    """
+    flat = flat_group(params, degree)
+    done: list[Flush] = []
+    held: list[str] = []
+    elements = 0
+    for position, name in enumerate(order):
+        start, end = flat.offsets[name]
+        if elements + end - start > bucket_numel and held:
+            done.append(_flush(flat, held, elements, position, rank))
+            held, elements = [], 0
+        held.append(name)
+        elements += end - start
+    if held:
+        done.append(_flush(flat, held, elements, None, rank))
+    return tuple(done)
+
+
+def _flush(flat: Flat, held: list[str], elements: int, before: int | None, rank: int) -> Flush:
+    ranks: set[int] = set()
+    for name in held:
+        start, end = flat.offsets[name]
+        ranks.update(flat.ranks_of(start, end))
+    return Flush(before, elements, len(ranks) > 1, rank in ranks)

@@ -1,0 +1,83 @@
+"""ZeRO-0: every rank holds everything (deepspeed 0.19.8, runtime/fp16/fused_optimizer.py; raw optimizer for fp32)."""
+
+from __future__ import annotations
+
+from vramplan.memory import labels
+from vramplan.memory.activations import backward_candidates, highest
+from vramplan.memory.engine import Engine, Micro
+from vramplan.memory.job import Job
+from vramplan.memory.moments import Stretch, at_point, merged
+from vramplan.memory.optimizers import optimizer_bytes
+from vramplan.memory.term import Phase
+
+REDUCE_NUMEL = 500_000_000
+"""``MEMORY_OPT_ALLREDUCE_SIZE`` (runtime/engine.py): elements that one all-reduce flattens."""
+
+
+class Zero0(Engine):
+    """Low precision: flat weights, a flat fp32 master and states made at once. fp32: torch's parameters as they are."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        super().__init__(job, rank)
+        self.low = self.width < self.master_bytes
+        self.optimizer = optimizer_bytes(job.optimizer, job.device)
+
+    def init(self) -> None:
+        stretch = self.open("engine_init", Phase.ENGINE_INIT)
+        frozen = {labels.FROZEN: self.frozen_numel * self.width}
+        weights = {labels.WEIGHTS: self.trained_numel * self.width}
+        self.resident = merged(frozen, weights)
+        if self.low:
+            copies = {labels.INIT: 2 * self.trained_numel * self.width}  # clones, then their flat copy
+            stretch.see("weights flattened", merged(self.resident, copies))
+            master = {labels.MASTER: self.trained_numel * self.master_bytes}
+            states = {labels.MOMENTS: self.trained_numel * self.optimizer.state}
+            trial = {labels.INIT: self.trained_numel * (self.master_bytes + self.optimizer.scratch)}
+            stretch.see("a first step with zero gradients", merged(self.resident, master, states, trial))
+            self.resident = merged(self.resident, master, states)
+        stretch.close(self.resident)
+
+    def backward(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
+        for group in backward_candidates(self.job.model_run, self.width if micro.first else 0):
+            point = highest(group, self.basis)
+            if point is not None:
+                kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
+                stretch.see(point.where, merged(self.resident, kept, at_point(point, self.basis)))
+        self.outputs = self.after_backward()
+        if micro.first:
+            self.resident = merged(self.resident, {labels.GRADIENTS: self.width * self.trained_numel})
+        if micro.boundary:
+            self._reduce(stretch)
+        stretch.close(merged(self.resident, self.outputs))
+
+    def _reduce(self, stretch: Stretch) -> None:
+        """``buffered_allreduce_fallback``: gradients are flattened, at least ``REDUCE_NUMEL`` elements at a time."""
+        numel = most = 0
+        for _, each in self.trained:
+            numel += each
+            if numel > REDUCE_NUMEL:
+                most, numel = max(most, numel), 0
+        copy = {labels.REDUCTION: max(most, numel) * self.width}
+        stretch.see("gradient reduction", merged(self.resident, self.outputs, copy))
+
+    def step(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
+        if not micro.boundary:
+            stretch.close(merged(self.resident, self.outputs))
+            return
+        base = merged(self.resident, self.outputs)
+        scratch = {labels.STEP_SCRATCH: self.trained_numel * self.optimizer.scratch}
+        if self.low:
+            copies = {labels.FLAT_GRAD: 2 * self.trained_numel * self.master_bytes}  # cast one by one, then flattened
+            stretch.see("gradients cast and flattened", merged(base, copies))
+            self.resident.pop(labels.GRADIENTS, None)
+            flat = {labels.FLAT_GRAD: self.trained_numel * self.master_bytes}
+            stretch.see("optimizer update", merged(self.resident, self.outputs, flat, scratch))
+        else:
+            if micro.step == 1:
+                states = {labels.MOMENTS: self.trained_numel * self.optimizer.state}
+                self.resident = merged(self.resident, states)
+            stretch.see("optimizer update", merged(self.resident, self.outputs, scratch))
+            self.resident.pop(labels.GRADIENTS, None)
+        stretch.close(merged(self.resident, self.outputs))

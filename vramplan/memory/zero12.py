@@ -1,0 +1,185 @@
+"""ZeRO-1 and ZeRO-2 (deepspeed 0.19.8, runtime/zero/stage_1_and_2.py): flat weights, partitioned fp32 states."""
+
+from __future__ import annotations
+
+from vramplan.memory import labels
+from vramplan.memory.activations import backward_candidates, highest
+from vramplan.memory.engine import Engine, Micro
+from vramplan.memory.job import Job
+from vramplan.memory.moments import Bytes, Stretch, at_point, merged
+from vramplan.memory.optimizers import optimizer_bytes
+from vramplan.memory.partition import Flush, flat_group, flushes
+from vramplan.memory.term import Phase
+
+
+class Zero12(Engine):
+    """Stage 1 keeps whole gradients until the accumulation boundary; stage 2 reduces each as it appears."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        super().__init__(job, rank)
+        self.flat = flat_group(self.trained, job.degree)
+        self.share = self.flat.partition_numel
+        self.bucket_bytes = self._bucket_bytes()
+        owned = [name for name, _ in self.trained if self.flat.owned_by(name, rank)]
+        sizes = dict(self.trained)
+        self.partition_bytes = self.width * sum(sizes[name] for name in owned)
+        self.num_owned = len(owned)
+        self.largest_owned = max((self.flat.owned_by(name, rank) for name in owned), default=0)
+        self.optimizer = optimizer_bytes(job.optimizer, job.device)
+
+    def _bucket_bytes(self) -> int:
+        """Buffers of ``setup_buckets``: one a communication dtype, two each where reduction overlaps backward."""
+        job = self.job
+        if not job.zero.contiguous_gradients:
+            return 0
+        kinds = 1
+        if job.autocast is not None:  # torch_autocast.py: nn.Linear's parameters travel in the low precision
+            kinds = len({param.in_linear for param in job.parameters if param.trained})
+        buffers = kinds * (2 if job.zero.overlap_comm else 1)
+        return buffers * job.zero.reduce_bucket_size * self.width
+
+    def init(self) -> None:
+        stretch = self.open("engine_init", Phase.ENGINE_INIT)
+        width, frozen = self.width, {labels.FROZEN: self.frozen_numel * self.width}
+        flat = {labels.WEIGHTS: self.flat.padded_numel * width}
+        stretch.see("weights flattened", merged(frozen, flat, {labels.INIT: self.trained_numel * width}))
+        master = {labels.MASTER: self.share * self.master_bytes}
+        clone = {labels.INIT: self.share * width}
+        stretch.see("master weights cast", merged(frozen, flat, master, clone))
+        probe = {labels.INIT: self.share * self.master_bytes}
+        stretch.see("a gradient partition is tried", merged(frozen, flat, master, probe))
+        self.resident = merged(frozen, flat, master)
+        stretch.close(self.resident)
+
+    def backward(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
+        if self.job.stage == 1:
+            self._backward_keeping(stretch, micro)
+        else:
+            self._backward_reducing(stretch, micro)
+
+    def _backward_keeping(self, stretch: Stretch, micro: Micro) -> None:
+        """Stage 1: ``param.grad`` stays; the bucket is there from the first gradient until the boundary's end."""
+        early, late = backward_candidates(self.job.model_run, self.width if micro.first else 0)
+        bucket = {labels.BUCKET: self.bucket_bytes}
+        for group, extra in ((early, {}), (late, bucket if micro.first else {})):
+            point = highest(group, self.basis)
+            if point is not None:
+                kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
+                stretch.see(point.where, merged(self.resident, extra, kept, at_point(point, self.basis)))
+        rest = self.after_backward()
+        grads = {labels.GRADIENTS: self.width * self.trained_numel}
+        self.resident.pop(labels.BUCKET, None)
+        self.resident.pop(labels.GRADIENTS, None)
+        if not micro.boundary:
+            self.resident = merged(self.resident, grads, bucket)
+        else:
+            self._reduce_all(stretch, merged(self.resident, rest), bucket)
+            self.resident = merged(self.resident, {labels.GRAD_PARTITION: self.partition_bytes})
+        self.outputs = rest
+        stretch.close(merged(self.resident, rest))
+
+    def _reduce_all(self, stretch: Stretch, base: Bytes, bucket: Bytes) -> None:
+        """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
+        order = tuple(name for name, _ in self.trained)
+        left = self.trained_numel * self.width
+        stretch.see("before reduction", merged(base, bucket, {labels.GRADIENTS: left}))
+        filled: Bytes = {}
+        for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size, self.rank):
+            inside = flush.numel <= self.job.zero.reduce_bucket_size
+            left -= flush.numel * self.width if inside else 0
+            copy = {labels.REDUCTION: flush.numel * self.width if flush.copies else 0}
+            stretch.see("gradient reduction", merged(base, bucket, filled, copy, {labels.GRADIENTS: left}))
+            if flush.fills_partition:
+                filled = {labels.GRAD_PARTITION: self.partition_bytes}
+            left -= 0 if inside else flush.numel * self.width
+            stretch.see("gradient partition filled", merged(base, bucket, filled, {labels.GRADIENTS: left}))
+
+    def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
+        """Stage 2: each gradient moves into the bucket; full buckets are reduced on the way."""
+        run = self.job.model_run
+        early, late = backward_candidates(run, 0)
+        bucket = {labels.BUCKET: self.bucket_bytes}
+        point = highest(early, self.basis)
+        if point is not None:
+            stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
+        filled_from = self._see_flushes(stretch, bucket)
+        point = highest(late, self.basis)
+        if point is not None:
+            stretch.see(point.where, merged(self.resident, bucket, at_point(point, self.basis)))
+        if filled_from is not None:
+            after = tuple(each for each in late if each[1].index >= filled_from)
+            point = highest(after, self.basis)
+            if point is not None:
+                filled = {labels.GRAD_PARTITION: self.partition_bytes}
+                stretch.see(point.where, merged(self.resident, bucket, filled, at_point(point, self.basis)))
+        self._end_of_reduction(stretch, micro)
+
+    def _see_flushes(self, stretch: Stretch, bucket: Bytes) -> int | None:
+        """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
+        job, gradients = self.job, self.profile.gradients
+        order = tuple(gradient.name for gradient in gradients)
+        filled: Bytes = {}
+        filled_from: int | None = None
+        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size, self.rank):
+            last = len(gradients) - 1 if flush.before is None else flush.before
+            gradient = gradients[last]
+            alive = at_point(gradient.at, self.basis)
+            if flush.before is None:  # the last gradient has moved into the bucket
+                alive = _without_gradient(alive, gradient.numel * self.width)
+            copy = {labels.REDUCTION: self._copy_bytes(flush)}
+            stretch.see("gradient reduction", merged(self.resident, bucket, filled, copy, alive))
+            if flush.fills_partition and not filled:
+                filled = {labels.GRAD_PARTITION: self.partition_bytes}
+                filled_from = gradient.at.index
+            stretch.see("gradient partition filled", merged(self.resident, bucket, filled, alive))
+        return filled_from
+
+    def _copy_bytes(self, flush: Flush) -> int:
+        width = self.width
+        if self.job.layout.sp > 1:  # allreduce_bucket reduces in fp32 under sequence parallelism
+            width += 4 if width != 4 else 0
+        return flush.numel * width if flush.copies else 0
+
+    def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
+        rest = self.after_backward()
+        partition = self.partition_bytes
+        self.resident.pop(labels.ACCUMULATED, None)
+        self.resident.pop(labels.GRAD_PARTITION, None)
+        if micro.boundary:
+            self.resident = merged(self.resident, {labels.GRAD_PARTITION: partition})
+        else:
+            self.resident = merged(self.resident, {labels.ACCUMULATED: partition})
+        self.outputs = rest
+        stretch.close(merged(self.resident, rest))
+
+    def step(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
+        if not micro.boundary:
+            stretch.close(merged(self.resident, self.outputs))
+            return
+        base = merged(self.resident, self.outputs)
+        stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_owned}))
+        flat = {labels.FLAT_GRAD: self.share * self.master_bytes}
+        joined = {labels.REDUCTION: self.share * self.width if self.num_owned > 1 else 0}
+        if self.width == self.master_bytes:  # the flattened gradient is already in the master's format
+            joined = {}
+        stretch.see("gradients flattened", merged(base, flat, joined))
+        self.resident.pop(labels.GRAD_PARTITION, None)
+        states = {labels.MOMENTS: self.share * self.optimizer.state}
+        if micro.step == 1:
+            self.resident = merged(self.resident, states)
+        scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}
+        stretch.see("optimizer update", merged(self.resident, self.outputs, flat, scratch))
+        stretch.close(merged(self.resident, self.outputs))
+
+
+def _without_gradient(alive: Bytes, num_bytes: int) -> Bytes:
+    """What is left when the gradient in hand has been moved into the bucket."""
+    name = "gradient of the weight in hand"
+    held = min(alive.get(name, 0), num_bytes)
+    rest = {**alive, name: alive.get(name, 0) - held}
+    if held < num_bytes:  # a tied weight's gradients were summed under another heading
+        other = "activation gradients"
+        rest[other] = max(0, rest.get(other, 0) - (num_bytes - held))
+    return rest
