@@ -75,9 +75,7 @@ def _end_of_turn(text: str, start: int, content: str) -> int:
     return tail_start + len(text[tail_start:].rstrip())
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, prompt: bool
-) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], where: str, *, prompt: bool) -> str:
     import jinja2
 
     if not messages:

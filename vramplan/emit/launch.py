@@ -14,6 +14,8 @@ from vramplan.spec.run import RunSpec
 TRAINER_MODULE = "vramplan.train"
 """What runs on each rank: ``python -m vramplan.train PLAN RUN_DIR``."""
 DEFAULT_PORT = 29500
+SUPERVISOR_VARIABLE = "VRAMPLAN_SUPERVISOR"
+"""``process_identity`` of the process that started the launcher: a rank does not outlive it."""
 
 
 def trainer_arguments(plan: Path | str, run_dir: Path | str, *, resume: bool = False) -> list[str]:
@@ -81,3 +83,13 @@ def shell_text(command: Sequence[str], environment: Mapping[str, str] | None = N
     assignments = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
     words = [word if word.startswith("$") else shlex.quote(word) for word in command]
     return " ".join([*assignments, *words])
+
+
+def process_identity(pid: int) -> str | None:
+    """``pid:start time`` of a living process, by which it is not mistaken for a later one of the same id."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    # field 22 of proc(5), start time in clock ticks after boot; field 2, the name, may hold spaces and brackets
+    return f"{pid}:{text.rpartition(')')[2].split()[19]}"

@@ -1,0 +1,56 @@
+"""What the launcher starts on each rank: ``python -m vramplan.train PLAN RUN_DIR [--resume]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from vramplan.measure.run_dir import RunDir
+from vramplan.search.plan import Plan
+from vramplan.train.status import RankStatus, start_guard, write_failure
+
+
+def main() -> int:
+    """Runs this rank; 0 when it came to its end. A failure is written where the supervisor looks for it."""
+    arguments = _parse()
+    rank = int(os.environ.get("RANK", "0"))
+    run_dir = RunDir(arguments.run_dir)
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    status = RankStatus(run_dir.status_of(rank), rank)
+    run_dir.failure_of(rank).unlink(missing_ok=True)
+    start_guard(status)
+    try:
+        from torch.distributed import destroy_process_group
+
+        from vramplan.train.session import train
+
+        train(Plan.load(arguments.plan), run_dir, status, resuming=arguments.resume)
+        destroy_process_group()
+    except BaseException as error:  # noqa: BLE001  # whatever it is, the supervisor must learn of it
+        code = write_failure(run_dir.failure_of(rank), status.now, error)
+        _leave(code, error)
+    return 0
+
+
+def _leave(code: int, error: BaseException) -> None:
+    """Ends at once: orderly shutdown would wait for ranks that wait for this one."""
+    import traceback
+
+    traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m vramplan.train", description=__doc__)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""DeepSpeed's engine behind the few calls that the loop makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vramplan.data.batch import Batch
+from vramplan.emit.deepspeed import managed_accumulation
+from vramplan.errors import LegalityError
+from vramplan.rank.optimizer import client_optimizer
+from vramplan.spec.run import RunSpec
+from vramplan.train.loss import batch_loss, takes_num_targets
+
+
+def join_group(run: RunSpec) -> torch.device:
+    """Joins the ranks that the launcher started; gives this rank's device.
+
+    Raises:
+        LegalityError: the layout is more than data parallel.
+    """
+    layout = run.layout
+    if layout is not None and layout.dp != layout.world_size:
+        raise LegalityError(
+            f"layout: the trainer runs data-parallel ranks only, but this plan has tp {layout.tp}, sp {layout.sp}, "
+            f"pp {layout.pp}: set them to 1"
+        )
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    device = torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(), local_rank)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    return device
+
+
+class TrainEngine:
+    """One rank's engine. Every rank makes the same calls in the same order."""
+
+    def __init__(self, run: RunSpec, module: Any, config: dict[str, Any], device: torch.device) -> None:
+        import deepspeed
+
+        trained = [param for param in module.parameters() if param.requires_grad]
+        # Built before initialize, which may cast the module: the loss reads no dtype.
+        self._divides_sum = takes_num_targets(module)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module, model_parameters=trained, optimizer=client_optimizer(run, trained), config=config
+        )
+        self.run = run
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._managed = managed_accumulation(run)
+        self._half_without_zero = run.precision in ("bf16", "fp16") and not run.zero.stage
+        if self._half_without_zero:
+            self._take_back_first_step()
+
+    @property
+    def module(self) -> Any:
+        """The model inside (PEFT's wrapper where adapters are trained)."""
+        return self.deepspeed.module
+
+    def forward(self, batch: Batch, num_targets: int, *, is_last: bool = True) -> torch.Tensor:
+        """This micro-batch's part of the global batch's loss (a scalar with its graph); ``is_last``: the step follows
+        its backward."""
+        if self._managed and self.module.training:
+            self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        return batch_loss(self.deepspeed, batch, num_targets, divides_sum=self._divides_sum)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of one part of the loss."""
+        # DeepSpeed averages over the ranks what must be a sum: the parts are divided by all tokens already
+        self.deepspeed.backward(loss * self.world_size * self._missing_loss_scale(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Reduces, clips and applies the gradients at rate ``lr``."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout inside."""
+        self.deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.deepspeed.train()
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradients before clipping; None where DeepSpeed keeps none (ZeRO 0 in fp32)."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def step_was_applied(self) -> bool:
+        """False when fp16's loss scaling met an overflow and left the weights alone."""
+        return bool(self.deepspeed.was_step_applied())
+
+    def sum_over_ranks(self, *values: torch.Tensor) -> list[float]:
+        """The sum over all ranks of each scalar."""
+        stacked = torch.stack([value.detach().to(torch.float64) for value in values])
+        dist.all_reduce(stacked)
+        return [float(value) for value in stacked]
+
+    def _missing_loss_scale(self) -> float:
+        """1, but for fp16 without ZeRO: DeepSpeed 0.19.8 divides the gradients by its loss scale in the step
+        (runtime/fp16/fused_optimizer.py), while ``engine.backward`` multiplies only the losses of ZeRO's optimizers."""
+        return float(self.deepspeed.optimizer.loss_scale_config.cur_scale) if self._half_without_zero else 1.0
+
+    def _take_back_first_step(self) -> None:
+        """Half precision without ZeRO: DeepSpeed 0.19.8 makes the optimizer's states by a step with zero gradients
+        (``initialize_optimizer_states``), which counts for Adam's bias correction and decays the master weights. The
+        other stages make no such step, and the stage must not change the training."""
+        wrapper = self.deepspeed.optimizer
+        wrapper.refresh_fp32_params()
+        for state in (*wrapper.optimizer.state.values(), *wrapper.optimizer.param_groups):
+            if "step" in state:
+                state["step"] = state["step"] * 0

@@ -1,0 +1,51 @@
+"""The loss on held-out samples, weighted by tokens, computed by all ranks together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vramplan.data.batch import Batch, collate, padded_length
+from vramplan.data.encode import Sample
+from vramplan.data.sampler import micro_batches
+from vramplan.train.engine import TrainEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """``loss``: mean negative log-likelihood of all target tokens, in nats."""
+
+    loss: float
+    num_targets: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # beyond it a float overflows
+
+
+def evaluate(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Evaluation:
+    """The loss over ``samples``, each counted once however many ranks there are."""
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    with engine.evaluating():
+        for batch, counts in _batches(engine, samples, pad_id):
+            summed_nll = engine.forward(batch.to(engine.device), num_targets=1)
+            if counts:
+                total += summed_nll
+    num_targets = sum(sample.num_targets for sample in samples)
+    (summed,) = engine.sum_over_ranks(total)
+    return Evaluation(summed / num_targets, num_targets)
+
+
+def _batches(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether each counts. All ranks have as many, for ZeRO-3 gathers weights in each
+    forward: a rank that has run out of samples computes one along."""
+    run = engine.run
+    rounds = -(-len(samples) // engine.world_size)
+    mine = [index * engine.world_size + engine.rank for index in range(rounds)]
+    for chunk in micro_batches(mine, run.micro_batch_size or 1):
+        present = [samples[index] for index in chunk if index < len(samples)]
+        shown = present or [samples[-1]]
+        yield collate(shown, padded_length(shown, run.seq_len), pad_id, with_mask=run.attention_mask), bool(present)

@@ -1,0 +1,221 @@
+"""The optimizer steps of a run: batches, forward, backward, step, and what happens between steps."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vramplan.data.batch import collate, padded_length
+from vramplan.data.dataset import RunData
+from vramplan.data.encode import Sample
+from vramplan.data.sampler import epoch_of, global_batch, micro_batches, rank_slice, steps_of_epochs
+from vramplan.errors import RunFailedError
+from vramplan.measure.run_dir import RunDir
+from vramplan.spec.run import RunSpec
+from vramplan.train.checkpoint import RunState, save_checkpoint
+from vramplan.train.engine import TrainEngine
+from vramplan.train.evaluate import evaluate
+from vramplan.train.metrics import Memory, Metrics
+from vramplan.train.phases import PROBED_STEPS, Phases
+from vramplan.train.schedule import learning_rate
+from vramplan.train.seeds import seed_micro_batch
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """One optimizer step's samples: ``ids`` of all ranks in order, and the target tokens of all of them."""
+
+    ids: tuple[int, ...]
+    length: int
+    """Tokens to which every sequence of the step is padded, on every rank and in every micro-batch."""
+    num_targets: int
+    num_tokens: int
+    """Without padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step gave; the loss is the mean over the global batch's target tokens."""
+
+    loss: float
+    lr: float
+    seconds: float
+
+
+class Loop:
+    """Runs optimizer steps from ``state.step`` to its end. Every rank runs the same loop on its part of each batch."""
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        data: RunData,
+        run_dir: RunDir,
+        metrics: Metrics,
+        phases: Phases,
+        memory: Memory,
+        pad_id: int,
+    ) -> None:
+        self.engine, self.data, self.run_dir = engine, data, run_dir
+        self.metrics, self.phases, self.memory = metrics, phases, memory
+        self.run: RunSpec = engine.run
+        self.total_steps = total_steps(engine.run, len(data.train))
+        self._pad_id = pad_id
+
+    def step(self, step: int) -> StepResult:
+        """Optimizer step ``step`` (from 0).
+
+        Raises:
+            RunFailedError: the loss is not finite.
+        """
+        started = time.perf_counter()
+        batch = self._global_batch(step)
+        lr = learning_rate(step, self.total_steps, self.run.peak_lr, self.run.training)
+        own_loss = self._accumulate(step, batch)
+        with self.phases.phase(f"{self._last_micro(step)}.optimizer_step", step + 1):
+            self.engine.step(lr)
+        (loss,) = self.engine.sum_over_ranks(own_loss)
+        if not math.isfinite(loss):
+            raise RunFailedError(
+                f"the loss is {loss} at step {step + 1} (samples {_name_samples(self.data.train, batch.ids)}): "
+                "lower optimizer.lr, or look at these rows; the last checkpoint is from before it"
+            )
+        result = StepResult(loss, lr, time.perf_counter() - started)
+        self._report(step, batch, result)
+        return result
+
+    def between_steps(self, steps_done: int) -> None:
+        """Evaluation and checkpoint, where they are due after ``steps_done`` steps."""
+        is_last = steps_done == self.total_steps
+        training = self.run.training
+        if self.data.held_out and (is_last or _due(steps_done, training.eval_every)):
+            self.evaluate(steps_done)
+        if is_last or _due(steps_done, training.save_every):
+            self.save(steps_done)
+
+    def evaluate(self, steps_done: int) -> None:
+        with self.phases.phase("evaluation", steps_done):
+            evaluation = evaluate(self.engine, self.data.held_out, self._pad_id)
+        perplexity = evaluation.perplexity
+        self.metrics.event(
+            "evaluation",
+            step=steps_done,
+            loss=evaluation.loss,
+            perplexity=perplexity,
+            num_targets=evaluation.num_targets,
+        )
+        self.metrics.scalars(steps_done, eval__loss=evaluation.loss, eval__perplexity=perplexity)
+
+    def save(self, steps_done: int) -> None:
+        started = time.perf_counter()
+        with self.phases.phase("save", steps_done):
+            path = save_checkpoint(
+                self.engine, self.run_dir.checkpoints, self.state(steps_done), self.run.training.keep_checkpoints
+            )
+        self.metrics.event("checkpoint", step=steps_done, path=str(path), seconds=time.perf_counter() - started)
+
+    def state(self, steps_done: int) -> RunState:
+        """What a checkpoint after ``steps_done`` steps says of the run."""
+        return RunState.of(
+            self.run,
+            step=steps_done,
+            total_steps=self.total_steps,
+            num_samples=len(self.data.train),
+            world_size=self.engine.world_size,
+        )
+
+    def _accumulate(self, step: int, batch: GlobalBatch) -> torch.Tensor:
+        """Forward and backward of each micro-batch of this rank; the sum of their parts of the loss."""
+        engine, phases = self.engine, self.phases
+        chunks = self._micro_batches(batch)
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for micro, chunk in enumerate(chunks):
+            seed_micro_batch(self.run.training.seed, step, micro, engine.rank)
+            samples = [self.data.train[index] for index in chunk]
+            tensors = collate(samples, batch.length, self._pad_id, with_mask=self.run.attention_mask).to(engine.device)
+            prefix = f"step{step + 1}.micro{micro + 1}"
+            with phases.phase(f"{prefix}.forward", step + 1, micro + 1):
+                loss = engine.forward(tensors, batch.num_targets, is_last=micro + 1 == len(chunks))
+            with phases.phase(f"{prefix}.backward", step + 1, micro + 1):
+                engine.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _micro_batches(self, batch: GlobalBatch) -> list[tuple[int, ...]]:
+        mine = rank_slice(batch.ids, self.engine.rank, self.engine.world_size)
+        return list(micro_batches(mine, self.run.micro_batch_size or 1))
+
+    def _last_micro(self, step: int) -> str:
+        share = batch_size(self.run, self.engine.world_size) // self.engine.world_size
+        return f"step{step + 1}.micro{-(-share // (self.run.micro_batch_size or 1))}"
+
+    def _global_batch(self, step: int) -> GlobalBatch:
+        train = self.data.train
+        ids = global_batch(self.run.training.seed, step, len(train), batch_size(self.run, self.engine.world_size))
+        samples = [train[index] for index in ids]
+        # The measured steps are as long as the plan says, so memory's peak is met at once and not by a late long batch.
+        length = self.run.seq_len if step < PROBED_STEPS else padded_length(samples, self.run.seq_len)
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        return GlobalBatch(ids, length, sum(sample.num_targets for sample in samples), num_tokens)
+
+    def _report(self, step: int, batch: GlobalBatch, result: StepResult) -> None:
+        done, training = step + 1, self.run.training
+        if done % training.log_every and done != self.total_steps:
+            return
+        grad_norm, tokens_per_s = self.engine.grad_norm(), batch.num_tokens / result.seconds
+        self.metrics.event(
+            "step",
+            step=done,
+            total_steps=self.total_steps,
+            epoch=epoch_of(step, len(self.data.train), len(batch.ids)),
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=grad_norm,
+            num_tokens=batch.num_tokens,
+            num_targets=batch.num_targets,
+            tokens_per_s=tokens_per_s,
+            seconds=result.seconds,
+            applied=self.engine.step_was_applied,
+            samples=_digest(batch.ids),
+            **self.memory.fields(),
+        )
+        self.metrics.scalars(
+            done,
+            train__loss=result.loss,
+            train__lr=result.lr,
+            train__grad_norm=grad_norm,
+            speed__tokens_per_s=tokens_per_s,
+        )
+
+
+def total_steps(run: RunSpec, num_samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    if run.training.max_steps is not None:
+        return run.training.max_steps
+    world_size = run.layout.world_size if run.layout is not None else 1
+    return steps_of_epochs(run.training.epochs, num_samples, batch_size(run, world_size))
+
+
+def batch_size(run: RunSpec, dp_degree: int) -> int:
+    """Sequences of one optimizer step over all ranks."""
+    if run.global_batch_size is not None:
+        return run.global_batch_size
+    return (run.micro_batch_size or 1) * (run.grad_accum_steps or 1) * dp_degree
+
+
+def _due(steps_done: int, every: int | None) -> bool:
+    return every is not None and steps_done % every == 0
+
+
+def _digest(ids: tuple[int, ...]) -> str:
+    """A short proof of which samples a step saw, in which order."""
+    return hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
+
+
+def _name_samples(samples: Sequence[Sample], ids: tuple[int, ...], most: int = 8) -> str:
+    names = ", ".join(samples[index].where for index in ids[:most])
+    return names if len(ids) <= most else f"{names} and {len(ids) - most} more"

@@ -1,0 +1,83 @@
+"""What rank 0 writes down while it trains: events as JSON lines, scalars for TensorBoard, memory readings."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vramplan.errors import SpecError
+from vramplan.measure.record import PhaseReading
+from vramplan.measure.run_dir import RunDir, append_event
+
+_KIB = 1024
+
+
+class Metrics:
+    """Rank 0 writes; on other ranks every call does nothing."""
+
+    def __init__(self, run_dir: RunDir, rank: int) -> None:
+        self._path = run_dir.metrics
+        self._board = _tensorboard(run_dir.tensorboard) if rank == 0 else None
+
+    def event(self, kind: str, /, **fields: Any) -> None:
+        if self._board is not None:
+            append_event(self._path, kind, **fields)
+
+    def scalars(self, step: int, **values: float | None) -> None:
+        """Points of TensorBoard's curves; ``train__loss`` is shown as ``train/loss``."""
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self._board.add_scalar(name.replace("__", "/"), value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SpecError("training writes TensorBoard events: install the package tensorboard") from error
+    return SummaryWriter(str(directory))
+
+
+@dataclass(slots=True)
+class Memory:
+    """This rank's memory as the progress line shows it, in bytes.
+
+    On CUDA ``now`` and ``peak`` are what tensors hold. The CPU's allocator counts only while a probe runs, so after the
+    measured steps ``now`` is the process's resident set, and ``peak`` stays the highest that the probe saw.
+    """
+
+    device: torch.device
+    peak: int = 0
+
+    def learn(self, readings: list[PhaseReading]) -> None:
+        self.peak = max(self.peak, max((reading.allocated_peak_bytes for reading in readings), default=0))
+
+    def fields(self) -> dict[str, int | str]:
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
+            return {"memory_now": torch.cuda.memory_allocated(self.device), "memory_of": "tensors", **self._peak()}
+        return {"memory_now": resident_bytes(), "memory_of": "process", **self._peak()}
+
+    def _peak(self) -> dict[str, int]:
+        return {"memory_peak": self.peak}
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process ever had in RAM."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB

@@ -1,0 +1,92 @@
+"""The model that a run trains: pretrained weights in the precision's dtype, adapters, checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vramplan.errors import ConfigError, LegalityError, SpecError
+from vramplan.rank.model import add_adapters, apply_liger, weight_dtype
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+from vramplan.train.seeds import seed_initial_weights
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """``module`` as DeepSpeed takes it; ``zero3`` must live as long as models are made (transformers looks for it)."""
+
+    module: Any
+    zero3: object | None
+
+
+def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedModel:
+    """Loads weights and adds what the run asks; under ZeRO-3 each rank keeps only its share of each weight.
+
+    Raises:
+        ConfigError: transformers cannot build the model.
+        LegalityError: a method that the trainer does not run.
+    """
+    if run.method.kind == "qlora":
+        raise LegalityError("method.kind: qlora cannot be trained here yet: use lora or full")
+    zero3 = _announce_zero3(run, config)
+    module = _pretrained(run, directory)
+    module.config.use_cache = False
+    if isinstance(run.method, LoraMethod):
+        seed_initial_weights(run.training.seed)
+        module = add_adapters(module, run.method)
+    if run.activation_checkpointing == "full":
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.loss == "liger":
+        apply_liger(module)
+    return LoadedModel(module, zero3)
+
+
+def check_fit_of_tokenizer(run: RunSpec, config: Any, tokenizer: Any) -> None:
+    """Raises:
+    ConfigError: the tokenizer makes ids that the embedding does not hold.
+    SpecError: sequences are longer than the model's positions.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {run.model} has {len(tokenizer)} tokens but the model's embedding only "
+            f"{config.vocab_size} rows"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and run.seq_len > positions:
+        raise SpecError(f"seq_len {run.seq_len} is longer than the {positions} positions of {run.model}: lower seq_len")
+
+
+def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
+    """(all, trained) parameters of the whole model, whatever of it this rank holds."""
+    sizes = [(getattr(param, "ds_numel", param.numel()), param.requires_grad) for param in module.parameters()]
+    return sum(numel for numel, _ in sizes), sum(numel for numel, trained in sizes if trained)
+
+
+def _pretrained(run: RunSpec, directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=weight_dtype(run),
+            attn_implementation=run.attention,
+            use_safetensors=True,
+            trust_remote_code=run.training.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{directory}: cannot be loaded as a causal language model ({reason})") from error
+
+
+def _announce_zero3(run: RunSpec, config: dict[str, Any]) -> object | None:
+    if run.zero.stage != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # from_pretrained builds inside deepspeed.zero.Init while an object like this one lives
+    announced: object = HfDeepSpeedConfig(config)
+    return announced

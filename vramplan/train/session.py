@@ -1,0 +1,168 @@
+"""One rank's whole run: data, model, engine, resume, steps, export, record."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vramplan.data.dataset import RunData, load_data
+from vramplan.emit.deepspeed import ds_config
+from vramplan.errors import ConfigError
+from vramplan.facts.resolve import read_config
+from vramplan.measure.run_dir import RunDir, write_json
+from vramplan.search.plan import Plan
+from vramplan.train.checkpoint import Resumed, resume
+from vramplan.train.engine import TrainEngine, join_group
+from vramplan.train.export import export
+from vramplan.train.loop import Loop
+from vramplan.train.metrics import Memory, Metrics
+from vramplan.train.model import LoadedModel, check_fit_of_tokenizer, count_parameters, load_model
+from vramplan.train.phases import PROBED_STEPS, Phases
+from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
+from vramplan.train.record import highest_of_ranks, versions, write_record
+from vramplan.train.status import RankStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is read before any memory is taken."""
+
+    directory: Path
+    config: dict[str, Any]
+    """Fields of the model's ``config.json``."""
+    tokenizer: Any
+    data: RunData
+
+
+def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) -> None:
+    """Runs a plan on this rank to its end; every rank calls it.
+
+    Raises:
+        VramplanError: what the user can mend, as one sentence.
+    """
+    _quieten_transformers()
+    status.mark("data")
+    run = plan.run
+    inputs = _read_inputs(plan)
+    status.mark("join")
+    device = join_group(run)
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    config = ds_config(run, world_size)
+    if rank == 0:
+        write_json(run_dir.ds_config, config)
+    phases, metrics, memory = Phases(status, device), Metrics(run_dir, rank), Memory(device)
+    with phases.phase("model_load"):
+        loaded = load_model(run, inputs.directory, config)
+        settle_weights(loaded, device)
+    with phases.phase("engine_init"):
+        engine = TrainEngine(run, loaded.module, config, device)
+    loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, _pad_id(inputs.tokenizer))
+    first_step = _resume(loop, resuming)
+    _announce(loop, inputs.data, first_step)
+    seconds_per_step = _steps(loop, first_step, plan, inputs.config)
+    status.mark("export")
+    base_name = public_name(run, inputs.directory)
+    exported = export(engine, run_dir, inputs.tokenizer, base_name)
+    metrics.event("end", step=loop.total_steps, exported=str(exported), seconds_per_step=seconds_per_step)
+    metrics.close()
+    status.mark("end")
+
+
+def settle_weights(loaded: LoadedModel, device: torch.device) -> None:
+    """On the CPU, moves weights out of the file's mapping into memory of their own.
+
+    transformers maps safetensors into memory; training would copy such pages one by one as it writes to them, and no
+    allocator would count them.
+    """
+    if device.type != "cpu" or loaded.zero3 is not None:
+        return
+    for tensor in (*loaded.module.parameters(), *loaded.module.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _read_inputs(plan: Plan) -> Inputs:
+    run = plan.run
+    directory = model_directory(run)
+    tokenizer = load_tokenizer(directory, run)
+    config = dict(read_config(directory / "config.json"))
+    from transformers import AutoConfig
+
+    try:
+        parsed = AutoConfig.from_pretrained(directory, trust_remote_code=run.training.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{directory}/config.json: transformers cannot read it ({error})") from error
+    check_fit_of_tokenizer(run, parsed, tokenizer)
+    return Inputs(directory, config, tokenizer, load_data(run, tokenizer))
+
+
+def _resume(loop: Loop, resuming: bool) -> int:
+    """The step to go on from (0 at the start)."""
+    found: Resumed | None = None
+    if resuming:
+        with loop.phases.phase("resume"):
+            found = resume(loop.engine, loop.run_dir.checkpoints, loop.state(0))
+    if found is None:
+        if resuming:
+            loop.metrics.event("note", text="no checkpoint yet: the run starts from the beginning")
+        return 0
+    for text in found.passed_over:
+        loop.metrics.event("note", text=text)
+    loop.metrics.event("resumed", step=found.step, path=str(found.path))
+    loop.phases.stop_measuring()  # the record is of a run's first steps
+    return found.step
+
+
+def _announce(loop: Loop, data: RunData, first_step: int) -> None:
+    total, trained = count_parameters(loop.engine.module)
+    for text in data.notes:
+        loop.metrics.event("note", text=text)
+    loop.metrics.event(
+        "start",
+        step=first_step,
+        total_steps=loop.total_steps,
+        num_train=len(data.train),
+        num_held_out=len(data.held_out),
+        numel_total=total,
+        numel_trainable=trained,
+        versions=versions(),
+    )
+
+
+def _steps(loop: Loop, first_step: int, plan: Plan, config: dict[str, Any]) -> float:
+    """Runs the remaining steps; the mean seconds of those that were not measured (or of all, if all were)."""
+    seconds: list[float] = []
+    for step in range(first_step, loop.total_steps):
+        seconds.append(loop.step(step).seconds)
+        done = step + 1
+        if loop.phases.measuring and done == min(PROBED_STEPS, loop.total_steps):
+            _finish_measuring(loop, plan, config, seconds)
+        loop.between_steps(done)
+    unmeasured = seconds[PROBED_STEPS:] if first_step == 0 else seconds
+    counted = unmeasured or seconds
+    return sum(counted) / max(1, len(counted))
+
+
+def _finish_measuring(loop: Loop, plan: Plan, config: dict[str, Any], seconds: list[float]) -> None:
+    loop.phases.stop_measuring()
+    readings = highest_of_ranks(loop.phases.readings)
+    loop.memory.learn(readings)
+    if loop.engine.rank == 0:
+        write_record(plan, loop.run_dir, config, readings, count_parameters(loop.engine.module), seconds[-1])
+    loop.metrics.event("measured", step=len(seconds), memory_peak=loop.memory.peak)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
+
+
+def _quieten_transformers() -> None:
+    """Progress bars of every rank would be all that a log holds."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,91 @@
+"""What a rank says of itself from outside's view: its phase and heartbeat while it lives, its failure when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
+from vramplan.errors import VramplanError
+from vramplan.measure.run_dir import write_json
+
+ORPHAN_EXIT_CODE = 87
+_WIDTH = 512
+_BEAT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a rank is. ``step`` and ``micro`` count from 1; 0 outside the steps."""
+
+    rank: int
+    pid: int
+    phase: str = "start"
+    step: int = 0
+    micro: int = 0
+    time: float = 0.0
+
+
+class RankStatus:
+    """A rank's status file, rewritten in place at each change and each second.
+
+    One ``pwrite`` of a fixed width: the file survives SIGKILL, and costs microseconds.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+        self.now = Status(rank, os.getpid())
+        self._write()
+
+    def mark(self, phase: str, step: int = 0, micro: int = 0) -> None:
+        self.now = replace(self.now, phase=phase, step=step, micro=micro)
+        self._write()
+
+    def beat(self) -> None:
+        """Says that the rank lives."""
+        self._write()
+
+    def _write(self) -> None:
+        text = json.dumps(asdict(replace(self.now, time=time.time())))
+        os.pwrite(self._file, text.ljust(_WIDTH - 1).encode() + b"\n", 0)
+
+
+def start_guard(status: RankStatus) -> None:
+    """A thread that beats for the rank, and ends the process at once when its launcher or supervisor is gone."""
+    threading.Thread(target=_guard, args=(status, os.getppid()), name="vramplan-guard", daemon=True).start()
+
+
+def _guard(status: RankStatus, launcher: int) -> None:
+    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    while os.getppid() == launcher and (supervisor is None or _lives(supervisor)):
+        status.beat()
+        time.sleep(_BEAT_S)
+    os._exit(ORPHAN_EXIT_CODE)
+
+
+def _lives(identity: str) -> bool:
+    return process_identity(int(identity.partition(":")[0])) == identity
+
+
+def write_failure(path: Path, status: Status, error: BaseException) -> int:
+    """Tells the supervisor why this rank ends; gives the exit code to end with."""
+    code = error.exit_code if isinstance(error, VramplanError) else 1
+    write_json(
+        path,
+        {
+            **asdict(status),
+            "kind": type(error).__name__,
+            "message": str(error),
+            "by_user": isinstance(error, VramplanError),
+            "exit_code": code,
+            "traceback": "".join(traceback.format_exception(error)),
+            "time": time.time(),
+        },
+    )
+    return code
