@@ -70,8 +70,8 @@ OPTIMIZER_BYTES_PER_PARAM = {
 """Bytes of memory traffic of one parameter's update: gradient norm and gradient 4 + 4, fp32 master 8, two fp32 moments
 16, the rounded weight 2. DERIVED from the update rule; torch's unfused AdamW re-reads states in each of its passes."""
 ELEMENTWISE_BYTES = {
-    "norm_rms": 36,
-    "norm_layer": 8,
+    "norm": 36,
+    "norm_fused": 8,
     "residual": 6,
     "rotary": 24,
     "gated": 10,

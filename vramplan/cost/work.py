@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vramplan.cost.assumed import ELEMENTWISE_BYTES
-from vramplan.facts.architecture import Architecture, Attention, DecoderLayer, GatedMLP, Linear, Norm
+from vramplan.facts.architecture import (
+    Architecture,
+    Attention,
+    DecoderLayer,
+    GatedMLP,
+    LatentAttention,
+    Linear,
+    MixtureOfExperts,
+    PlainMLP,
+)
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -52,7 +60,7 @@ def token_work(run: RunSpec, architecture: Architecture) -> TokenWork:
     hidden = architecture.hidden_size
     return TokenWork(
         layer_flops=sum(2 * n * _weight_numel(by_id[key]) for key, n in layers.items()),
-        attention_flops=sum(n * _attention_flops(by_id[key].attention, run) for key, n in layers.items()),
+        attention_flops=sum(n * _attention_flops(by_id[key], run) for key, n in layers.items()),
         head_flops=2 * architecture.head.weight_numel,
         adapter_flops=2 * adapter_numel(run, architecture),
         layer_bytes=sum(n * _layer_bytes(by_id[key], hidden, run) for key, n in layers.items()),
@@ -92,40 +100,54 @@ def adapter_numel(run: RunSpec, architecture: Architecture) -> int:
 
 
 def adapted_linears(method: LoraMethod, architecture: Architecture) -> Iterator[Linear]:
-    """Linears that PEFT would wrap (peft/tuners/tuners_utils.py, ``check_target_module_exists``)."""
-    targets = method.target_modules
-    for name, linear in architecture.named_linears():
-        if targets == "all-linear":
-            yield linear
-        elif isinstance(targets, str):
-            if re.fullmatch(targets, name):
-                yield linear
-        elif any(name == target or name.endswith(f".{target}") for target in targets):
-            yield linear
+    """Linears that PEFT would wrap."""
+    return (linear for name, linear in architecture.named_linears() if method.adapts(name))
 
 
 def _weight_numel(layer: DecoderLayer) -> int:
-    return sum(linear.weight_numel for linear in layer.linears())
+    """Weights that one token is multiplied with: of routed experts only those that it is sent to."""
+    dense = sum(linear.weight_numel for linear in layer.linears())
+    mixture = layer.feed_forward
+    if not isinstance(mixture, MixtureOfExperts):
+        return dense
+    router, experts = mixture.router, mixture.experts
+    scored = 0 if router.is_linear else router.in_features * router.num_experts
+    return dense + scored + mixture.experts_per_token * 3 * experts.hidden_size * experts.intermediate
 
 
-def _attention_flops(attention: Attention, run: RunSpec) -> float:
-    keys = min(run.seq_len, attention.sliding_window or run.seq_len)
+def _attention_flops(layer: DecoderLayer, run: RunSpec) -> float:
+    """Scores and their product with the values, for one token; a window or chunk bounds the keys."""
+    mixer = layer.mixer
+    keys = run.seq_len
+    if isinstance(mixer, LatentAttention):
+        width = mixer.num_heads * (mixer.qk_head_dim + mixer.v_head_dim) / 2
+    else:
+        keys = min(keys, mixer.sliding_window or keys, mixer.chunk or keys)
+        width = mixer.q_width
     causal = 1.0 if run.attention == "eager" else 0.5
-    return 4 * keys * attention.q_width * causal
+    return 4 * keys * width * causal
 
 
 def _layer_bytes(layer: DecoderLayer, hidden: int, run: RunSpec) -> float:
     """Bytes that element-wise kernels move in one layer's forward, for one token."""
     cost = ELEMENTWISE_BYTES
     total = 2.0 * cost["residual"] * hidden
-    for part in layer.parts:
-        if isinstance(part, Norm):
-            total += cost[f"norm_{part.kind}"] * part.width
-        elif isinstance(part, Attention):
-            rotated = part.rotary_dim * (part.num_heads + part.num_kv_heads)
-            total += cost["rotary"] * rotated
-            if run.attention == "eager":
-                total += cost["score"] * part.num_heads * run.seq_len
-        else:
-            total += cost["gated" if isinstance(part, GatedMLP) else "plain"] * part.intermediate
+    total += sum(cost["norm_fused" if norm.kind == "layer" else "norm"] * norm.width for norm in layer.norms)
+    total += _mixer_bytes(layer.mixer, run) + _feed_forward_bytes(layer.feed_forward, hidden)
     return total * (2 if run.precision == "fp32" else 1)
+
+
+def _mixer_bytes(mixer: Attention | LatentAttention, run: RunSpec) -> float:
+    heads = mixer.num_heads + (1 if isinstance(mixer, LatentAttention) else mixer.num_kv_heads)
+    scores = ELEMENTWISE_BYTES["score"] * mixer.num_heads * run.seq_len if run.attention == "eager" else 0
+    return ELEMENTWISE_BYTES["rotary"] * mixer.rotary_dim * heads + scores
+
+
+def _feed_forward_bytes(block: GatedMLP | PlainMLP | MixtureOfExperts, hidden: int) -> float:
+    cost = ELEMENTWISE_BYTES
+    if isinstance(block, PlainMLP):
+        return cost["plain"] * block.intermediate
+    if isinstance(block, GatedMLP):
+        return cost["gated"] * block.intermediate
+    routed = block.experts_per_token * (cost["gated"] * block.experts.intermediate + cost["residual"] * hidden)
+    return routed + (cost["gated"] * block.shared.intermediate if block.shared is not None else 0)

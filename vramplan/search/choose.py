@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vramplan.cost.step_time import CostModel
 from vramplan.errors import LegalityError, NoPlanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
-from vramplan.memory.estimate import estimate
+from vramplan.memory.estimate import UncoveredError, estimate
 from vramplan.memory.ledger import Estimate
 from vramplan.search.legality import Illegality, illegality
 from vramplan.search.plan import Refusal
@@ -66,28 +66,38 @@ class Answer:
 
 
 def search(run: RunSpec, node: Node, architecture: Architecture, margin_frac: float = MARGIN_FRAC) -> Answer:
-    """Tries candidates from the fastest on, until one fits.
+    """Tries candidates from the best-looking on, until one fits.
 
-    One that fits only without the margin is taken where no other fits.
+    One that fits only without the margin is taken where no other fits; one whose bytes the arithmetic does not cover
+    is passed over, with that as the reason.
 
     Raises:
         NoPlanError: no candidate can be made; the text says which number to change.
         LegalityError: DeepSpeed refuses every one.
+        UncoveredError: the arithmetic covers none.
     """
     check_sequence_length(run, architecture)
     ranked = sorted(priced(run, node, architecture), key=lambda each: each.rank)
     refused: list[Refusal] = []
-    tried: list[tuple[Priced, Estimate]] = []
+    tried: list[tuple[Priced, Estimate, int]] = []
+    uncovered: UncoveredError | None = None
     for each in ranked:
-        found = estimate(each.run, node, architecture)
+        try:
+            found = estimate(each.run, node, architecture)
+        except UncoveredError as error:
+            uncovered = error
+            refused.append(_refuse(each, str(error)))
+            continue
         if fits_with_margin(found, margin_frac):
             return Answer(each, found, each, tuple(refused), margin_frac)
-        tried.append((each, found))
-        refused.append(_refuse(each, found, margin_frac))
-    for index, (each, found) in enumerate(tried):
+        tried.append((each, found, len(refused)))
+        refused.append(_refuse(each, why_not(found, margin_frac), found))
+    if not tried and uncovered is not None:
+        raise uncovered
+    for each, found, num_better in tried:
         if found.fits:
-            return Answer(each, found, each, tuple(refused[:index]), 0.0)
-    leanest, found = min(tried, key=lambda pair: _shortfall(pair[1]))
+            return Answer(each, found, each, tuple(refused[:num_better]), 0.0)
+    leanest, found, _ = min(tried, key=lambda trial: _shortfall(trial[1]))
     return Answer(None, found, leanest, tuple(refused), margin_frac)
 
 
@@ -127,22 +137,27 @@ def fits_with_margin(found: Estimate, margin_frac: float) -> bool:
 
 
 def leanest_fit(run: RunSpec, node: Node, architecture: Architecture) -> Estimate | None:
-    """The estimate of some candidate that fits, or None; tries the leanest of each layout only.
-
-    Bytes never fall as the micro-batch rises, and checkpointing never adds any at the peak of a run that is too
-    large, so for each stage and offload the smallest micro-batch with checkpointing decides.
-    """
-    for each in _leanest_of_each_layout(priced(run, node, architecture)):
-        found = estimate(each.run, node, architecture)
-        if found.fits:
-            return found
-    return None
+    """The estimate of some candidate that fits, or None."""
+    return next((found for found in _lean_estimates(run, node, architecture) if found.fits), None)
 
 
 def fewest_bytes(run: RunSpec, node: Node, architecture: Architecture) -> Estimate:
     """The estimate with the fewest used bytes of the leanest candidates whose host bytes fit, if any does."""
-    lean = _leanest_of_each_layout(priced(run, node, architecture))
-    return min((estimate(each.run, node, architecture) for each in lean), key=_shortfall)
+    return min(_lean_estimates(run, node, architecture), key=_shortfall)
+
+
+def _lean_estimates(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Estimate]:
+    """Estimates of the leanest candidate of each layout: bytes never fall as the micro-batch rises."""
+    uncovered: UncoveredError | None = None
+    covered = False
+    for each in _leanest_of_each_layout(priced(run, node, architecture)):
+        try:
+            yield estimate(each.run, node, architecture)
+            covered = True
+        except UncoveredError as error:
+            uncovered = error
+    if uncovered is not None and not covered:
+        raise uncovered
 
 
 def _leanest_of_each_layout(every: Iterable[Priced]) -> list[Priced]:
@@ -164,14 +179,14 @@ def _shortfall(found: Estimate) -> tuple[bool, int]:
     return (not found.host_fits, found.used_peak_bytes)
 
 
-def _refuse(each: Priced, found: Estimate, margin_frac: float) -> Refusal:
+def _refuse(each: Priced, reason: str, found: Estimate | None = None) -> Refusal:
     return Refusal(
         candidate=each.candidate,
-        reason=why_not(found, margin_frac),
+        reason=reason,
         step_time_s=each.step_time_s,
         tokens_per_s=(each.run.global_batch_size or 0) * each.run.seq_len / each.step_time_s,
-        used_peak_bytes=found.used_peak_bytes,
-        peak_moment=found.peak.name,
+        used_peak_bytes=None if found is None else found.used_peak_bytes,
+        peak_moment=None if found is None else found.peak.name,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.device import Node
 from vramplan.spec.run import RunSpec
 
@@ -95,11 +95,12 @@ def _pipeline(run: RunSpec, node: Node, architecture: Architecture) -> str | Non
 def _sequence_parallel_heads(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.layout is None or run.layout.sp == 1:
         return None
-    attention, sp = architecture.layers[0].attention, run.layout.sp
-    if attention.num_heads % sp:
-        return f"layout.sp {sp} does not divide the {attention.num_heads} attention heads"
-    if attention.num_kv_heads % sp and sp % attention.num_kv_heads:
-        return f"layout.sp {sp} neither divides the {attention.num_kv_heads} key/value heads nor is a multiple of them"
+    mixer, sp = architecture.layers[0].mixer, run.layout.sp
+    kv_heads = mixer.num_kv_heads if isinstance(mixer, Attention) else mixer.num_heads
+    if mixer.num_heads % sp:
+        return f"layout.sp {sp} does not divide the {mixer.num_heads} attention heads"
+    if kv_heads % sp and sp % kv_heads:
+        return f"layout.sp {sp} neither divides the {kv_heads} key/value heads nor is a multiple of them"
     return None
 
 

@@ -70,8 +70,9 @@ class Refusal:
     step_time_s: float
     tokens_per_s: float
     """Of all ranks together; step times of different global batches do not compare."""
-    used_peak_bytes: int
-    peak_moment: str
+    used_peak_bytes: int | None = None
+    """None where its bytes are not covered."""
+    peak_moment: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -31,6 +32,19 @@ class LoraMethod(UserModel):
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+
+    def adapts(self, module_name: str) -> bool:
+        """Whether PEFT puts an adapter on a linear of that full name (tuners_utils.py, check_target_module_exists).
+
+        ``all-linear`` takes every linear but the output head, which is not asked about here; a list takes exact names
+        and name endings; one string is a regular expression for the whole name.
+        """
+        targets = self.target_modules
+        if targets == "all-linear":
+            return True
+        if isinstance(targets, str):
+            return re.fullmatch(targets, module_name) is not None
+        return any(module_name == name or module_name.endswith(f".{name}") for name in targets)
 
     @property
     def scale_alpha(self) -> int:

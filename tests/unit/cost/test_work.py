@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vramplan.cost.work import adapter_numel, token_work, trainable_numel, training_flops
+from vramplan.errors import VramplanError
+from vramplan.facts.catalogue import all_models
+from vramplan.facts.families import architecture_from_config
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.spec.run import RunSpec
 
@@ -67,3 +70,35 @@ def test_adapters_have_as_many_elements_as_peft_makes(method, expected):
 def test_full_training_updates_every_parameter():
     run = ask()
     assert trainable_numel(run, resolve_architecture(run)) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("model", "active"),
+    [
+        # published active parameters, embedding and head included: 12.9 B (Mixtral paper, arXiv 2401.04088, section 1),
+        # 3.3 B (Qwen3-30B-A3B model card), 37 B (DeepSeek-V3, arXiv 2412.19437, abstract)
+        ("mistralai/Mixtral-8x7B-v0.1", 12.9e9),
+        ("Qwen/Qwen3-30B-A3B", 3.3e9),
+        ("deepseek-ai/DeepSeek-V3", 37e9),
+    ],
+)
+def test_of_experts_only_those_that_a_token_is_sent_to_are_counted(model: str, active: float):
+    run = ask(model=model, seq_len=128)
+    architecture = resolve_architecture(run)
+    work = token_work(run, architecture)
+    embedding = architecture.vocab_size * architecture.hidden_size
+    assert (work.layer_flops + work.head_flops) / 2 + embedding == pytest.approx(active, rel=0.03)
+
+
+def test_every_catalogued_model_has_a_cost():
+    counted = 0
+    for entry in all_models():
+        try:
+            architecture = architecture_from_config(entry.config)
+        except VramplanError:
+            continue  # a family that the catalogue has and the calculator does not
+        counted += 1
+        work = token_work(ask(model=entry.name, seq_len=64), architecture)
+        # two FLOP a weight, experts that idle aside, embeddings not counted
+        assert 0.02 < work.forward_flops / architecture.num_params < 2.3, entry.name
+    assert counted > 100
