@@ -48,6 +48,9 @@ FAMILIES: dict[str, str] = {
 }
 """``model_type`` of a ``config.json`` -> module of this package that reads it."""
 
+REMOTE_CODE_FAMILIES = frozenset({"baichuan", "chatglm", "internlm2"})
+"""Known model types whose code comes with the model and is in no transformers release."""
+
 
 def architecture_from_config(config: Mapping[str, object]) -> Architecture:
     """The blocks of the model that transformers 5.17 would build from these fields.
@@ -78,9 +81,9 @@ def _text_config(config: Mapping[str, object], module_name: str) -> Mapping[str,
 
 
 def _unknown_family(model_type: str, config: Mapping[str, object]) -> ConfigError | UnknownNameError:
-    if "auto_map" in config:
+    if "auto_map" in config or model_type in REMOTE_CODE_FAMILIES:
         return ConfigError(
-            f"model type {model_type!r} is defined by code in the model's own directory (auto_map), which is never run "
-            "to read facts; use `vramplan simulate` with trust_remote_code to trace it"
+            f"model type {model_type!r} is defined by code in the model's own directory, which is never run to read "
+            "facts; use `vramplan simulate` with trust_remote_code to trace it"
         )
     return UnknownNameError("model family", model_type, FAMILIES, hint="(see vramplan/facts/families/)")

@@ -1,0 +1,82 @@
+"""A config that cannot be read says which field and which family file; nothing is guessed or run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vramplan.errors import ConfigError, UnknownNameError
+from vramplan.facts.families import architecture_from_config
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+}
+
+
+@pytest.mark.parametrize("field", sorted(set(LLAMA) - {"model_type"}))
+def test_a_missing_size_is_named_with_the_family_file(field):
+    config = {name: value for name, value in LLAMA.items() if name != field}
+    with pytest.raises(ConfigError, match=rf"'{field}' is missing .*families/llama\.py"):
+        architecture_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("hidden_size", "64", "whole number"),
+        ("hidden_size", 65, "no multiple of num_attention_heads = 4"),
+        ("num_key_value_heads", 3, "no multiple of num_key_value_heads = 3"),
+        ("num_key_value_heads", True, "whole number"),
+        ("num_hidden_layers", 0, "positive"),
+        ("attention_dropout", 1.5, "between 0 and 1"),
+        ("mlp_bias", 1, "true or false"),
+        ("hidden_act", 3, "must be a string"),
+        ("tie_word_embeddings", "yes", "true or false"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_wrong(field, value, said):
+    with pytest.raises(ConfigError, match=said):
+        architecture_from_config({**LLAMA, field: value})
+
+
+def test_two_spellings_of_one_field_must_agree():
+    config = {"model_type": "gpt2", "n_embd": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 8}
+    with pytest.raises(ConfigError, match="'n_embd' is 64 but 'hidden_size' is 32"):
+        architecture_from_config(config)
+
+
+def test_layer_types_must_name_each_layer():
+    config = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True}
+    with pytest.raises(ConfigError, match="each of the 2 layers, not 1"):
+        architecture_from_config({**config, "layer_types": ["full_attention"]})
+    with pytest.raises(ConfigError, match="'linear_attention'"):
+        architecture_from_config({**config, "layer_types": ["full_attention", "linear_attention"]})
+
+
+def test_an_unknown_family_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="'lama'; did you mean llama"):
+        architecture_from_config({**LLAMA, "model_type": "lama"})
+
+
+def test_a_config_without_a_model_type_says_so():
+    with pytest.raises(ConfigError, match="no field 'model_type'"):
+        architecture_from_config({"hidden_size": 64})
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "new", "auto_map": {"AutoModel": "code.Model"}}, {"model_type": "baichuan"}]
+)
+def test_a_model_with_its_own_code_points_to_the_simulator(config):
+    with pytest.raises(ConfigError, match=r"never run .*vramplan simulate"):
+        architecture_from_config(config)
+
+
+def test_a_model_for_images_without_a_text_part_says_so():
+    with pytest.raises(ConfigError, match="'text_config' is missing"):
+        architecture_from_config({"model_type": "gemma3", "vision_config": {}})
