@@ -78,7 +78,10 @@ def asked_run(model: str, options: RunOptions) -> RunSpec:
         SpecError: a file, key or value that cannot be; the text names it and the nearest that can.
     """
     asked, source = asked_fields(model)
-    return run_from_mapping(merge(asked, _overrides(options)), source)
+    fields = merge(asked, _overrides(options))
+    if options.lora_r is not None:
+        fields["method"] = {"kind": "lora", **fields["method"]}  # a rank says that there are adapters
+    return run_from_mapping(fields, source)
 
 
 def with_run_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,8 +118,6 @@ def _overrides(options: RunOptions) -> dict[str, Any]:
         if value is None or each.name in ("offload", "assign"):
             continue
         laid = merge(laid, nest(_PLACES.get(each.name, each.name), value))
-    if options.lora_r is not None and options.method is None:
-        laid = merge(laid, {"method": {"kind": "lora"}})
     if options.offload is not None:
         laid = merge(laid, {"zero": _offload(options.offload)})
     return merge(laid, parse_assignments(options.assign or ()))

@@ -147,7 +147,8 @@ def fewest_bytes(run: RunSpec, node: Node, architecture: Architecture) -> Estima
 
 
 def _lean_estimates(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Estimate]:
-    """Estimates of the leanest candidate of each layout: bytes never fall as the micro-batch rises."""
+    """Estimates of the leanest candidates of each layout: bytes never fall as the micro-batch rises, but without
+    accumulation there are fewer gradient buffers."""
     uncovered: UncoveredError | None = None
     covered = False
     for each in _leanest_of_each_layout(priced(run, node, architecture)):
@@ -161,7 +162,7 @@ def _lean_estimates(run: RunSpec, node: Node, architecture: Architecture) -> Ite
 
 
 def _leanest_of_each_layout(every: Iterable[Priced]) -> list[Priced]:
-    best: dict[tuple[int, str, str, str], Priced] = {}
+    best: dict[tuple[object, ...], Priced] = {}
     for each in every:
         candidate = each.candidate
         key = (
@@ -169,6 +170,7 @@ def _leanest_of_each_layout(every: Iterable[Priced]) -> list[Priced]:
             candidate.offload_optimizer,
             candidate.offload_param,
             candidate.activation_checkpointing,
+            candidate.grad_accum_steps == 1,
         )
         if key not in best or candidate.micro_batch_size < best[key].candidate.micro_batch_size:
             best[key] = each

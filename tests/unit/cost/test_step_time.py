@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_offload_comes_last(node: Node):
 def test_a_larger_micro_batch_is_faster_but_ever_less_so(node: Node):
     times = [seconds(node, micro_batch_size=16 // accum, grad_accum_steps=accum) for accum in (16, 8, 4, 2, 1)]
     assert times == sorted(times, reverse=True)
-    gains = [slow - fast for slow, fast in zip(times, times[1:], strict=False)]
+    gains = [slow - fast for slow, fast in pairwise(times)]
     assert gains == sorted(gains, reverse=True)
 
 

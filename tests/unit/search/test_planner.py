@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_more_memory_never_gives_a_slower_plan():
         make_plan(run, capped(H100, cap), architecture).prediction.step_time_s for cap in (20, 24, 32, 40, 48, 64, 79)
     ]
     # equal up to the difference that counts as a tie
-    assert all(less <= more * 1.021 for more, less in zip(speeds, speeds[1:], strict=False)), speeds
+    assert all(less <= more * 1.021 for more, less in pairwise(speeds)), speeds
 
 
 def test_a_margin_is_kept_where_it_can_be_and_given_up_where_it_cannot():

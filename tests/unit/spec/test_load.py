@@ -76,7 +76,7 @@ def test_a_missing_model_is_said():
 
 def test_several_mistakes_are_told_together_and_no_more_than_four():
     fields = {"model": "m", "seq_len": 0, "precision": "x", "attention": "x", "loss": "x", "bad": 1, "worse": 1}
-    with pytest.raises(SpecError, match="; and 2 more$"):
+    with pytest.raises(SpecError, match=r"; and 2 more$"):
         run_from_mapping(fields)
 
 
