@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from vramplan.errors import UnknownNameError
@@ -46,7 +46,7 @@ class ModelEntry:
 @cache
 def all_models() -> tuple[ModelEntry, ...]:
     """Every entry, in the order of the data file (by family)."""
-    text = resources.files("vramplan.facts").joinpath("data/models.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("data").joinpath("models.json").read_text(encoding="utf-8")
     return tuple(_entry(row) for row in json.loads(text))
 
 

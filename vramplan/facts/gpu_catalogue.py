@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from vramplan.errors import AmbiguousNameError, UnknownNameError, nearest_names
@@ -23,7 +23,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 @cache
 def all_devices() -> tuple[Device, ...]:
     """Every device, in the order of the data file."""
-    text = resources.files("vramplan.facts").joinpath("data/gpus.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("data").joinpath("gpus.json").read_text(encoding="utf-8")
     return tuple(_device(row) for row in json.loads(text))
 
 

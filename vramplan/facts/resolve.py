@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from vramplan.errors import ConfigError, UnknownNameError
 from vramplan.facts.architecture import Architecture
@@ -107,6 +105,9 @@ def _hub_is_reachable(timeout_s: float = 3.0) -> bool:
 
     Behind a proxy the question cannot be asked so cheaply and the client decides.
     """
+    import socket  # with urllib, milliseconds that a model of the catalogue need not wait for
+    from urllib.parse import urlsplit
+
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
         return True
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
