@@ -76,8 +76,10 @@ def _phase_summary_table(summaries: dict[str, Summary]) -> Table:
     for name in ("count", "median |error|", "95th percentile", "worst under", "worst over"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, found in summaries.items():
-        figures = (found.median_abs_error_frac, found.p95_abs_error_frac, found.worst_under_frac, found.worst_over_frac)
-        table.add_row(name, str(found.num_covered), *(_percent(figure) for figure in figures))
+        sizes = (found.median_abs_error_frac, found.p95_abs_error_frac)
+        signed = (found.worst_under_frac, found.worst_over_frac)
+        cells = [_percent(size, signed=False) for size in sizes] + [_percent(error) for error in signed]
+        table.add_row(name, str(found.num_covered), *cells)
     return table
 
 
