@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,17 +101,11 @@ def _read_ops() -> DeepSpeedOps:
     nvcc = _find_nvcc()
     return DeepSpeedOps(
         prebuilt=tuple(sorted(name for name, built in installed.items() if built)),
-        compiler=_on_path(compiler),
-        ninja=_on_path("ninja"),
+        compiler=shutil.which(compiler),
+        ninja=shutil.which("ninja"),
         nvcc=nvcc,
         nvcc_version=_nvcc_version(nvcc) if nvcc else None,
     )
-
-
-def _on_path(program: str) -> str | None:
-    """Where a run would find the program: beside its interpreter (the launcher puts that first) or on the path."""
-    beside = str(Path(sys.executable).parent)
-    return shutil.which(program, path=os.pathsep.join((beside, os.environ.get("PATH", os.defpath))))
 
 
 def _find_nvcc() -> str | None:

@@ -61,7 +61,7 @@ NO_NVCC = DeepSpeedOps((), "/usr/bin/c++", "/usr/bin/ninja", None, None)
         ({"host": replace(HEALTHY.host, memory_available_bytes=GIB)}, "host memory", Level.HURTS, "1.0 GiB available"),
         ({"ops": NO_NVCC}, "DeepSpeed ops", Level.BLOCKS, "no nvcc"),
         ({"ops": replace(HEALTHY.ops, nvcc_version="12.8")}, "DeepSpeed ops", Level.BLOCKS, "CUDA 12.8, torch of 13.0"),
-        ({"ops": replace(HEALTHY.ops, ninja=None)}, "DeepSpeed ops", Level.BLOCKS, "ninja missing"),
+        ({"ops": replace(HEALTHY.ops, ninja=None)}, "DeepSpeed ops", Level.BLOCKS, "ninja not on the path"),
         ({"variables": {"DS_ACCELERATOR": "cpu"}}, "DS_ACCELERATOR", Level.HURTS, "leave the GPUs idle"),
         ({"variables": {"NCCL_P2P_DISABLE": "1"}}, "NCCL_P2P_DISABLE", Level.HURTS, "slower"),
     ],
