@@ -141,7 +141,7 @@ def _ops(environment: Environment) -> Iterator[Finding]:
     lacking = [name for name, path in (("a C++ compiler", ops.compiler), ("ninja", ops.ninja)) if path is None]
     has_gpus = environment.driver is not None and bool(environment.driver.gpus)
     if lacking and not {"fused_adam", "cpu_adam"} <= set(ops.prebuilt):
-        text = f"{built}; {' and '.join(lacking)} not on the path: FusedAdam and CPUAdam cannot be compiled when a run starts"
+        text = f"{built}; {' and '.join(lacking)} not on the path: a run cannot compile FusedAdam and CPUAdam"
         # pip puts ninja into the virtual environment, whose programs are on the path only while it is active.
         advice = "activate the virtual environment; apt install g++; pip install ninja; or optimizer.kind: adamw_torch"
         yield Finding("DeepSpeed ops", Level.BLOCKS, text, advice)
