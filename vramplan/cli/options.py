@@ -120,7 +120,7 @@ def _overrides(options: RunOptions) -> dict[str, Any]:
         laid = merge(laid, nest(_PLACES.get(each.name, each.name), value))
     if options.offload is not None:
         laid = merge(laid, {"zero": _offload(options.offload)})
-    return merge(laid, parse_assignments(options.assign or ()))
+    return merge(laid, parse_assignments(options.assign)) if options.assign else laid
 
 
 def _offload(name: str) -> dict[str, str]:
