@@ -8,10 +8,10 @@ from typing import Any
 from vramplan.facts.device import Node
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.term import Basis, Term
-from vramplan.search.choose import why_not
 from vramplan.search.fit import Fit
 from vramplan.search.plan import Plan
 from vramplan.search.remedy import Remedy
+from vramplan.search.room import why_not
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 from vramplan.units import format_bytes, format_count, format_seconds

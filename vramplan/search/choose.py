@@ -2,74 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vramplan.cost.step_time import CostModel
-from vramplan.errors import LegalityError, NoPlanError
+from vramplan.errors import NoPlanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.estimate import UncoveredError, estimate
 from vramplan.memory.ledger import Estimate
-from vramplan.search.legality import Illegality, illegality
 from vramplan.search.plan import Refusal
-from vramplan.search.space import Candidate, candidates
+from vramplan.search.price import TIE_FRAC, Priced, priced
+from vramplan.search.room import MARGIN_FRAC, fits_with_margin, shortfall, why_not
+from vramplan.search.space import Candidate
 from vramplan.spec.run import RunSpec
-from vramplan.units import format_bytes
-
-MARGIN_FRAC = 0.02
-"""Share of the capacity that a plan leaves free, for what the arithmetic does not see.
-ASSUMED: twice the estimator's own aim of 1 %."""
-
-
-TIE_FRAC = 0.02
-"""Step times that differ by less are called equal: their efficiencies are assumed, so the simpler plan is better."""
-
-
-@dataclass(frozen=True, slots=True)
-class Priced:
-    """A legal candidate, closed, with its step time."""
-
-    candidate: Candidate
-    run: RunSpec
-    step_time_s: float
-
-    @property
-    def rank(self) -> tuple[int, bool, bool, bool, int, float]:
-        """Orders candidates by seconds per sequence; of about equally fast ones the simpler comes first."""
-        candidate = self.candidate
-        seconds = self.step_time_s / (self.run.global_batch_size or 1)
-        return (
-            math.floor(math.log(seconds) / math.log1p(TIE_FRAC)),
-            candidate.offload_optimizer != "none",
-            candidate.offload_param != "none",
-            candidate.activation_checkpointing != "none",
-            candidate.zero_stage,
-            seconds,
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a search found."""
 
-    chosen: Priced | None
-    """The fastest candidate that fits; None where none does."""
+    best: Priced
+    """The candidate chosen; where none fits, the one with the fewest bytes."""
+    fits: bool
     estimate: Estimate
-    """Of the chosen candidate, or of the leanest where none fits."""
-    leanest: Priced
-    """The candidate with the fewest bytes of those that were tried."""
+    """Of ``best``."""
     refused: tuple[Refusal, ...]
     margin_frac: float
     """0 where only a candidate without any margin fits."""
 
 
 def search(run: RunSpec, node: Node, architecture: Architecture, margin_frac: float = MARGIN_FRAC) -> Answer:
-    """Tries candidates from the best-looking on, until one fits.
+    """The simplest of the candidates that fit and are about as fast as the fastest of them.
 
-    One that fits only without the margin is taken where no other fits; one whose bytes the arithmetic does not cover
-    is passed over, with that as the reason.
+    Candidates are tried from the fastest on. Where none fits with the margin, one that fits without is taken; one whose
+    bytes the arithmetic does not cover is passed over, with that as the reason.
 
     Raises:
         NoPlanError: no candidate can be made; the text says which number to change.
@@ -77,28 +43,67 @@ def search(run: RunSpec, node: Node, architecture: Architecture, margin_frac: fl
         UncoveredError: the arithmetic covers none.
     """
     check_sequence_length(run, architecture)
-    ranked = sorted(priced(run, node, architecture), key=lambda each: each.rank)
-    refused: list[Refusal] = []
-    tried: list[tuple[Priced, Estimate, int]] = []
-    uncovered: UncoveredError | None = None
-    for each in ranked:
-        try:
-            found = estimate(each.run, node, architecture)
-        except UncoveredError as error:
-            uncovered = error
-            refused.append(_refuse(each, str(error)))
-            continue
-        if fits_with_margin(found, margin_frac):
-            return Answer(each, found, each, tuple(refused), margin_frac)
-        tried.append((each, found, len(refused)))
-        refused.append(_refuse(each, why_not(found, margin_frac), found))
-    if not tried and uncovered is not None:
-        raise uncovered
-    for each, found, num_better in tried:
-        if found.fits:
-            return Answer(each, found, each, tuple(refused[:num_better]), 0.0)
-    leanest, found, _ = min(tried, key=lambda trial: _shortfall(trial[1]))
-    return Answer(None, found, leanest, tuple(refused), margin_frac)
+    ranked = sorted(priced(run, node, architecture), key=lambda each: (each.seconds_per_sequence, each.complexity))
+    trials = _Trials(node, architecture)
+    for margin in (margin_frac, 0.0):
+        chosen = _choose(ranked, trials, margin)
+        if chosen is not None:
+            better = [each for each in ranked if each.looks_better_than(chosen)]
+            return Answer(chosen, True, trials.estimate_of(chosen), trials.refusals(better, margin), margin)
+    leanest = trials.leanest()
+    return Answer(leanest, False, trials.estimate_of(leanest), trials.refusals(ranked, margin_frac), margin_frac)
+
+
+def _choose(ranked: Sequence[Priced], trials: _Trials, margin_frac: float) -> Priced | None:
+    fastest = next((each for each in ranked if trials.fits(each, margin_frac)), None)
+    if fastest is None:
+        return None
+    limit = fastest.seconds_per_sequence * (1 + TIE_FRAC)
+    about_as_fast = (each for each in ranked if each.seconds_per_sequence <= limit)
+    simplest_first = sorted(about_as_fast, key=lambda each: (each.complexity, each.seconds_per_sequence))
+    return next(each for each in simplest_first if trials.fits(each, margin_frac))
+
+
+class _Trials:
+    """Estimates of the candidates that were tried, each worked out once."""
+
+    def __init__(self, node: Node, architecture: Architecture) -> None:
+        self.node = node
+        self.architecture = architecture
+        self.results: dict[Candidate, tuple[Priced, Estimate | UncoveredError]] = {}
+
+    def fits(self, each: Priced, margin_frac: float) -> bool:
+        result = self._try(each)
+        return isinstance(result, Estimate) and fits_with_margin(result, margin_frac)
+
+    def estimate_of(self, each: Priced) -> Estimate:
+        result = self._try(each)
+        if isinstance(result, UncoveredError):
+            raise result
+        return result
+
+    def leanest(self) -> Priced:
+        """The candidate with the fewest bytes; raises UncoveredError where none is covered."""
+        covered = [each for each, result in self.results.values() if isinstance(result, Estimate)]
+        if not covered:
+            _, result = next(iter(self.results.values()))
+            assert isinstance(result, UncoveredError)
+            raise result
+        return min(covered, key=lambda each: shortfall(self.estimate_of(each)))
+
+    def refusals(self, better: Iterable[Priced], margin_frac: float) -> tuple[Refusal, ...]:
+        """Why each of ``better`` was not taken; those that fit were as good as the choice, and are not refused."""
+        return tuple(_refuse(each, self._try(each), margin_frac) for each in better if not self.fits(each, margin_frac))
+
+    def _try(self, each: Priced) -> Estimate | UncoveredError:
+        if each.candidate not in self.results:
+            result: Estimate | UncoveredError
+            try:
+                result = estimate(each.run, self.node, self.architecture)
+            except UncoveredError as error:
+                result = error
+            self.results[each.candidate] = each, result
+        return self.results[each.candidate][1]
 
 
 def check_sequence_length(run: RunSpec, architecture: Architecture) -> None:
@@ -110,103 +115,15 @@ def check_sequence_length(run: RunSpec, architecture: Architecture) -> None:
         )
 
 
-def priced(run: RunSpec, node: Node, architecture: Architecture) -> list[Priced]:
-    """Every legal candidate with its step time.
-
-    Raises:
-        LegalityError: DeepSpeed refuses every one; the text gives its reason.
-    """
-    cost = CostModel(run, node, architecture)
-    legal: list[Priced] = []
-    reasons: dict[Illegality, None] = {}
-    for candidate in candidates(run, node):
-        closed = candidate.close(run, node)
-        reason = illegality(closed, node, architecture)
-        if reason is None:
-            legal.append(Priced(candidate, closed, cost.step_time(closed).total_s))
-        else:
-            reasons.setdefault(reason)
-    if not legal:
-        raise LegalityError("; ".join(f"{each.reason} ({each.source})" for each in reasons))
-    return legal
-
-
-def fits_with_margin(found: Estimate, margin_frac: float) -> bool:
-    """Whether an estimate leaves ``margin_frac`` of the device's capacity free, and the host's bytes fit."""
-    return found.host_fits and found.used_peak_bytes <= int(found.capacity_bytes * (1 - margin_frac))
-
-
-def leanest_fit(run: RunSpec, node: Node, architecture: Architecture) -> Estimate | None:
-    """The estimate of some candidate that fits, or None."""
-    return next((found for found in _lean_estimates(run, node, architecture) if found.fits), None)
-
-
-def fewest_bytes(run: RunSpec, node: Node, architecture: Architecture) -> Estimate:
-    """The estimate with the fewest used bytes of the leanest candidates whose host bytes fit, if any does."""
-    return min(_lean_estimates(run, node, architecture), key=_shortfall)
-
-
-def _lean_estimates(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Estimate]:
-    """Estimates of the leanest candidates of each layout: bytes never fall as the micro-batch rises, but without
-    accumulation there are fewer gradient buffers."""
-    uncovered: UncoveredError | None = None
-    covered = False
-    for each in _leanest_of_each_layout(priced(run, node, architecture)):
-        try:
-            yield estimate(each.run, node, architecture)
-            covered = True
-        except UncoveredError as error:
-            uncovered = error
-    if uncovered is not None and not covered:
-        raise uncovered
-
-
-def _leanest_of_each_layout(every: Iterable[Priced]) -> list[Priced]:
-    best: dict[tuple[object, ...], Priced] = {}
-    for each in every:
-        candidate = each.candidate
-        key = (
-            candidate.zero_stage,
-            candidate.offload_optimizer,
-            candidate.offload_param,
-            candidate.activation_checkpointing,
-            candidate.grad_accum_steps == 1,
-        )
-        if key not in best or candidate.micro_batch_size < best[key].candidate.micro_batch_size:
-            best[key] = each
-    return sorted(best.values(), key=lambda each: each.rank, reverse=True)
-
-
-def _shortfall(found: Estimate) -> tuple[bool, int]:
-    return (not found.host_fits, found.used_peak_bytes)
-
-
-def _refuse(each: Priced, reason: str, found: Estimate | None = None) -> Refusal:
+def _refuse(each: Priced, result: Estimate | UncoveredError, margin_frac: float) -> Refusal:
+    tokens_per_s = each.run.seq_len / each.seconds_per_sequence
+    if isinstance(result, UncoveredError):
+        return Refusal(each.candidate, str(result), each.step_time_s, tokens_per_s)
     return Refusal(
         candidate=each.candidate,
-        reason=reason,
+        reason=why_not(result, margin_frac),
         step_time_s=each.step_time_s,
-        tokens_per_s=(each.run.global_batch_size or 0) * each.run.seq_len / each.step_time_s,
-        used_peak_bytes=None if found is None else found.used_peak_bytes,
-        peak_moment=None if found is None else found.peak.name,
-    )
-
-
-def why_not(found: Estimate, margin_frac: float) -> str:
-    """One clause: what does not fit in an estimate."""
-    used, capacity = found.used_peak_bytes, found.capacity_bytes
-    limit = int(capacity * (1 - margin_frac))
-    if used > capacity:
-        return (
-            f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "
-            f"{format_bytes(used - capacity)} too many"
-        )
-    if used > limit:
-        return (
-            f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "
-            f"{format_bytes(used - limit)} into the margin of {margin_frac:.0%}"
-        )
-    return (
-        f"the host needs {format_bytes(found.host_bytes_per_node)} of "
-        f"{format_bytes(found.host_capacity_bytes or 0)} per node"
+        tokens_per_s=tokens_per_s,
+        used_peak_bytes=result.used_peak_bytes,
+        peak_moment=result.peak.name,
     )

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.ledger import Estimate
-from vramplan.search.choose import MARGIN_FRAC, search
+from vramplan.search.choose import search
 from vramplan.search.plan import Plan
 from vramplan.search.planner import plan_of
 from vramplan.search.remedy import Remedy, remedies
+from vramplan.search.room import MARGIN_FRAC
 from vramplan.spec.run import RunSpec
 
 
@@ -46,6 +47,6 @@ def fit_run(run: RunSpec, node: Node, architecture: Architecture, margin_frac: f
         LegalityError: what the user fixed is a combination that DeepSpeed refuses.
     """
     answer = search(run, node, architecture, margin_frac)
-    plan = plan_of(answer.chosen or answer.leanest, node, answer)
-    ways = remedies(run, node, architecture, answer) if answer.chosen is None else ()
+    plan = plan_of(answer, node)
+    ways = remedies(run, node, architecture) if not answer.fits else ()
     return Fit(run, plan, answer.estimate, architecture.num_params, ways)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from vramplan.errors import NoPlanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
-from vramplan.search.choose import MARGIN_FRAC, Answer, Priced, search, why_not
+from vramplan.search.choose import Answer, search
 from vramplan.search.plan import Plan, Prediction
 from vramplan.search.remedy import Remedy, remedies
+from vramplan.search.room import MARGIN_FRAC, why_not
 from vramplan.spec.run import RunSpec
 
 
@@ -19,21 +20,22 @@ def make_plan(run: RunSpec, node: Node, architecture: Architecture, margin_frac:
         LegalityError: what the user fixed is a combination that DeepSpeed refuses.
     """
     answer = search(run, node, architecture, margin_frac)
-    if answer.chosen is None:
-        raise NoPlanError(_nothing_fits(answer, node, remedies(run, node, architecture, answer)))
-    return plan_of(answer.chosen, node, answer)
+    if not answer.fits:
+        raise NoPlanError(_nothing_fits(answer, node, remedies(run, node, architecture)))
+    return plan_of(answer, node)
 
 
-def plan_of(chosen: Priced, node: Node, answer: Answer) -> Plan:
-    """The plan that a search's choice makes."""
-    prediction = Prediction.of(chosen.run, answer.estimate, chosen.step_time_s)
-    return Plan(chosen.run, node, prediction, answer.margin_frac, answer.refused)
+def plan_of(answer: Answer, node: Node) -> Plan:
+    """The plan that a search's best candidate makes."""
+    run = answer.best.run
+    prediction = Prediction.of(run, answer.estimate, answer.best.step_time_s)
+    return Plan(run, node, prediction, answer.margin_frac, answer.refused)
 
 
 def _nothing_fits(answer: Answer, node: Node, ways: tuple[Remedy, ...]) -> str:
     ways_text = "; or ".join(str(way) for way in ways)
     advice = f"; what would: {ways_text}" if ways_text else ""
     return (
-        f"no plan fits on {node.world_size} x {node.device.name}: with {answer.leanest.candidate.label()}, "
+        f"no plan fits on {node.world_size} x {node.device.name}: with {answer.best.candidate.label()}, "
         f"{why_not(answer.estimate, 0.0)}{advice}"
     )

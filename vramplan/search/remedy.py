@@ -15,7 +15,8 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.devices import all_devices
 from vramplan.memory.ledger import Estimate
-from vramplan.search.choose import Answer, fewest_bytes, leanest_fit, search
+from vramplan.search.choose import search
+from vramplan.search.lean import fewest_bytes, leanest_fit
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 from vramplan.units import MIB, format_bytes
@@ -53,8 +54,8 @@ class Remedy:
         return f"{text} ({format_bytes(self.used_peak_bytes)})"
 
 
-def remedies(run: RunSpec, node: Node, architecture: Architecture, answer: Answer) -> tuple[Remedy, ...]:
-    """Ways to make ``run`` fit on ``node``, of which ``answer`` says that nothing fits; at most ``MAX_REMEDIES``."""
+def remedies(run: RunSpec, node: Node, architecture: Architecture) -> tuple[Remedy, ...]:
+    """Ways to make ``run`` fit on ``node`` where nothing does; at most ``MAX_REMEDIES``."""
     opened = list(_opened(run, node, architecture))
     if opened:
         return tuple(opened[:MAX_REMEDIES])
@@ -99,9 +100,9 @@ def _reopen(run: RunSpec, names: Sequence[str], node: Node, architecture: Archit
         answer = search(_with_open(run, names), node, architecture)
     except SpecError:  # what is left fixed cannot be combined with anything
         return None
-    if answer.chosen is None:
+    if not answer.fits:
         return None
-    closed = answer.chosen.run
+    closed = answer.best.run
     changed = tuple(
         (name, get_field(closed, name)) for name in names if get_field(closed, name) != get_field(run, name)
     )

@@ -94,14 +94,16 @@ def test_every_rule_is_seen_refusing():
     assert hit == {source for _, source in _RULES}
 
 
-def test_every_source_names_a_file_that_the_installed_packages_have():
+def test_every_source_names_a_file_and_a_symbol_that_the_installed_packages_have():
     for _, source in _RULES:
-        package, _, rest = source.split(",")[0].split(";")[0].partition("/")
+        file, _, symbol = source.split(";")[0].partition(", ")
+        package, _, rest = file.partition("/")
         found = find_spec(package)
         if found is None or found.origin is None:
             continue  # liger_kernel is an option; the others are the trainer's own requirements
         path = Path(found.origin).parent / rest.split(" ")[0]
         assert path.exists(), source
+        assert all(part in path.read_text() for part in symbol.split(" ")[0].split(".")), source
 
 
 def test_what_a_search_tries_by_itself_is_legal_on_a_gpu():

@@ -1,0 +1,40 @@
+"""Whether an estimate has room in what a device and its host offer, and if not, what is too much."""
+
+from __future__ import annotations
+
+from vramplan.memory.ledger import Estimate
+from vramplan.units import format_bytes
+
+MARGIN_FRAC = 0.02
+"""Share of the capacity that a plan leaves free, for what the arithmetic does not see.
+ASSUMED: twice the estimator's own aim of 1 %."""
+
+
+def fits_with_margin(found: Estimate, margin_frac: float) -> bool:
+    """Whether an estimate leaves ``margin_frac`` of the device's capacity free, and the host's bytes fit."""
+    return found.host_fits and found.used_peak_bytes <= int(found.capacity_bytes * (1 - margin_frac))
+
+
+def shortfall(found: Estimate) -> tuple[bool, int]:
+    """Orders estimates by how far they are from fitting: a host that is too small is worst."""
+    return (not found.host_fits, found.used_peak_bytes)
+
+
+def why_not(found: Estimate, margin_frac: float) -> str:
+    """One clause: what does not fit in an estimate."""
+    used, capacity = found.used_peak_bytes, found.capacity_bytes
+    limit = int(capacity * (1 - margin_frac))
+    if used > capacity:
+        return (
+            f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "
+            f"{format_bytes(used - capacity)} too many"
+        )
+    if used > limit:
+        return (
+            f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "
+            f"{format_bytes(used - limit)} into the margin of {margin_frac:.0%}"
+        )
+    return (
+        f"the host needs {format_bytes(found.host_bytes_per_node)} of "
+        f"{format_bytes(found.host_capacity_bytes or 0)} per node"
+    )
