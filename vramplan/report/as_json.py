@@ -19,6 +19,7 @@ def fit_to_dict(fit: Fit) -> dict[str, Any]:
         "verdict": words.verdict(fit),
         "model": fit.asked.model,
         "params_total": fit.num_params,
+        "params_trainable": fit.num_trained,
         **estimate_to_dict(fit.estimate),
         "plan": plan_summary(fit.plan),
         "remedies": [

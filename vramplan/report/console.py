@@ -68,12 +68,11 @@ def moments_table(found: Estimate) -> Table:
     """Every moment that the run passes, with the bytes allocated then; the peak stands out."""
     table = _table("Moments, bytes allocated on one rank")
     table.add_column("moment", overflow="fold")
-    table.add_column("phase", style="dim", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for row in moment_rows(found):
         bar = Text(bar_text(row.share), style="red" if row.is_total else "blue")
-        table.add_row(row.name, row.note, format_bytes(row.num_bytes), bar, style="bold" if row.is_total else None)
+        table.add_row(row.name, format_bytes(row.num_bytes), bar, style="bold" if row.is_total else None)
     return table
 
 

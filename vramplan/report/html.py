@@ -98,7 +98,6 @@ def _moments(rows: Iterable[LedgerRow]) -> str:
         _row(
             (
                 _cell(escape(row.name), _TEXT),
-                _cell(escape(row.note), _TEXT),
                 _cell(format_bytes(row.num_bytes), _NUMBER),
                 _cell(_bar(row.share, _BAD if row.is_total else _BAR), "width:14em"),
             ),
@@ -106,7 +105,7 @@ def _moments(rows: Iterable[LedgerRow]) -> str:
         )
         for row in rows
     )
-    return _frame("Moments, bytes allocated on one rank", _header(("moment", "phase", "bytes", ""), numbers=(2,)), body)
+    return _frame("Moments, bytes allocated on one rank", _header(("moment", "bytes", ""), numbers=(1,)), body)
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int]) -> str:

@@ -36,7 +36,7 @@ _FLAGS = {
 def verdict(fit: Fit) -> str:
     """One sentence: fits or not, the moment of the peak, bytes used of bytes offered, what would make it fit."""
     found = fit.estimate
-    subject = describe_run(fit.asked, fit.num_params)
+    subject = describe_run(fit.asked, fit.num_params, fit.num_trained)
     place = describe_node(fit.plan.node)
     if fit.fits:
         spare = found.capacity_bytes - found.used_peak_bytes
@@ -51,7 +51,7 @@ def verdict(fit: Fit) -> str:
 
 def _peak(found: Estimate) -> str:
     return (
-        f"its peak, {found.peak.name}, uses {format_bytes(found.used_peak_bytes)} of the "
+        f"its peak ({found.peak.name}) uses {format_bytes(found.used_peak_bytes)} of the "
         f"{format_bytes(found.capacity_bytes)} that each rank may use"
     )
 
@@ -62,9 +62,10 @@ def _host_clause(found: Estimate) -> str:
     return f", if each host has {format_bytes(found.host_bytes_per_node)} of memory to give"
 
 
-def describe_run(run: RunSpec, num_params: int | None = None) -> str:
-    """E.g. ``meta-llama/Llama-3.1-8B (8.03 B parameters), full fine-tuning in bf16, 4096 tokens``."""
-    size = f" ({format_count(num_params)} parameters)" if num_params else ""
+def describe_run(run: RunSpec, num_params: int | None = None, num_trained: int | None = None) -> str:
+    """E.g. ``meta-llama/Llama-3.1-8B (8.03 B parameters), full fine-tuning in bf16, sequences of 4,096 tokens``."""
+    trained = f", {format_count(num_trained)} trained" if num_trained and run.method.kind != "full" else ""
+    size = f" ({format_count(num_params)} parameters{trained})" if num_params else ""
     return f"{run.model}{size}, {describe_method(run)} in {run.precision}, sequences of {run.seq_len:,} tokens"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vramplan.cost.work import trainable_numel
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.ledger import Estimate
@@ -26,6 +27,8 @@ class Fit:
     estimate: Estimate
     """Of the plan's run."""
     num_params: int
+    """Of the model, adapters aside."""
+    num_trained: int
     remedies: tuple[Remedy, ...]
     """What would make it fit; empty where it does."""
 
@@ -49,4 +52,4 @@ def fit_run(run: RunSpec, node: Node, architecture: Architecture, margin_frac: f
     answer = search(run, node, architecture, margin_frac)
     plan = plan_of(answer, node)
     ways = remedies(run, node, architecture) if not answer.fits else ()
-    return Fit(run, plan, answer.estimate, architecture.num_params, ways)
+    return Fit(run, plan, answer.estimate, architecture.num_params, trainable_numel(run, architecture), ways)

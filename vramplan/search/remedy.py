@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from vramplan.errors import SpecError
+from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.devices import all_devices
@@ -98,7 +98,7 @@ def _opened(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Re
 def _reopen(run: RunSpec, names: Sequence[str], node: Node, architecture: Architecture) -> Remedy | None:
     try:
         answer = search(_with_open(run, names), node, architecture)
-    except SpecError:  # what is left fixed cannot be combined with anything
+    except VramplanError:  # what is left fixed cannot be combined with anything
         return None
     if not answer.fits:
         return None
@@ -174,7 +174,7 @@ def _more_memory(run: RunSpec, node: Node, architecture: Architecture) -> Remedy
     """The smallest host memory or cap, in whole MiB, that would do, where it is one of these that binds."""
     try:
         lean = fewest_bytes(run, node, architecture)
-    except SpecError:
+    except VramplanError:
         return None
     if lean.used_peak_bytes <= lean.capacity_bytes:
         return Remedy((("hardware.host_memory", format_size(lean.host_bytes_per_node)),), lean.used_peak_bytes)
@@ -220,7 +220,7 @@ def _try_fit(run: RunSpec, node: Node, architecture: Architecture) -> Estimate |
     """An estimate of ``run`` that fits; None where none does or the run cannot be made."""
     try:
         return leanest_fit(run, node, architecture)
-    except SpecError:
+    except VramplanError:
         return None
 
 
