@@ -111,7 +111,7 @@ def _prepare_device(device: torch.device, spec: JobSpec) -> int | None:
         return None
     if spec.alloc_conf:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = spec.alloc_conf
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.init()
     free, total = torch.cuda.mem_get_info(device)
     if spec.cap_bytes is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, spec.cap_bytes / total), device)

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vramplan.measure.blocks import Birth, MemoryEvent
+from vramplan.measure.blocks import MemoryEvent
+from vramplan.memory.birth import PLUMBING, Birth
 
 _ENGINE_PREFIX = "autograd::engine::evaluate_function: "
-_PLUMBING = ("torch/nn/modules/", "torch/autograd/", "torch/_ops.py", "torch/_tensor.py", "torch/utils/_contextlib.py")
-"""Files of torch that stand between the line that asked for a tensor and the operator that made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class BirthReader:
             caller = fields.caller
             frame = f"{caller.file_name}:{caller.line_number} {caller.function_name}"
             module = fields.module.self_ptr if kind == "PyCall" and fields.module else scope.module
-            if caller.file_name.startswith(_PLUMBING) or not caller.line_number:
+            if caller.file_name.startswith(PLUMBING) or not caller.line_number:
                 return _Scope(scope.op, scope.node, module, scope.frame, scope.outer_frame)
             return _Scope(scope.op, scope.node, module, frame, scope.frame)
         return scope

@@ -49,11 +49,13 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
     are added after it, in their own dtype, and split by the engine.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    with _partitioned_from_the_start(run, ds_config):
+    with _partitioned_from_the_start(run, ds_config), no_init_weights():
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             transformers_config(run), dtype=weight_dtype(run), attn_implementation=run.attention
         )
+    model.tie_weights()  # type: ignore[operator]  # left out with the initialisation
     if isinstance(run.method, LoraMethod):
         model = add_adapters(model, run.method)
     fill_weights(model)

@@ -45,6 +45,8 @@ class RankPlayer:
     device: str = "cpu"
     steps: int = 2
     managed: bool = True
+    on_model: Callable[[torch.nn.Module], None] = lambda model: None
+    """Told the model when it is built, before the engine."""
 
     def __post_init__(self) -> None:
         self.played = Played()
@@ -59,6 +61,7 @@ class RankPlayer:
         with self.phase("model_load"):
             self.model = build_model(self.run, config)
         self._count(self.model)
+        self.on_model(self.model)
         with self.phase("engine_init"):
             self.engine = self._initialize(self.model, config)
         for step in range(1, self.steps + 1):

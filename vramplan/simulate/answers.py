@@ -1,0 +1,35 @@
+"""Operators that need a value, which a fake tensor has not: what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vramplan.simulate.accumulate import add_as_engine
+from vramplan.simulate.tracker import Answer, Tracker
+
+aten = torch.ops.aten
+
+
+def item_value(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | int | bool:
+    """``.item()``, ``float()``, ``bool()``: a number that looks like neither an overflow nor a zero divisor.
+
+    A bool is False (nothing is infinite, nothing differs), but what ``all`` made is True (all tokens belong to one
+    sequence, all ranks agree).
+    """
+    tensor = args[0]
+    if getattr(tensor, "constant", None) is not None:
+        value: float | int | bool = tensor.constant.item()
+        return value
+    if tensor.dtype.is_floating_point:
+        return 1.0
+    return tracker.op_of(tensor) == "aten::all" if tensor.dtype is torch.bool else 0
+
+
+ANSWERS: dict[Any, Answer] = {
+    aten._local_scalar_dense.default: item_value,
+    aten.add.Tensor: add_as_engine,
+    aten.equal.default: lambda tracker, func, args, kwargs: True,
+}

@@ -1,0 +1,84 @@
+"""trace_rank: plays rank 0 of a job on fake tensors; the trace of its blocks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch._subclasses import FakeTensorMode
+
+from vramplan.errors import SimulationError
+from vramplan.rank.group import join_fake_group
+from vramplan.rank.play import RankPlayer
+from vramplan.simulate.accumulate import sole_use_counts
+from vramplan.simulate.answers import ANSWERS
+from vramplan.simulate.categories import categorise
+from vramplan.simulate.patches import patched
+from vramplan.simulate.scratch import CPU_SCRATCH
+from vramplan.simulate.trace import Trace
+from vramplan.simulate.tracker import Tracker
+from vramplan.spec.layout import Layout
+from vramplan.spec.run import RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a run's spec leaves open about how it goes."""
+
+    steps: int = 2
+    managed: bool = False
+    """DeepSpeed counts micro-batches (as in measurement records); else the loop steps after the last one."""
+    padded: bool = True
+    """Where a padding mask is passed, it masks something."""
+    skip_steps: bool = False
+    """Every optimizer step is discarded as an overflow."""
+
+
+@dataclass(slots=True)
+class Traced:
+    """A trace, and how far it came."""
+
+    trace: Trace
+    numel_total: int = 0
+    numel_trainable: int = 0
+    error: SimulationError | None = None
+    """Why it stopped; the phases before are whole."""
+
+
+def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions) -> Traced:
+    """Plays the run on fake tensors, in this process, which plays one world size in its life."""
+    join_fake_group(layout.world_size)
+    sole_use_counts()
+    tracker = Tracker("cpu", CPU_SCRATCH, ANSWERS)
+    player = RankPlayer(run, layout, tracker.phase, steps=conditions.steps, managed=conditions.managed)
+    player.on_model = tracker.learn_model
+    traced = Traced(tracker.trace)
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        with patched(tracker, skip_steps=conditions.skip_steps, padded=conditions.padded), tracker:
+            try:
+                player.play()
+            except Exception as error:  # noqa: BLE001 - whatever the stack does not bear is named with its place
+                traced.error = _explain(error, tracker)
+        categorise(tracker, player)
+    traced.numel_total, traced.numel_trainable = player.played.numel_total, player.played.numel_trainable
+    return traced
+
+
+def _explain(error: Exception, tracker: Tracker) -> SimulationError:
+    where = tracker.failed_in or "DeepSpeed's engine"
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    explained = SimulationError(
+        f"{tracker.failed_phase}: {where} cannot be simulated: {type(error).__name__}: {first[0]}"
+    )
+    explained.__cause__ = error
+    return explained
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        yield

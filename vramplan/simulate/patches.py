@@ -1,0 +1,141 @@
+"""What of torch, transformers and DeepSpeed has to stand aside for fake tensors, and is put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vramplan.simulate.tracker import Tracker
+
+CPU_RNG_STATE_BYTES = 5056
+"""Size of ``torch.get_rng_state()``: a Mersenne twister's state (aten/src/ATen/CPUGeneratorImpl.cpp)."""
+
+
+@contextmanager
+def patched(tracker: Tracker, *, skip_steps: bool, padded: bool) -> Iterator[None]:
+    """Everything below, for the duration of the context.
+
+    ``skip_steps``: DeepSpeed finds every gradient infinite and discards its steps. ``padded``: a padding mask that is
+    passed does mask something (an all-ones mask is dropped by transformers).
+    """
+    import deepspeed.ops.adam.fused_adam as fused_adam
+    import deepspeed.runtime.zero.stage3 as stage3
+    import deepspeed.runtime.zero.utils as zero_utils
+    import transformers.masking_utils as masking_utils
+    import transformers.modeling_utils as modeling_utils
+
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        put(torch.nn.Module, "_apply", _apply_by_data)
+        put(torch.nn.Module, "__call__", _call_seen_by(tracker))
+        put(torch, "get_rng_state", _rng_state)
+        put(torch, "set_rng_state", lambda state: None)
+        put(torch.distributed.device_mesh, "init_device_mesh", _on_real_tensors(_init_device_mesh()))
+        put(fused_adam, "FusedAdamBuilder", _NoKernel)
+        put(zero_utils, "assert_lst_len_same_as_other_ranks", _length_from_rank0)
+        put(zero_utils, "get_lst_from_rank0", _list_from_rank0)
+        # A mask is kept or dropped by its values, as in a real run: no graph is being traced here.
+        put(masking_utils, "is_tracing", lambda tensor=None: False)
+        put(modeling_utils, "is_tracing", lambda tensor=None: False)
+        put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not padded))
+        if skip_steps:
+            put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
+        yield
+
+
+def _yes_after(question: Callable[..., Any], *, said: bool = True) -> Callable[..., bool]:
+    """``question`` with its work done and its answer as ``said``."""
+
+    def answered(*args: Any, **kwargs: Any) -> bool:
+        question(*args, **kwargs)
+        return said
+
+    return answered
+
+
+def _apply_by_data(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """``Module._apply`` as it goes for real tensors: through ``.data``. For fakes torch would swap whole objects,
+    and refuses where a weak reference to one exists."""
+    if recurse:
+        for child in self.children():
+            child._apply(fn)
+    for param in self._parameters.values():
+        if param is None:
+            continue
+        with torch.no_grad():
+            param.data = fn(param)
+            if param.grad is not None:
+                param.grad.data = fn(param.grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
+
+
+def _call_seen_by(tracker: Tracker) -> Callable[..., Any]:
+    call = torch.nn.Module.__call__
+
+    def seen_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with tracker.inside(self):
+            return call(self, *args, **kwargs)
+
+    return seen_call
+
+
+def _rng_state() -> torch.Tensor:
+    """What checkpointing stores of the CPU's generator: as many bytes, without the state."""
+    return torch.empty(CPU_RNG_STATE_BYTES, dtype=torch.uint8, device="cpu")
+
+
+def _init_device_mesh() -> Callable[..., Any]:
+    from torch.distributed import device_mesh
+
+    return device_mesh.init_device_mesh
+
+
+def _on_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` where tensors have values: a mesh reads its ranks from one."""
+
+    def real(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return real
+
+
+def _length_from_rank0(lst: list[int]) -> None:
+    """As DeepSpeed's, with the tensor that it sends; after a fake broadcast its value would be unknown."""
+    _from_rank0(len(lst))
+
+
+def _list_from_rank0(lst: list[int]) -> list[int]:
+    """As DeepSpeed's, with the tensor that it sends; rank 0 hears its own list."""
+    _from_rank0(lst)
+    return lst
+
+
+def _from_rank0(value: int | list[int]) -> None:
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device(get_accelerator().current_device_name())
+    comm.broadcast(torch.tensor(value, dtype=torch.int64, device=device, requires_grad=False), src=0, async_op=False)
+
+
+class _NoKernel:
+    """Stands for DeepSpeed's compiled FusedAdam: it works in place on raw addresses, and allocates nothing."""
+
+    def load(self) -> _NoKernel:
+        return self
+
+    @staticmethod
+    def multi_tensor_adam(*_: Any) -> None:
+        """Updates in place."""
