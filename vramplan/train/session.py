@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from vramplan.data.dataset import RunData, load_data
 from vramplan.emit.deepspeed import ds_config
@@ -20,7 +20,7 @@ from vramplan.train.engine import TrainEngine, join_group
 from vramplan.train.export import export
 from vramplan.train.loop import Loop
 from vramplan.train.metrics import Memory, Metrics
-from vramplan.train.model import LoadedModel, check_fit_of_tokenizer, count_parameters, load_model
+from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_model
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 from vramplan.train.record import highest_of_ranks, versions, write_record
@@ -50,14 +50,13 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     inputs = _read_inputs(plan)
     status.mark("join")
     device = join_group(run)
-    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    world_size, rank = dist.get_world_size(), dist.get_rank()
     config = ds_config(run, world_size)
     if rank == 0:
         write_json(run_dir.ds_config, config)
     phases, metrics, memory = Phases(status, device), Metrics(run_dir, rank), Memory(device)
     with phases.phase("model_load"):
         loaded = load_model(run, inputs.directory, config)
-        settle_weights(loaded, device)
     with phases.phase("engine_init"):
         engine = TrainEngine(run, loaded.module, config, device)
     loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, _pad_id(inputs.tokenizer))
@@ -70,18 +69,6 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     metrics.event("end", step=loop.total_steps, exported=str(exported), seconds_per_step=seconds_per_step)
     metrics.close()
     status.mark("end")
-
-
-def settle_weights(loaded: LoadedModel, device: torch.device) -> None:
-    """On the CPU, moves weights out of the file's mapping into memory of their own.
-
-    transformers maps safetensors into memory; training would copy such pages one by one as it writes to them, and no
-    allocator would count them.
-    """
-    if device.type != "cpu" or loaded.zero3 is not None:
-        return
-    for tensor in (*loaded.module.parameters(), *loaded.module.buffers()):
-        tensor.data = tensor.data.clone()
 
 
 def _read_inputs(plan: Plan) -> Inputs:

@@ -1,0 +1,138 @@
+"""``vramplan train``: runs a plan on DeepSpeed, shows how it goes, and lays the measurement beside the prediction."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vramplan.errors import SpecError
+from vramplan.measure.run_dir import RunDir
+from vramplan.search.plan import Plan, is_plan
+
+if TYPE_CHECKING:
+    from vramplan.spec.run import RunSpec
+
+
+def train(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLAN|SPEC|RUN_DIR",
+            help="A plan.yaml, a spec (planned first), or the directory of a plan or of a run to resume.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Run directory (default: runs/MODEL-METHOD-TIME).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps, over the plan's.", show_default=False)
+    ] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="A question for the trained model at the end.", show_default=False)
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Hosts of a run on several nodes, as DeepSpeed takes them.", show_default=False)
+    ] = None,
+) -> None:
+    """Launch the ranks, show loss, speed and memory, and write a run directory.
+
+    The run directory holds metrics.jsonl, TensorBoard events, checkpoints, the measurement record and what was trained.
+    """
+    from vramplan.cli.output import show
+    from vramplan.report.progress import TrainingView
+    from vramplan.supervise.supervisor import answer_sample, check_before_launch, merge_adapters, run_plan
+
+    path = _plan_file(source)
+    plan = _with_overrides(_plan_of(path), max_steps, sample)
+    run_dir = RunDir(output or _default_output(path, plan, resume))
+    check_before_launch(plan)
+    _prepare(run_dir, plan, resume)
+    show(f"run directory: {run_dir.root}")
+    with TrainingView(plan) as view:
+        run_plan(plan, run_dir, view.on_event, resuming=resume, hostfile=hostfile)
+        if plan.run.training.merge_adapters and plan.run.method.kind != "full":
+            merge_adapters(run_dir, view.on_event)
+        if plan.run.training.sample is not None:
+            answer_sample(run_dir, plan.run.training.sample, view.on_event)
+    _show_measured(plan, run_dir)
+
+
+def _plan_file(source: Path) -> Path:
+    path = source / "plan.yaml" if source.is_dir() else source
+    if not path.is_file():
+        raise SpecError(f"{path}: there is no such plan or spec; make one with `vramplan plan MODEL -o DIR`")
+    return path
+
+
+def _plan_of(path: Path) -> Plan:
+    """The plan that a file holds, or that its spec leads to."""
+    from vramplan.spec.load import read_yaml_mapping, run_from_mapping
+
+    fields = read_yaml_mapping(path)
+    if is_plan(fields):
+        return Plan.from_dict(fields, source=str(path))
+    return _make_plan(run_from_mapping(fields, str(path)))
+
+
+def _make_plan(run: RunSpec) -> Plan:
+    from dataclasses import replace
+
+    from vramplan.facts.devices import resolve_node
+    from vramplan.facts.resolve import resolve_architecture
+    from vramplan.report.plan_dir import installed_versions
+    from vramplan.search.planner import make_plan
+
+    plan = make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+    return replace(plan, versions=installed_versions())
+
+
+def _with_overrides(plan: Plan, max_steps: int | None, sample: str | None) -> Plan:
+    from dataclasses import replace
+
+    given: dict[str, Any] = {"max_steps": max_steps, "sample": sample}
+    changes = {name: value for name, value in given.items() if value is not None}
+    training = plan.run.training.model_copy(update=changes)
+    return replace(plan, run=plan.run.model_copy(update={"training": training}))
+
+
+def _default_output(path: Path, plan: Plan, resume: bool) -> Path:
+    if resume:
+        if not RunDir(path.parent).metrics.exists():
+            raise SpecError(f"--resume needs the run directory: vramplan train {path} -o RUN_DIR --resume")
+        return path.parent
+    model = plan.run.model.rstrip("/").split("/")[-1]
+    return Path("runs") / f"{model}-{plan.run.method.kind}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _prepare(run_dir: RunDir, plan: Plan, resume: bool) -> None:
+    """Makes the run directory and puts the plan into it.
+
+    Raises:
+        SpecError: it holds another run already, or cannot be written.
+    """
+    if run_dir.metrics.exists() and not resume:
+        raise SpecError(f"{run_dir.root} already holds a run: give --resume to go on with it, or another -o")
+    try:
+        run_dir.root.mkdir(parents=True, exist_ok=True)
+        plan.save(run_dir.plan)
+    except OSError as error:
+        raise SpecError(f"{run_dir.root}: cannot be written ({error.strerror}); choose another -o") from error
+
+
+def _show_measured(plan: Plan, run_dir: RunDir) -> None:
+    from vramplan.cli.output import show
+    from vramplan.measure.record import read_records
+    from vramplan.report.measured import render_measured
+
+    if not run_dir.record.exists():  # the first attempt ended before its second step; a resumed one measures nothing
+        show("the first steps of this run were not measured")
+        return
+    (record,) = read_records(run_dir.record)
+    show("")
+    show(render_measured(plan.prediction.phases, record.measured.phases))
+    show(f"\nrecord: {run_dir.record}  (vramplan compare {run_dir.record})")

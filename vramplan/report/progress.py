@@ -1,0 +1,117 @@
+"""A training run as it goes: a live line on a terminal, a line a step elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from vramplan.search.plan import Plan
+from vramplan.units import format_bytes, format_count, format_seconds
+
+_PHASES = {
+    "start": "starting",
+    "data": "reading model and data",
+    "join": "meeting the other ranks",
+    "model_load": "loading the model",
+    "engine_init": "building DeepSpeed's engine (its first use on a machine compiles for a minute)",
+    "resume": "reading the checkpoint",
+    "evaluation": "evaluating",
+    "save": "saving a checkpoint",
+    "export": "saving what was trained",
+}
+
+
+class TrainingView:
+    """Shows the events of a run; open it around the run."""
+
+    def __init__(self, plan: Plan, console: Console | None = None) -> None:
+        self._predicted = plan.prediction.allocated_peak_bytes
+        self._console = console or Console(highlight=False)
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[doing]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task: TaskID = self._progress.add_task("", total=None, doing="starting", figures="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Shows one event of ``metrics.jsonl`` (or a change of phase)."""
+        show = getattr(self, f"_on_{event['event']}", None)
+        if show is not None:
+            show(event)
+
+    def _on_phase(self, event: dict[str, Any]) -> None:
+        doing = _PHASES.get(event["phase"])
+        if doing is not None:
+            self._progress.update(self._task, doing=doing)
+
+    def _on_note(self, event: dict[str, Any]) -> None:
+        self._say(f"note: {event['text']}")
+
+    def _on_resumed(self, event: dict[str, Any]) -> None:
+        self._say(f"goes on after step {event['step']}, from {event['path']}")
+
+    def _on_start(self, event: dict[str, Any]) -> None:
+        trained, total = event["numel_trainable"], event["numel_total"]
+        self._say(
+            f"{format_count(trained)} of {format_count(total)} parameters are trained on {event['num_train']} samples "
+            f"({event['num_held_out']} held out), {event['total_steps']} steps"
+        )
+        self._progress.update(self._task, total=event["total_steps"], completed=event["step"], doing="training")
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        figures = step_figures(event, self._predicted)
+        self._progress.update(self._task, completed=event["step"], doing="training", figures=figures)
+        if not self._live:
+            self._say(f"step {event['step']}/{event['total_steps']}  {figures}")
+
+    def _on_evaluation(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"after step {event['step']}: held-out loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f}"
+        )
+
+    def _on_checkpoint(self, event: dict[str, Any]) -> None:
+        self._say(f"after step {event['step']}: checkpoint {event['path']} ({format_seconds(event['seconds'])})")
+
+    def _on_end(self, event: dict[str, Any]) -> None:
+        self._progress.update(self._task, completed=event["step"], doing="done", figures="")
+        self._say(f"saved: {event['exported']}")
+
+    def _on_merged(self, event: dict[str, Any]) -> None:
+        self._say(f"adapters merged into the weights: {event['path']}")
+
+    def _on_sample(self, event: dict[str, Any]) -> None:
+        self._say(f"\nasked:    {event['question']}\nanswered: {event['answer']}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def step_figures(event: dict[str, Any], predicted_bytes: int) -> str:
+    """Loss, rate, speed and memory of one step."""
+    of = "" if event["memory_of"] == "tensors" else " (whole process)"
+    peak = format_bytes(event["memory_peak"]) if event["memory_peak"] else "?"
+    parts = [
+        f"loss {event['loss']:.4f}",
+        f"lr {event['lr']:.2e}",
+        f"{event['tokens_per_s']:,.0f} tokens/s",
+        f"memory {format_bytes(event['memory_now'])} now{of}, peak {peak} of {format_bytes(predicted_bytes)} predicted",
+    ]
+    if not event["applied"]:
+        parts.append("step skipped (fp16 overflow)")
+    return "  ".join(parts)

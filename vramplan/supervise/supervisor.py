@@ -1,0 +1,167 @@
+"""Runs a plan: launches its ranks, passes on what they report, and leaves no process behind. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vramplan.data.source import read_rows
+from vramplan.emit.launch import launch_command, launch_environment, local_launcher
+from vramplan.errors import RunFailedError, SpecError
+from vramplan.measure.run_dir import RunDir
+from vramplan.search.plan import Plan
+from vramplan.supervise.child import Child, free_port
+from vramplan.supervise.failure import TrainingFailed, explain
+from vramplan.supervise.tail import Tail
+
+_POLL_S = 0.1
+_NEEDED = ("torch", "transformers", "deepspeed", "peft", "tensorboard")
+INTERRUPTED_CODE = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+def check_before_launch(plan: Plan) -> None:
+    """What can be found wrong in a second, before any process starts or any device is touched.
+
+    Raises:
+        SpecError: a package is missing.
+        DataError: a row is malformed.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")
+    for source in (plan.run.data.train, plan.run.data.eval):
+        if source is not None:
+            read_rows(source)
+
+
+def run_plan(
+    plan: Plan, run_dir: RunDir, listener: Listener, *, resuming: bool = False, hostfile: Path | None = None
+) -> None:
+    """Trains: returns when every rank came to its end. ``listener`` is given each event of ``metrics.jsonl``.
+
+    Raises:
+        TrainingFailed: a rank failed or was killed, or the user interrupted; no process of the run is left.
+    """
+    _clear_old_failures(run_dir)
+    command = launch_command(
+        plan.node,
+        run_dir.plan,
+        run_dir.root,
+        resume=resuming,
+        port=free_port(),
+        hostfile=hostfile,
+        log_dir=run_dir.logs,
+        executable=local_launcher(),
+    )
+    tail = Tail(run_dir.metrics)
+    with interrupts_raise():
+        child = Child(command, launch_environment(plan.run, plan.node), run_dir.logs / "launcher.log")
+        try:
+            finished = _follow(child, tail, listener, run_dir.status_of(0))
+        except Interrupted as error:
+            raise TrainingFailed(
+                f"interrupted; all ranks are ended, and `vramplan train {run_dir.plan} -o {run_dir.root} --resume` "
+                "goes on from the last checkpoint",
+                INTERRUPTED_CODE,
+            ) from error
+        finally:
+            child.end()
+    if not finished:
+        raise explain(run_dir, child.poll())
+
+
+def answer_sample(run_dir: RunDir, question: str, listener: Listener) -> None:
+    """Reloads what was trained in a fresh process and lets it answer; the answer comes as an event.
+
+    Raises:
+        RunFailedError: the process failed.
+    """
+    _after(run_dir, ["--sample", question], listener, f"the trained model in {run_dir.root} could not be reloaded")
+
+
+def merge_adapters(run_dir: RunDir, listener: Listener) -> None:
+    """Writes the base model with the adapters merged into it, in a fresh process.
+
+    Raises:
+        RunFailedError: the process failed.
+    """
+    _after(run_dir, ["--merge"], listener, f"the adapters in {run_dir.adapter} could not be merged")
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came while ranks ran."""
+
+
+@contextmanager
+def interrupts_raise() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise ``Interrupted`` instead of ending the process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(child: Child, tail: Tail, listener: Listener, status: Path | None = None) -> bool:
+    """Passes events on until the launcher ends; whether the run said that it was finished.
+
+    Changes of the phase in ``status`` come as events too. The launcher's code alone does not tell that all went well:
+    it is 0 too when a signal killed DeepSpeed's inner launcher.
+    """
+    finished, phase = False, ""
+    while True:
+        ended = child.poll() is not None  # asked before reading, so that nothing written before the end is missed
+        for event in tail.read():
+            finished = finished or event["event"] == "end"
+            listener(event)
+        before, phase = phase, _phase(status) or phase
+        if phase != before:
+            listener({"event": "phase", "phase": phase})
+        if ended:
+            return finished and child.poll() == 0
+        time.sleep(_POLL_S)
+
+
+def _phase(status: Path | None) -> str | None:
+    """What a rank says that it is doing; None where it says nothing yet (or the file is being rewritten)."""
+    try:
+        return str(json.loads(status.read_text(encoding="utf-8"))["phase"]) if status else None
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _after(run_dir: RunDir, arguments: list[str], listener: Listener, failure: str) -> None:
+    tail = Tail(run_dir.metrics)
+    log = run_dir.logs / "after.log"
+    command = [sys.executable, "-m", "vramplan.train.after", str(run_dir.root), *arguments]
+    with interrupts_raise():
+        child = Child(command, {}, log)
+        try:
+            _follow(child, tail, listener)
+        except Interrupted as error:
+            raise TrainingFailed("interrupted after training; what was trained is saved", INTERRUPTED_CODE) from error
+        finally:
+            child.end()
+    if child.poll() != 0:
+        raise RunFailedError(f"{failure} (log: {log})")
+
+
+def _clear_old_failures(run_dir: RunDir) -> None:
+    for path in (*run_dir.ranks.glob("rank*.failure.json"), *run_dir.ranks.glob("rank*.status.json")):
+        path.unlink()

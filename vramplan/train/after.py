@@ -1,0 +1,95 @@
+"""After training, in a process of its own: reloads what was saved, as any user would, to answer or to merge.
+
+``python -m vramplan.train.after RUN_DIR [--sample QUESTION] [--merge]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vramplan.measure.run_dir import RunDir, append_event
+from vramplan.rank.model import weight_dtype
+from vramplan.search.plan import Plan
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+from vramplan.train.export import replaced_directory
+from vramplan.train.pretrained import load_tokenizer, model_directory
+
+
+def main() -> int:
+    """Does what the arguments ask, and appends an event for each."""
+    parser = argparse.ArgumentParser(prog="python -m vramplan.train.after", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--sample", help="a question to answer")
+    parser.add_argument("--merge", action="store_true", help="merge the adapters into the weights")
+    arguments = parser.parse_args()
+    run_dir = RunDir(arguments.run_dir)
+    run = Plan.load(run_dir.plan).run
+    if arguments.sample:
+        _sample(run, run_dir, arguments.sample)
+    if arguments.merge:
+        append_event(run_dir.metrics, "merged", path=str(merge(run, run_dir)))
+    return 0
+
+
+def reload(run: RunSpec, run_dir: RunDir) -> tuple[Any, Any]:
+    """(model, tokenizer) as they were saved: the base model with PEFT's adapters on it, or the trained model."""
+    if not isinstance(run.method, LoraMethod):
+        return _load(run, run_dir.model), load_tokenizer(run_dir.model, run)
+    from peft import PeftModel
+
+    base = _load(run, model_directory(run))
+    return PeftModel.from_pretrained(base, str(run_dir.adapter)), load_tokenizer(run_dir.adapter, run)
+
+
+def answer(model: Any, tokenizer: Any, question: str, max_tokens: int) -> str:
+    """The most likely answer to a question, at most ``max_tokens`` long."""
+    prompt: Any = tokenizer(question, return_tensors="pt")
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    with torch.no_grad():
+        generated = model.generate(
+            **prompt, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    return str(tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def merge(run: RunSpec, run_dir: RunDir) -> Path:
+    """Writes the base model with the adapters added to its weights; gives the directory."""
+    model, tokenizer = reload(run, run_dir)
+    merged = model.merge_and_unload()
+    with replaced_directory(run_dir.model) as temporary:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return run_dir.model
+
+
+def _sample(run: RunSpec, run_dir: RunDir, question: str) -> None:
+    started = time.perf_counter()
+    model, tokenizer = reload(run, run_dir)
+    text = answer(model.eval(), tokenizer, question, run.training.sample_tokens)
+    append_event(run_dir.metrics, "sample", question=question, answer=text, seconds=time.perf_counter() - started)
+
+
+def _load(run: RunSpec, directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=weight_dtype(run),
+        use_safetensors=True,
+        trust_remote_code=run.training.trust_remote_code,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
