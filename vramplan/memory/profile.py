@@ -14,14 +14,16 @@ from functools import lru_cache
 from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.context import BlockContext
+from vramplan.memory.blocks.context import BlockContext, Module, identity
 from vramplan.memory.blocks.attention import causal_mask, rotary_tables
 from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
 from vramplan.memory.blocks.layer import run_layer
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
-from vramplan.spec.trainable import Method
+from vramplan.memory.gathers import GatherLimits, Gathers
+from vramplan.memory.labels import GATHER_BUFFER, GATHERED
+from vramplan.spec.trainable import LoraMethod, Method
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ModelRun:
     checkpointing: bool
     keep_outputs: bool
     sequence_parallel: int = 1
+    gathers: GatherLimits | None = None
+    """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class _Runner:
     def __init__(self, run: ModelRun) -> None:
         self.run = run
         self.tape = Tape()
+        self.gathers = Gathers(self.tape, run.gathers, run.autocast) if run.gathers is not None else None
         self.ctx = BlockContext(
             self.tape,
             run.dtype,
@@ -72,35 +77,79 @@ class _Runner:
             method=run.method,
             autocast=run.autocast,
             sequence_parallel=run.sequence_parallel,
+            hooks=self.gathers,
         )
         self.gradients: list[Gradient] = []
         self.tape.on_grad = self._collect
+        self.kept: list[Tensor] = []
+        architecture = run.architecture
+        self.keys = [_kind(run, index) for index in range(architecture.num_layers)]
+        self.shown = layers_shown(self.keys, _layers_near_turn(run) if run.gathers is not None else 0)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
         self.gradients.append(Gradient(param.name, param.grad_numel, self._snapshot(self.tape.where)))
 
-    def profile(self) -> Profile:
+    def micro_batch(self) -> Profile:
+        """Run one micro-batch; what outlives it stays alive until the next."""
         tape = self.tape
-        result, kept = self._forward()
+        self.kept.clear()
+        self.gradients = []
+        tape.points.clear()
+        tape.grad_numel = 0
+        result = self._forward()
         forward, end = tuple(tape.points), self._snapshot("after forward")
         tape.points.clear()
         grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
         tape.backward(result, grad)
         del grad, result
+        if self.gathers is not None:
+            self.gathers.end_backward()
         backward = tuple(tape.points)
-        last = self._snapshot("after backward")
-        del kept
-        return Profile(forward, end, backward, last, tuple(self.gradients))
+        return Profile(forward, end, backward, self._snapshot("after backward"), tuple(self.gradients))
+
+    def optimizer_step(self) -> None:
+        """What the step does to gathered weights."""
+        if self.gathers is not None:
+            self.gathers.release_all()
+            self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
 
     def _snapshot(self, where: str) -> Point:
         tape = self.tape
         return Point(where, len(tape.points), tape.total, dict(tape.by_label), tape.grad_numel)
 
-    def _forward(self) -> tuple[Tensor, list[Tensor]]:
+    def _forward(self) -> Tensor:
         ctx, architecture = self.ctx, self.run.architecture
-        kept = [self.tape.new((0, 1, 0, 0, 0), Dtype.INT64, TOKENS)]
+        hooks, root, model = ctx.hooks, Module("", ()), Module("model", ())
+        if self.gathers is not None:
+            self.gathers.start_iteration()
+        self.kept.append(self.tape.new((0, 1, 0, 0, 0), Dtype.INT64, TOKENS))
+        if hooks is not None:
+            hooks.before_forward(root)
+            hooks.before_forward(model)
+        x = self._decoder()
+        if hooks is not None:
+            hooks.after_forward(model)
+            x = identity(x, lambda: hooks.before_backward(model))
+        with self.tape.at("head"):
+            scores = logits(ctx, x, architecture)
+        with self.tape.at("loss"):
+            result = loss(ctx, scores)
+        del x  # the caller of the head holds its input until the loss is there
+        ctx.casts.clear()
+        if self.run.keep_outputs:
+            self.kept.append(scores)
+        if hooks is not None:
+            hooks.after_forward(root)
+            result = identity(result, lambda: hooks.before_backward(root))
+        return result
+
+    def _decoder(self) -> Tensor:
+        """Embeddings, layers and final norm: the inner model of the causal language model."""
+        ctx, architecture = self.ctx, self.run.architecture
         with self.tape.at("embedding"):
-            x = embed(ctx, architecture)
+            x = embed(ctx, architecture, self.kept[0])
+            if self.run.checkpointing and isinstance(self.run.method, LoraMethod):
+                x = self._require_input_gradient(x)
         causal_mask(ctx)
         rotary = architecture.layers[0].attention.rotary_dim
         if rotary:
@@ -109,35 +158,35 @@ class _Runner:
         with self.tape.at("head"):
             if architecture.final_norm is not None:
                 x = normalise(ctx, x, architecture.final_norm)
-            ctx.rotary = ctx.mask = None
-            scores = logits(ctx, x, architecture)
-        with self.tape.at("loss"):
-            result = loss(ctx, scores)
-        del x  # the caller of the head holds its input until the loss is there
-        ctx.casts.clear()
-        if self.run.keep_outputs:
-            kept.append(scores)
-        return result, kept
+        ctx.rotary = ctx.mask = None
+        return x
+
+    def _require_input_gradient(self, x: Tensor) -> Tensor:
+        """``enable_input_require_grads``, which PEFT switches on with checkpointing: the embeddings' output becomes
+        a leaf whose gradient is kept as long as the graph is (by the outputs, where the loop keeps them)."""
+        keep = self.kept if self.run.keep_outputs else []
+        leaf = Tensor(x.storage, x.numel, x.dtype)
+
+        def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+            keep.extend(grad for grad in (x, grads[0]) if grad is not None)
+            return []
+
+        leaf.node = Node("AccumulateGrad", 1 << 61, [], backward, "embedding")
+        return leaf
 
     def _layers(self, x: Tensor) -> Tensor:
-        keys = [_kind(self.run, index) for index in range(self.run.architecture.num_layers)]
-        first, last = {}, {}
-        for index, key in enumerate(keys):
-            first.setdefault(key, index)
-            last[key] = index
         costs: dict[Hashable, dict[str, Size]] = {}
         skipped: list[int] = []
-        for index, key in enumerate(keys):
-            layer = self.run.architecture.layers[index]
-            if index not in (first[key], last[key]):
+        for index, key in enumerate(self.keys):
+            if index not in self.shown:
                 skipped.append(index)
                 continue
-            x = self._skip(x, skipped, keys, costs)
+            x = self._skip(x, skipped, self.keys, costs)
             skipped = []
             before = dict(self.tape.by_label)
-            x = self._layer(x, layer, index)
+            x = self._layer(x, self.run.architecture.layers[index], index)
             costs.setdefault(key, _difference(self.tape.by_label, before))
-        return self._skip(x, skipped, keys, costs)
+        return self._skip(x, skipped, self.keys, costs)
 
     def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
         ctx = self.ctx
@@ -218,11 +267,58 @@ def _kind(run: ModelRun, index: int) -> Hashable:
 
 def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
     labels = {*after, *before}
+    for gathered in (GATHERED, GATHER_BUFFER):  # whole weights come and go with the layers that are run
+        labels.discard(gathered)
     changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
     return {label: size for label, size in changes.items() if size != ZERO}
 
 
+def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
+    """The layers that are run: first and last of each kind; under ZeRO-3 also those whose weights are kept over the
+    turn from forward to backward."""
+    first: dict[Hashable, int] = {}
+    last: dict[Hashable, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+        last[key] = index
+    return frozenset({*first.values(), *last.values(), *range(max(0, len(keys) - near_turn), len(keys))})
+
+
+def _layers_near_turn(run: ModelRun) -> int:
+    """Layers at the end of the model that a reuse distance covers there and back, and one more."""
+    assert run.gathers is not None
+    layers = run.architecture.layers
+    numel = min(sum(tensor.numel for tensor in layer.tensors()) for layer in set(layers))
+    return run.gathers.max_reuse_numel // (2 * numel) + 2
+
+
 @lru_cache(maxsize=256)
 def profile(run: ModelRun) -> Profile:
-    """The profile of one micro-batch; computed once for each model and setting."""
-    return _Runner(run).profile()
+    """The profile of one micro-batch where weights stay whole: every one is like the first."""
+    return _Runner(run).micro_batch()
+
+
+@dataclass(frozen=True)
+class GatheredProfiles:
+    """Micro-batches under ZeRO-3: the first one ever, one that follows another in a step, one that follows a step."""
+
+    first: Profile
+    following: Profile
+    after_step: Profile
+    following_later: Profile
+    between_steps: dict[str, Size]
+    """What is gathered after an optimizer step."""
+
+
+@lru_cache(maxsize=256)
+def gathered_profiles(run: ModelRun, accumulates: bool) -> GatheredProfiles:
+    """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
+    runner = _Runner(run)
+    first = runner.micro_batch()
+    following = runner.micro_batch() if accumulates else first
+    runner.kept.clear()
+    runner.optimizer_step()
+    between = dict(runner.tape.by_label)
+    after_step = runner.micro_batch()
+    later = runner.micro_batch() if accumulates else after_step
+    return GatheredProfiles(first, following, after_step, later, between)

@@ -104,12 +104,11 @@ class Region:
     def __init__(self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
         self.tape = tape
         self.function = function
-        self.inputs: tuple[Tensor, ...] | None = inputs
+        self.inputs = inputs  # held until every node of the region has let go of what it saved
         self.num_saved = 0
         self.recomputed: dict[int, Tensor] = {}
 
     def recompute(self) -> None:
-        assert self.inputs is not None
         tape = self.tape
         inputs = tuple(tensor.detach() for tensor in self.inputs)
         for tensor, original in zip(inputs, self.inputs, strict=True):
@@ -120,11 +119,6 @@ class Region:
                 self.function(*inputs)
             except StopRecompute:
                 pass
-        self.inputs, self.function = None, _spent
-
-
-def _spent(*inputs: Tensor) -> Tensor:
-    raise AssertionError("a checkpointed region is recomputed once")
 
 
 class Packed:
@@ -191,7 +185,6 @@ class Tape:
         self.where = ""
         self.grad_numel = 0
         self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
-        self.on_module: Callable[[str, str, tuple[Parameter, ...]], None] = lambda event, name, params: None
         self._order = 0
         self._hooks: list[Packer | Recorder] = []
         self._grad_enabled = True
@@ -310,13 +303,14 @@ class Tape:
 class Parameter(Tensor):
     """A weight: its bytes are counted among the model's states, not here; its gradient goes to ``tape.on_grad``."""
 
-    __slots__ = ("grad_numel", "name")
+    __slots__ = ("grad_numel", "in_linear", "name")
 
     def __init__(self, tape: Tape, name: str, numel: int, dtype: Dtype, trainable: bool) -> None:
         super().__init__(Storage(tape, ZERO, "parameters"), (numel, 0, 0, 0, 0), dtype)
         self.storage.refs += 1  # never freed: the model owns it
         self.name = name
         self.grad_numel = numel
+        self.in_linear = False
         if trainable:
             self.node = Node("AccumulateGrad", 1 << 62, [], self._deliver, "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vramplan.facts.architecture import Attention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.context import BlockContext, Module, tokens
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.size import Size, per_mask, per_position, per_score, per_token
@@ -47,6 +47,9 @@ def _heads(ctx: BlockContext, x: Tensor, block: Attention, which: int) -> Tensor
 def rotary_tables(ctx: BlockContext, rotary_dim: int) -> None:
     """``cos`` and ``sin`` for every position, shared by layers and by the batch (``LlamaRotaryEmbedding.forward``)."""
     label = "rotary tables"
+    module = Module("model.rotary_emb", ())
+    if ctx.hooks is not None:
+        ctx.hooks.before_forward(module)
     numel = per_position(rotary_dim)
     frequencies = ctx.tape.new(per_position(rotary_dim // 2), Dtype.FP32, label)
     angles = ctx.tape.new(numel, Dtype.FP32, label)
@@ -55,6 +58,8 @@ def rotary_tables(ctx: BlockContext, rotary_dim: int) -> None:
     wide_sin = ctx.tape.new(numel, Dtype.FP32, label)
     ctx.rotary = (ops.to(wide_cos, ctx.dtype, label), ops.to(wide_sin, ctx.dtype, label))
     del angles, wide_cos, wide_sin
+    if ctx.hooks is not None:
+        ctx.hooks.after_forward(module)
 
 
 def causal_mask(ctx: BlockContext) -> None:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from vramplan.facts.architecture import Linear, Norm, Role
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.size import per_token
-from vramplan.memory.tape import Parameter, Tape, Tensor
+from vramplan.memory.tape import Node, Parameter, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module of the model by its full name, with the parameters that it owns itself."""
+
+    name: str
+    params: tuple[Parameter, ...]
+
+
+class ModuleHooks(Protocol):
+    """Listens to modules as they run."""
+
+    def before_forward(self, module: Module) -> None: ...
+    def after_forward(self, module: Module) -> None: ...
+    def before_backward(self, module: Module) -> None: ...
+    def after_backward(self, module: Module) -> None: ...
 
 
 @dataclass
@@ -33,6 +51,8 @@ class BlockContext:
     """Autocast's cache: the low-precision copy of each trained weight, until autocast ends."""
     rotary: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
+    hooks: ModuleHooks | None = None
+    """Who listens to modules: ZeRO-3's gathers, or nobody."""
 
     @property
     def trains_base(self) -> bool:
@@ -49,6 +69,9 @@ class BlockContext:
     def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:
         weight = self.parameter(f"{linear.name}.weight", linear.weight_numel)
         bias = self.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None
+        for param in (weight, bias):
+            if param is not None:
+                param.in_linear = True
         return weight, bias
 
     def norm_parameters(self, norm: Norm) -> tuple[Parameter | None, Parameter | None]:
@@ -65,13 +88,40 @@ class BlockContext:
             return None
         return method if targets(method, f"{self.prefix}{linear.name}") else None
 
-    @contextmanager
-    def module(self, name: str, *params: Parameter | None) -> Iterator[None]:
-        """Tell the tape's listener that a module that owns ``params`` runs (ZeRO-3 gathers them around it)."""
-        owned = tuple(param for param in params if param is not None)
-        self.tape.on_module("enter", f"{self.prefix}{name}", owned)
-        yield
-        self.tape.on_module("leave", f"{self.prefix}{name}", owned)
+    def call(
+        self,
+        name: str,
+        params: tuple[Parameter | None, ...],
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        positional: bool = True,
+    ) -> Tensor:
+        """Run a module of the model. ZeRO-3 hangs its hooks here: fetch before, release after, and the same in
+        backward by two identity nodes (deepspeed/runtime/zero/parameter_offload.py, ``_register_deepspeed_module``).
+
+        ``positional``: whether ``x`` is a positional argument; the backward release hooks see no others.
+        """
+        hooks = self.hooks
+        if hooks is None:
+            return function(x)
+        module = Module(f"{self.prefix}{name}", tuple(param for param in params if param is not None))
+        hooks.before_forward(module)
+        if positional:
+            x = identity(x, lambda: hooks.after_backward(module))
+        out = function(x)
+        hooks.after_forward(module)
+        return identity(out, lambda: hooks.before_backward(module))
+
+
+def identity(x: Tensor, event: Callable[[], None]) -> Tensor:
+    """The same bytes behind a node that runs ``event`` in backward (``PreBackwardFunctionForModule``)."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        event()
+        return [grads[0]]
+
+    return x.storage.tape.attach("hook", out, [x], [], backward)
 
 
 def targets(method: LoraMethod, module_name: str) -> bool:
@@ -84,8 +134,6 @@ def targets(method: LoraMethod, module_name: str) -> bool:
     if wanted == "all-linear":
         return True
     if isinstance(wanted, str):
-        import re
-
         return re.fullmatch(wanted, module_name) is not None
     return any(module_name == name or module_name.endswith(f".{name}") for name in wanted)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, Embedding
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.layer import RESIDUAL
 from vramplan.memory.blocks.linear import project
-from vramplan.memory.size import per_position
+from vramplan.memory.size import Size, per_position
 from vramplan.memory.tape import Tensor
 
 LOGITS = "logits"
@@ -16,18 +16,22 @@ LOSS = "loss"
 TOKENS = "token ids and labels"
 
 
-def embed(ctx: BlockContext, architecture: Architecture) -> Tensor:
+def embed(ctx: BlockContext, architecture: Architecture, ids: Tensor) -> Tensor:
     """Token embeddings, plus learned positions where the family has them (``GPT2Model.forward``)."""
-    table, *positions = architecture.embeddings
-    weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
-    with ctx.module(table.name, weight):
-        x = ops.embedding(ctx.tape, weight, tokens(table.width), ctx.dtype, RESIDUAL)
+    first, *positions = architecture.embeddings
+    x = _look_up(ctx, first, tokens(first.width), ids)
     for table in positions:
-        weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
-        with ctx.module(table.name, weight):
-            at = ops.embedding(ctx.tape, weight, per_position(table.width), ctx.dtype, RESIDUAL)
+        at = _look_up(ctx, table, per_position(table.width), ids)
         x = ops.add_broadcast(x, at, RESIDUAL)
+        del at
     return ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
+
+
+def _look_up(ctx: BlockContext, table: Embedding, numel: Size, ids: Tensor) -> Tensor:
+    weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
+    return ctx.call(
+        table.name, (weight,), lambda _: ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL), ids
+    )
 
 
 def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:

@@ -18,11 +18,11 @@ def run_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     first, second = layer.norms
     residual = x
     x = normalise(ctx, x, first)
-    x = attend(ctx, x, layer.attention)
+    x = ctx.call("self_attn", (), lambda x: attend(ctx, x, layer.attention), x, positional=False)
     x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
     x = ops.add(residual, x, RESIDUAL)
     residual = x
     x = normalise(ctx, x, second)
     mlp = layer.mlp
-    x = gated(ctx, x, mlp) if isinstance(mlp, GatedMLP) else plain(ctx, x, mlp)
+    x = ctx.call("mlp", (), lambda x: gated(ctx, x, mlp) if isinstance(mlp, GatedMLP) else plain(ctx, x, mlp), x)
     return ops.add(residual, x, RESIDUAL)

@@ -15,13 +15,14 @@ def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     adapter = ctx.adapts(linear)
     if adapter is None:
         return _dense(ctx, x, linear, label)
-    return _with_adapter(ctx, x, linear, adapter, label)
+    return ctx.call(linear.name, (), lambda x: _with_adapter(ctx, x, linear, adapter, label), x)
 
 
 def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     weight, bias = ctx.linear_parameters(linear)
-    with ctx.module(linear.name, weight, bias):
-        return _product(ctx, x, weight, bias, linear.out_features, label)
+    return ctx.call(
+        linear.name, (weight, bias), lambda x: _product(ctx, x, weight, bias, linear.out_features, label), x
+    )
 
 
 def _product(
@@ -54,12 +55,19 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     result = _dense(ctx, x, base, label)
     down = ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, trainable=True)
     up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, trainable=True)
-    dropped = ops.dropout(x, method.dropout, ctx.device, "adapters: dropped input")
-    with ctx.module(f"{linear.name}.lora_A", down):
-        narrow = _product(ctx, dropped, down, None, method.r, "adapters")
+    dropped = ctx.call(
+        f"{linear.name}.lora_dropout",
+        (),
+        lambda x: ops.dropout(x, method.dropout, ctx.device, "adapters: dropped input"),
+        x,
+    )
+    narrow = ctx.call(
+        f"{linear.name}.lora_A", (down,), lambda x: _product(ctx, x, down, None, method.r, "adapters"), dropped
+    )
     del dropped
-    with ctx.module(f"{linear.name}.lora_B", up):
-        wide = _product(ctx, narrow, up, None, linear.out_features, "adapters")
+    wide = ctx.call(
+        f"{linear.name}.lora_B", (up,), lambda x: _product(ctx, x, up, None, linear.out_features, "adapters"), narrow
+    )
     del narrow
     scaled = ops.scaled(wide, "adapters")
     del wide

@@ -15,8 +15,12 @@ _ONE_KERNEL = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_python_tanh",
 """Activations that are one fused operator which saves its input (relu: its result, of the same size)."""
 
 
-def activate(x: Tensor, name: str) -> Tensor:
+def activate(ctx: BlockContext, x: Tensor, name: str) -> Tensor:
     """``ACT2FN[name](x)`` (transformers/activations.py)."""
+    return ctx.call("mlp.act_fn", (), lambda x: _activation(x, name), x)
+
+
+def _activation(x: Tensor, name: str) -> Tensor:
     if name in _ONE_KERNEL:
         return ops.unary(x, MLP, "input" if name != "relu" else "result")
     if name in ("gelu_new", "gelu_fast"):
@@ -42,11 +46,11 @@ def gated(ctx: BlockContext, x: Tensor, block: GatedMLP) -> Tensor:
         both = project(ctx, x, block.projections[0], MLP)
         gate, up = ops.split(both, [tokens(block.intermediate), tokens(block.intermediate)])
         del both
-        return project(ctx, ops.mul(up, activate(gate, block.activation), MLP), block.projections[1], MLP)
+        return project(ctx, ops.mul(up, activate(ctx, gate, block.activation), MLP), block.projections[1], MLP)
     gate_proj, up_proj, down_proj = block.projections
     return project(
         ctx,
-        ops.mul(activate(project(ctx, x, gate_proj, MLP), block.activation), project(ctx, x, up_proj, MLP), MLP),
+        ops.mul(activate(ctx, project(ctx, x, gate_proj, MLP), block.activation), project(ctx, x, up_proj, MLP), MLP),
         down_proj,
         MLP,
     )
@@ -55,6 +59,6 @@ def gated(ctx: BlockContext, x: Tensor, block: GatedMLP) -> Tensor:
 def plain(ctx: BlockContext, x: Tensor, block: PlainMLP) -> Tensor:
     """``dropout(down(act(up(x))))`` (``GPT2MLP.forward``)."""
     x = project(ctx, x, block.projections[0], MLP)
-    x = activate(x, block.activation)
+    x = activate(ctx, x, block.activation)
     x = project(ctx, x, block.projections[1], MLP)
     return ops.dropout(x, block.dropout, ctx.device, MLP)

@@ -14,11 +14,14 @@ def normalise(ctx: BlockContext, x: Tensor, norm: Norm, label: str = "norms", ro
     """``norm(x)`` over the last axis; ``rows``: how many rows that is (default: one a token)."""
     rows = rows if rows is not None else tokens(1)
     weight, bias = ctx.norm_parameters(norm)
-    with ctx.module(norm.name, weight, bias):
+
+    def run(x: Tensor) -> Tensor:
         if norm.kind == "layer":
             statistics = Dtype.FP32 if ctx.device == "cuda" else x.dtype
             return ops.layer_norm(x, weight, bias, rows, statistics, label)
         return _rms(ctx, x, norm, rows, label)
+
+    return ctx.call(norm.name, (weight, bias), run, x)
 
 
 def _rms(ctx: BlockContext, x: Tensor, norm: Norm, rows: Size, label: str) -> Tensor:

@@ -1,0 +1,253 @@
+"""ZeRO-3's gathering of weights, module by module, as the parameter coordinator decides it.
+
+Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and partition_parameters.py. The first
+iteration records the order of modules and gathers each module's weights when it runs; later iterations prefetch along
+the recorded order and keep what is needed again soon. Sizes of whole weights do not depend on the number of ranks
+(their padding, less than one element a rank, is left out).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import labels
+from vramplan.memory.blocks.context import Module
+from vramplan.memory.size import const
+from vramplan.memory.tape import Parameter, Tape, Tensor
+
+NEVER = -(10**10)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherLimits:
+    """DeepSpeed's thresholds, in elements (``zero_optimization.stage3_*``)."""
+
+    prefetch_bucket_numel: int
+    max_live_numel: int
+    max_reuse_numel: int
+    persistence_numel: int
+    model_persistence_numel: int
+
+
+class _Handle:
+    """Gathers in flight: one flat receive buffer for several parameters, split into copies at the first wait
+    (``AllGatherCoalescedHandle``); a single parameter is a view of its buffer."""
+
+    def __init__(self, gathers: Gathers, params: list[Parameter]) -> None:
+        self.params = params
+        self.split = False
+        self.buffers: list[Tensor] = []
+        tape = gathers.tape
+        only = params[0] if len(params) == 1 else None
+        if only is not None and gathers.travels_in(only) is only.dtype:
+            gathers.data[only.name] = tape.new(const(only.grad_numel), only.dtype, labels.GATHERED)
+            self.split = True
+            return
+        for dtype in {gathers.travels_in(param): None for param in params}:
+            numel = sum(param.grad_numel for param in params if gathers.travels_in(param) is dtype)
+            self.buffers.append(tape.new(const(numel), dtype, labels.GATHER_BUFFER))
+
+    def wait(self, gathers: Gathers) -> None:
+        tape = gathers.tape
+        for param in () if self.split else self.params:
+            travels = gathers.travels_in(param)
+            whole = tape.new(const(param.grad_numel), travels, labels.GATHERED)
+            if travels is not param.dtype:
+                whole = tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
+            gathers.data[param.name] = whole
+        self.split = True
+        gathers.available.update(param.name for param in self.params)
+
+
+class Gathers:
+    """The coordinator: listens to modules and keeps whole weights on the tape while they are gathered."""
+
+    def __init__(self, tape: Tape, limits: GatherLimits, autocast: Dtype | None = None) -> None:
+        self.tape = tape
+        self.limits = limits
+        self._autocast = autocast
+        self.data: dict[str, Tensor] = {}
+        self.available: set[str] = set()
+        self.persistent: set[str] = set()
+        self._persistent_numel = 0
+        self._known: set[str] = set()
+        self._inflight: dict[str, _Handle] = {}
+        self._active: dict[str, set[str]] = defaultdict(set)
+        self._available_numel = 0
+        self._step = 0
+        self._complete = False
+        self._recording = False
+        self._modules: list[Module] = []
+        self._order: list[tuple[Parameter, int]] = []
+        self._queue: deque[tuple[Parameter, int]] = deque()
+        self._fetched_for: dict[str, int] = defaultdict(lambda: NEVER)
+        self._backward: dict[str, Module] = {}
+        self._recomputed: dict[str, list[Parameter]] = defaultdict(list)
+
+    def travels_in(self, param: Parameter) -> Dtype:
+        """The format that a weight is gathered in: low precision for a linear's under autocast."""
+        return self._autocast if self._autocast is not None and param.in_linear else param.dtype
+
+    # Listening to modules
+
+    def before_forward(self, module: Module) -> None:
+        self._record(module)
+        self._fetch(module, forward=True)
+
+    def after_forward(self, module: Module) -> None:
+        self._release(module, forward=True)
+
+    def before_backward(self, module: Module) -> None:
+        self._record(module)
+        self._fetch(module, forward=False)
+
+    def after_backward(self, module: Module) -> None:
+        self._release(module, forward=False)
+
+    # Iterations
+
+    def start_iteration(self) -> None:
+        """``reset_step``: at the start of every forward."""
+        for name in list(self._inflight):
+            self._inflight.pop(name).wait(self)
+            self._free(name)
+        if self._recording:
+            self._order = [(param, step) for step, module in enumerate(self._modules) for param in module.params]
+            self._complete, self._recording = True, False
+        elif not self._complete:
+            self._recording = True
+        self._queue = deque(self._order)
+        self._fetched_for.clear()
+        self._step = 0
+        self._available_numel = 0
+
+    def end_backward(self) -> None:
+        """``release_backward_leftovers``: modules whose input needed no gradient were not released."""
+        for module in list(self._backward.values())[::-1]:
+            for param in (*module.params, *self._recomputed.pop(module.name, ())):
+                self._active[param.name].discard(module.name)
+                if param.name not in self.persistent:
+                    self._let_go(param)
+        self._backward.clear()
+
+    def release_all(self) -> None:
+        """``_partition_all_parameters``: at the start of the optimizer step."""
+        for name in list(self._inflight):
+            self._inflight.pop(name).wait(self)
+        self._active.clear()
+        for name in list(self.available):
+            self._free(name)
+        self._available_numel = 0
+
+    def gather_persistent(self, params: tuple[Parameter, ...]) -> None:
+        """``_post_step``: small tensors are whole from the end of the step on."""
+        for param in params:
+            if param.name in self.persistent and param.name not in self.available:
+                self.data[param.name] = self.tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
+                self.available.add(param.name)
+
+    # Fetching
+
+    def _record(self, module: Module) -> None:
+        for param in module.params:
+            self._mark(param)
+        if self._recording:
+            self._modules.append(module)
+
+    def _mark(self, param: Parameter) -> None:
+        """``mark_persistent_parameters``, in the order in which parameters are first seen."""
+        if param.name in self._known:
+            return
+        self._known.add(param.name)
+        numel = param.grad_numel
+        if numel + self._persistent_numel <= self.limits.model_persistence_numel:
+            if numel <= self.limits.persistence_numel:
+                self.persistent.add(param.name)
+                self._persistent_numel += numel
+
+    def _fetch(self, module: Module, forward: bool) -> None:
+        if not forward:
+            self._backward[module.name] = module
+        self._gather(list(module.params))
+        recompute = forward and bool(self._backward)
+        for param in module.params:
+            self._active[param.name].add(module.name)
+            if recompute and not param.requires_grad:
+                self._recomputed[next(reversed(self._backward))].append(param)
+            if param.name in self._inflight:
+                self._inflight.pop(param.name).wait(self)
+        if self._complete:
+            self._prefetch(module)
+        self._step += 1
+
+    def _prefetch(self, module: Module) -> None:
+        wanted = {param.name for param in module.params if self._fetched_for[param.name] < self._step}
+        taken: set[str] = set()
+        while self._queue and len(taken) < len(wanted):
+            param, step = self._queue.popleft()
+            self._fetched_for[param.name] = step
+            taken.add(param.name)
+        limit = min(self.limits.max_live_numel - self._available_numel, self.limits.prefetch_bucket_numel)
+        chosen: dict[str, Parameter] = {}
+        numel = 0
+        while self.limits.prefetch_bucket_numel and self._queue and numel < limit:
+            param, step = self._queue.popleft()
+            absent = param.name not in self.available and param.name not in self._inflight
+            self._fetched_for[param.name] = max(self._fetched_for[param.name], step)
+            if absent and param.name not in chosen:
+                chosen[param.name] = param
+                numel += param.grad_numel
+        self._gather(list(chosen.values()))
+
+    def _gather(self, params: list[Parameter]) -> None:
+        absent = [
+            param for param in params if param.name not in self.available and param.name not in self._inflight
+        ]
+        unique = list({param.name: param for param in absent}.values())
+        if not unique:
+            return
+        self._available_numel += sum(param.grad_numel for param in unique)
+        handle = _Handle(self, unique)
+        for param in unique:
+            self._inflight[param.name] = handle
+
+    # Releasing
+
+    def _release(self, module: Module, forward: bool) -> None:
+        names = self._to_release(module)
+        params = list(module.params)
+        if not forward:
+            recomputed = self._recomputed.pop(module.name, [])
+            names |= {param.name for param in recomputed if param.name not in self.persistent}
+            params += recomputed
+            self._backward.pop(module.name, None)
+        for param in {param.name: param for param in params}.values():
+            self._active[param.name].discard(module.name)
+            if param.name in names:
+                self._let_go(param)
+
+    def _to_release(self, module: Module) -> set[str]:
+        names = {param.name for param in module.params}
+        if not self._complete:
+            return names
+        names -= self.persistent
+        names = {name for name in names if self._fetched_for[name] <= self._step}
+        traversed = 0
+        for later in self._modules[self._step :]:
+            if traversed >= self.limits.max_reuse_numel or not names:
+                break
+            for param in later.params:
+                names.discard(param.name)
+                traversed += param.grad_numel
+        return names
+
+    def _let_go(self, param: Parameter) -> None:
+        if param.name in self.available and not self._active[param.name]:
+            self._free(param.name)
+            self._available_numel -= param.grad_numel
+
+    def _free(self, name: str) -> None:
+        self.available.discard(name)
+        self.data.pop(name, None)
