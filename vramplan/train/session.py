@@ -50,6 +50,9 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     inputs = _read_inputs(plan)
     status.mark("join")
     device = join_group(run)
+    if device.type == "cpu":
+        # the CPU's allocator counts on this thread only, and transformers loads weights on others unless told not to
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     world_size, rank = dist.get_world_size(), dist.get_rank()
     config = ds_config(run, world_size)
     if rank == 0:
