@@ -10,7 +10,14 @@ from vramplan.errors import VramplanError
 from vramplan.facts.device import Device, Node
 from vramplan.facts.devices import find_device
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.measure.record import Measured, Record, UnreadRecord, read_records_leniently, run_from_record_spec
+from vramplan.measure.record import (
+    Measured,
+    Record,
+    UnreadRecord,
+    read_records_leniently,
+    run_from_record_spec,
+    steps_were_skipped,
+)
 from vramplan.memory.estimate import estimate
 from vramplan.memory.ledger import Estimate
 from vramplan.units import TIB
@@ -132,7 +139,7 @@ def estimate_record(record: Record) -> Estimate:
     run, layout = run_from_record_spec(record.spec)
     device = _device_of(record)
     node = Node(device, gpus_per_node=layout.world_size, memory_cap_bytes=record.spec.cap_bytes)
-    return estimate(run, node, resolve_architecture(run))
+    return estimate(run, node, resolve_architecture(run), steps_skipped=steps_were_skipped(record))
 
 
 def measured_peak(measured: Measured) -> int | None:

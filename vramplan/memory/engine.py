@@ -49,10 +49,11 @@ class Engine(ABC):
         self.rank = rank
         self.width = job.dtype.nbytes
         self.basis: Size = basis_at(job.micro_batch_size, job.seq_len)
-        self.profile: Profile = profile(job.model_run)
         self.resident: Bytes = {}
         self.stretches: list[Stretch] = []
         self.outputs: Bytes = {}
+        self.steps_skipped = False
+        """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
         params = job.parameters
         self.trained = tuple((param.name, param.numel) for param in params if param.trained)
         self.trained_numel = sum(numel for _, numel in self.trained)
@@ -113,6 +114,11 @@ class Engine(ABC):
     def after_backward(self) -> Bytes:
         """What of the micro-batch outlives its backward: tokens, and the outputs where the loop keeps them."""
         return at_point(self.profile.backward_end, self.basis)
+
+    @property
+    def profile(self) -> Profile:
+        """The micro-batch where weights stay whole."""
+        return profile(self.job.model_run)
 
     @property
     def master_bytes(self) -> int:

@@ -10,6 +10,7 @@ from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero12 import Zero12
+from vramplan.memory.zero3 import Zero3
 from vramplan.spec.run import RunSpec
 
 
@@ -17,14 +18,20 @@ class UncoveredError(SpecError):
     """The arithmetic does not cover this combination yet; the text names what."""
 
 
-def estimate(run: RunSpec, node: Node, architecture: Architecture, rank: int = 0) -> Estimate:
+def estimate(
+    run: RunSpec, node: Node, architecture: Architecture, rank: int = 0, steps_skipped: bool = False
+) -> Estimate:
     """Bytes of one rank at every moment of a closed run.
+
+    ``steps_skipped``: whether every optimizer step is discarded as an overflow (measurements with undefined weights).
 
     Raises:
         SpecError: a field that the planner decides is None, or the combination is not covered.
     """
     job = job_from_run(run, node, architecture)
-    stretches = _engine(job, rank).walk()
+    _check_covered(job)
+    engine = _engine(job, rank, steps_skipped)
+    stretches = engine.walk()
     return Estimate(
         moments=tuple(stretch.moment() for stretch in stretches),
         phases=tuple(stretch.phase_bytes() for stretch in stretches),
@@ -36,9 +43,29 @@ def estimate(run: RunSpec, node: Node, architecture: Architecture, rank: int = 0
     )
 
 
-def _engine(job: Job, rank: int) -> Engine:
+def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
     if job.stage == 0:
         return Zero0(job, rank)
-    if job.stage in (1, 2):
-        return Zero12(job, rank)
-    raise UncoveredError("ZeRO-3 is not covered yet")
+    return Zero12(job, rank) if job.stage in (1, 2) else Zero3(job, rank, steps_skipped)
+
+
+COVERED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
+"""Families whose blocks have been laid on the tape and compared with measurements."""
+
+
+def _check_covered(job: Job) -> None:
+    """Raise UncoveredError for what the arithmetic does not count yet, naming it."""
+    method = job.method
+    uncovered = {
+        f"the {job.architecture.family} family": job.architecture.family not in COVERED_FAMILIES,
+        "QLoRA": method.kind == "qlora",
+        "DoRA": method.kind == "lora" and method.use_dora,
+        "offload of optimizer states": job.offload_optimizer,
+        "offload of weights": job.offload_param,
+        "tensor, sequence, pipeline or expert parallelism": max(job.layout.tp, job.layout.sp, job.layout.pp, job.layout.ep) > 1,
+        "the fused (liger) loss": job.loss != "hf",
+        "contiguous_gradients: false": not job.zero.contiguous_gradients and job.stage in (1, 2),
+    }
+    named = [name for name, is_so in uncovered.items() if is_so]
+    if named:
+        raise UncoveredError(f"the estimator does not count {', '.join(named)} yet; `vramplan simulate` traces such a run")

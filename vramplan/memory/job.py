@@ -11,6 +11,7 @@ from vramplan.facts.architecture import Architecture, Linear
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.blocks.context import targets
+from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.profile import ModelRun
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec, ZeroSpec
@@ -74,6 +75,18 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             sequence_parallel=self.layout.sp,
+            gathers=self.gather_limits if self.stage == 3 else None,
+        )
+
+    @property
+    def gather_limits(self) -> GatherLimits:
+        zero = self.zero
+        return GatherLimits(
+            prefetch_bucket_numel=zero.stage3_prefetch_bucket_size,
+            max_live_numel=zero.stage3_max_live_parameters,
+            max_reuse_numel=zero.stage3_max_reuse_distance,
+            persistence_numel=zero.stage3_param_persistence_threshold,
+            model_persistence_numel=zero.stage3_model_persistence_threshold,
         )
 
     @property

@@ -107,10 +107,11 @@ class _Runner:
         backward = tuple(tape.points)
         return Profile(forward, end, backward, self._snapshot("after backward"), tuple(self.gradients))
 
-    def optimizer_step(self) -> None:
+    def optimizer_step(self, skipped: bool) -> None:
         """What the step does to gathered weights."""
         if self.gathers is not None:
             self.gathers.release_all()
+        if self.gathers is not None and not skipped:
             self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
 
     def _snapshot(self, where: str) -> Point:
@@ -311,13 +312,13 @@ class GatheredProfiles:
 
 
 @lru_cache(maxsize=256)
-def gathered_profiles(run: ModelRun, accumulates: bool) -> GatheredProfiles:
+def gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
     """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
     runner = _Runner(run)
     first = runner.micro_batch()
     following = runner.micro_batch() if accumulates else first
     runner.kept.clear()
-    runner.optimizer_step()
+    runner.optimizer_step(steps_skipped)
     between = dict(runner.tape.by_label)
     after_step = runner.micro_batch()
     later = runner.micro_batch() if accumulates else after_step

@@ -29,11 +29,11 @@ def _product(
     ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out_features: int, label: str
 ) -> Tensor:
     if ctx.autocast is None:
-        return ops.linear(x, weight, bias, tokens(out_features), label)
+        return ops.linear(x, weight, bias, tokens(out_features), label, zero3=ctx.hooks is not None)
     low = ops.to(x, ctx.autocast, label)
     cast_weight = _cast(ctx, weight, ctx.autocast)
     cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
-    return ops.linear(low, cast_weight, cast_bias, tokens(out_features), label)
+    return ops.linear(low, cast_weight, cast_bias, tokens(out_features), label, zero3=ctx.hooks is not None)
 
 
 def _cast(ctx: BlockContext, weight: Parameter, dtype: Dtype) -> Tensor:

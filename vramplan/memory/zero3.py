@@ -1,0 +1,141 @@
+"""ZeRO-3 (deepspeed 0.19.8, runtime/zero/stage3.py): every tensor cut into equal parts, whole only while it is used."""
+
+from __future__ import annotations
+
+from vramplan.memory import labels
+from vramplan.memory.engine import Engine, Micro
+from vramplan.memory.job import ADAPTER_DTYPE, Job
+from vramplan.memory.moments import Bytes, Stretch, at_point, merged
+from vramplan.memory.optimizers import optimizer_bytes
+from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
+from vramplan.memory.reduction import Bucket, bucket_flushes
+from vramplan.memory.size import evaluate
+from vramplan.memory.tape import Point
+from vramplan.memory.term import Phase
+from vramplan.spec.layout import shard
+
+
+class Zero3(Engine):
+    """Weights, gradients and states are partitioned tensor by tensor; gathers come from the profile."""
+
+    def __init__(self, job: Job, rank: int, steps_skipped: bool = False) -> None:
+        super().__init__(job, rank)
+        self.steps_skipped = steps_skipped
+        degree, params = job.degree, job.parameters
+        self.trained_share = sum(shard(param.numel, degree) for param in params if param.trained)
+        self.frozen_share = sum(shard(param.numel, degree) for param in params if not param.trained)
+        self.largest_share = max((shard(param.numel, degree) for param in params if param.trained), default=0)
+        self.largest_trained = max((param.numel for param in params if param.trained), default=0)
+        self.sub_group = self._largest_sub_group()
+        self.optimizer = optimizer_bytes(job.optimizer, job.device)
+        self.profiles: GatheredProfiles = gathered_profiles(
+            job.model_run, job.grad_accum_steps > 1, steps_skipped
+        )
+        self.low = self.width < self.master_bytes
+
+    def _largest_sub_group(self) -> int:
+        """``_create_fp16_sub_groups``: parameters are grouped until a group has ``sub_group_size`` elements."""
+        largest = current = 0
+        for param in self.job.parameters:
+            if param.trained:
+                current += shard(param.numel, self.job.degree)
+                if current >= self.job.zero.sub_group_size:
+                    largest, current = max(largest, current), 0
+        return max(largest, current)
+
+    def _bucket_bytes(self) -> int:
+        """One persistent bucket a communication dtype (``_setup_for_real_optimizer``)."""
+        job, numel = self.job, self.job.zero.reduce_bucket_size
+        if not job.zero.contiguous_gradients:
+            return 0
+        if job.autocast is None:
+            return numel * self.width
+        linear = {param.in_linear for param in job.parameters if param.trained}
+        return numel * sum(job.autocast.nbytes if each else self.width for each in linear)
+
+    def load(self) -> None:
+        """``zero.Init``: every module is built whole and cut at once; adapters are added whole."""
+        job, architecture = self.job, self.job.architecture
+        base = [param for param in job.parameters if not param.adapter]
+        cut = sum(shard(param.numel, job.degree) for param in base) * self.width
+        if architecture.tied_embeddings:  # the head's own part stays until the engine starts
+            cut += shard(architecture.vocab_size * architecture.hidden_size, job.degree) * self.width
+        whole = max(param.numel for param in base) * self.width
+        adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
+        stretch = self.open("model_load", Phase.MODEL_LOAD)
+        stretch.see("the largest tensor before it is cut", {labels.WEIGHTS: cut, labels.LOADING: whole})
+        stretch.close({labels.WEIGHTS: cut + adapters})
+
+    def init(self) -> None:
+        stretch = self.open("engine_init", Phase.ENGINE_INIT)
+        weights = {labels.FROZEN: self.frozen_share * self.width, labels.WEIGHTS: self.trained_share * self.width}
+        copy = {labels.INIT: self.trained_share * self.width}
+        stretch.see("partitions moved together", merged(weights, copy))
+        master = {labels.MASTER: self.trained_share * self.master_bytes if self.low else 0}
+        clone = {labels.INIT: self.sub_group * self.master_bytes if self.low else 0}
+        stretch.see("master weights cast", merged(weights, master, clone))
+        trial = {labels.INIT: self.trained_numel * self.master_bytes // max(1, self.job.degree)}
+        stretch.see("a gradient partition is tried", merged(weights, master, trial))
+        buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.width}
+        self.resident = merged(weights, master, buffers)
+        # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
+        stretch.see("the largest tensor gathered", merged(self.resident, {labels.GATHERED: self.largest_trained * self.width}))
+        stretch.close(self.resident)
+
+    def _profile_of(self, micro: Micro) -> Profile:
+        found = self.profiles
+        if micro.step == 1:
+            return found.first if micro.first else found.following
+        return found.after_step if micro.first else found.following_later
+
+    def forward(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("forward"), Phase.FORWARD, micro.step)
+        found = self._profile_of(micro)
+        self._see_points(stretch, found.forward)
+        stretch.close(merged(self.resident, at_point(found.forward_end, self.basis)))
+
+    def _see_points(self, stretch: Stretch, points: tuple[Point, ...]) -> None:
+        point = max(points, key=lambda each: evaluate(each.total, self.basis))
+        stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
+
+    def backward(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
+        found = self._profile_of(micro)
+        self._see_points(stretch, found.backward)
+        bucket = Bucket(self.job.zero.reduce_bucket_size, self.job.degree)
+        gradients = found.gradients
+        for flush in bucket_flushes(tuple((each.name, each.numel) for each in gradients), bucket):
+            at = gradients[-1 if flush.before is None else flush.before].at
+            alive = at_point(at, self.basis)
+            # a gradient that is larger than the bucket waits outside it
+            waiting = {labels.GRADIENTS: flush.oversized * self.width}
+            copy = {labels.REDUCTION: flush.copied * self.width}
+            stretch.see("gradient reduction", merged(self.resident, alive, waiting, copy))
+        self.outputs = at_point(found.backward_end, self.basis)
+        stretch.close(merged(self.resident, self.outputs))
+
+    def step(self, micro: Micro) -> None:
+        stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
+        if not micro.boundary:
+            stretch.close(merged(self.resident, self.outputs))
+            return
+        kept = {name: size for name, size in self.outputs.items() if name not in (labels.GATHERED, labels.GATHER_BUFFER)}
+        stretch.see("start", merged(self.resident, self.outputs))
+        base = merged(self.resident, kept)
+        stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_share}))
+        if self.steps_skipped:
+            stretch.close(base)
+            return
+        flat = {labels.FLAT_GRAD: self.sub_group * self.master_bytes}
+        joined = {labels.REDUCTION: self.sub_group * self.width if self.low else 0}
+        stretch.see("gradients flattened", merged(base, flat, joined))
+        if micro.step == 1:
+            self.resident = merged(self.resident, {labels.MOMENTS: self.trained_share * self.optimizer.state})
+        scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
+        stretch.see("optimizer update", merged(self.resident, kept, flat, scratch))
+        persistent = {name: evaluate(size, self.basis) for name, size in self.profiles.between_steps.items()}
+        stretch.close(merged(self.resident, kept, _gathered(persistent)))
+
+
+def _gathered(parts: Bytes) -> Bytes:
+    return {name: size for name, size in parts.items() if name == labels.GATHERED}
