@@ -62,10 +62,15 @@ def _check_covered(job: Job) -> None:
         "DoRA": method.kind == "lora" and method.use_dora,
         "offload of optimizer states": job.offload_optimizer,
         "offload of weights": job.offload_param,
-        "tensor, sequence, pipeline or expert parallelism": max(job.layout.tp, job.layout.sp, job.layout.pp, job.layout.ep) > 1,
+        "tensor, sequence, pipeline or expert parallelism": max(
+            job.layout.tp, job.layout.sp, job.layout.pp, job.layout.ep
+        )
+        > 1,
         "the fused (liger) loss": job.loss != "hf",
         "contiguous_gradients: false": not job.zero.contiguous_gradients and job.stage in (1, 2),
     }
     named = [name for name, is_so in uncovered.items() if is_so]
     if named:
-        raise UncoveredError(f"the estimator does not count {', '.join(named)} yet; `vramplan simulate` traces such a run")
+        raise UncoveredError(
+            f"the estimator does not count {', '.join(named)} yet; `vramplan simulate` traces such a run"
+        )

@@ -202,9 +202,7 @@ class Gathers:
         self._gather(list(chosen.values()))
 
     def _gather(self, params: list[Parameter]) -> None:
-        absent = [
-            param for param in params if param.name not in self.available and param.name not in self._inflight
-        ]
+        absent = [param for param in params if param.name not in self.available and param.name not in self._inflight]
         unique = list({param.name: param for param in absent}.values())
         if not unique:
             return

@@ -108,7 +108,9 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture) -> Job:
     }
     missing = [name for name, value in decided.items() if value is None]
     if missing:
-        raise SpecError(f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it")
+        raise SpecError(
+            f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it"
+        )
     assert run.micro_batch_size is not None and run.grad_accum_steps is not None and run.zero.stage is not None
     dtype, autocast = {
         "bf16": (Dtype.BF16, None),

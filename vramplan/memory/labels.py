@@ -43,14 +43,17 @@ LABELS: dict[str, Label] = {
         Basis.EXACT,
     ),
     MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks (single_partition_of_fp32_groups)", Basis.EXACT),
-    MOMENTS: Label(Category.OPTIMIZER, "AdamW: 2 x 4 B x trained elements / ranks; made in the first step", Basis.EXACT),
+    MOMENTS: Label(
+        Category.OPTIMIZER, "AdamW: 2 x 4 B x trained elements / ranks; made in the first step", Basis.EXACT
+    ),
     GRADIENTS: Label(Category.GRADIENT, "width x trained elements whose backward is done (param.grad)"),
     GRAD_PARTITION: Label(
         Category.GRADIENT, "width x elements of every parameter that touches the rank's partition (grads_in_partition)"
     ),
     ACCUMULATED: Label(Category.GRADIENT, "the gradient partition of earlier micro-batches (all_grad_tensors)"),
     BUCKET: Label(
-        Category.COMMUNICATION, "reduce_bucket_size x width, whatever the model's size (stage_1_and_2.py, setup_buckets)"
+        Category.COMMUNICATION,
+        "reduce_bucket_size x width, whatever the model's size (stage_1_and_2.py, setup_buckets)",
     ),
     REDUCTION: Label(Category.COMMUNICATION, "a flattened copy of the bucket's elements (allreduce_bucket)"),
     INIT: Label(Category.TEMPORARY, "flat copies of weights and master made while the engine starts"),
@@ -59,7 +62,9 @@ LABELS: dict[str, Label] = {
     STEP_SCRATCH: Label(Category.TEMPORARY, "temporaries of the optimizer's implementation"),
     GATHERED: Label(Category.PARAMETER, "ZeRO-3: whole weights of the modules in use or not yet released"),
     GATHER_BUFFER: Label(Category.COMMUNICATION, "ZeRO-3: flat receive buffers of gathers in flight"),
-    PERSISTENT: Label(Category.PARAMETER, "ZeRO-3: tensors of at most stage3_param_persistence_threshold elements, whole"),
+    PERSISTENT: Label(
+        Category.PARAMETER, "ZeRO-3: tensors of at most stage3_param_persistence_threshold elements, whole"
+    ),
     LOADING: Label(Category.PARAMETER, "weights held twice while the model is built"),
     SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),
     "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),

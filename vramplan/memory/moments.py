@@ -31,6 +31,17 @@ def at_point(point: Point, basis: Size) -> Bytes:
     return {label: evaluate(size, basis) for label, size in point.by_label.items()}
 
 
+def without_gradient(alive: Bytes, num_bytes: int) -> Bytes:
+    """What is left when the gradient in hand has been moved into the bucket."""
+    name = "gradient of the weight in hand"
+    held = min(alive.get(name, 0), num_bytes)
+    rest = {**alive, name: alive.get(name, 0) - held}
+    if held < num_bytes:  # a tied weight's gradients were summed under another heading
+        other = "activation gradients"
+        rest[other] = max(0, rest.get(other, 0) - (num_bytes - held))
+    return rest
+
+
 @dataclass
 class Stretch:
     """One phase of a record while it is being filled: its highest instant so far, and what is alive at its end."""

@@ -180,9 +180,7 @@ def row_mean(x: Tensor, rows: Size, label: str) -> Tensor:
     return tape.attach("mean", out, [x], [], backward)
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_numel: Size, label: str, zero3: bool = False
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_numel: Size, label: str, zero3: bool = False) -> Tensor:
     """``F.linear`` of a 3-D input: saves x if the weight is trained, the weight if x needs a gradient.
 
     Backward makes the gradient of x, then of the weight (``mm``: self, then mat2), and a bias's by a sum.

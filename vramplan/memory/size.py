@@ -52,13 +52,7 @@ def scale(a: Size, factor: int) -> Size:
 
 def evaluate(size: Size, basis: Size) -> int:
     """Bytes of ``size`` at the values ``basis`` of :data:`BASIS` (ints, or numpy arrays of one shape)."""
-    return (
-        size[0] * basis[0]
-        + size[1] * basis[1]
-        + size[2] * basis[2]
-        + size[3] * basis[3]
-        + size[4] * basis[4]
-    )
+    return size[0] * basis[0] + size[1] * basis[1] + size[2] * basis[2] + size[3] * basis[3] + size[4] * basis[4]
 
 
 def basis_at(batch: int, seq: int) -> Size:

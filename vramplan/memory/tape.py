@@ -195,9 +195,7 @@ class Tape:
         size = (numel[0] * width, numel[1] * width, numel[2] * width, numel[3] * width, numel[4] * width)
         self.total = add(self.total, size)
         self.by_label[label] = add(self.by_label.get(label, ZERO), size)
-        self.points.append(
-            Point(self.where, len(self.points), self.total, dict(self.by_label), self.grad_numel)
-        )
+        self.points.append(Point(self.where, len(self.points), self.total, dict(self.by_label), self.grad_numel))
         return Tensor(Storage(self, size, label), numel, dtype)
 
     def free(self, storage: Storage) -> None:
@@ -218,8 +216,7 @@ class Tape:
     ) -> Tensor:
         """Put ``out`` on the graph if any of ``inputs`` requires a gradient."""
         edges = [
-            (tensor.node, tensor.slot) if tensor is not None and tensor.node is not None else None
-            for tensor in inputs
+            (tensor.node, tensor.slot) if tensor is not None and tensor.node is not None else None for tensor in inputs
         ]
         if not self._grad_enabled or not any(edges):
             return out

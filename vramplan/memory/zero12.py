@@ -6,7 +6,7 @@ from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, highest
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
-from vramplan.memory.moments import Bytes, Stretch, at_point, merged
+from vramplan.memory.moments import Bytes, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.partition import Flush, flat_group, flushes
 from vramplan.memory.term import Phase
@@ -126,7 +126,7 @@ class Zero12(Engine):
             gradient = gradients[last]
             alive = at_point(gradient.at, self.basis)
             if flush.before is None:  # the last gradient has moved into the bucket
-                alive = _without_gradient(alive, gradient.numel * self.width)
+                alive = without_gradient(alive, gradient.numel * self.width)
             copy = {labels.REDUCTION: self._copy_bytes(flush)}
             stretch.see("gradient reduction", merged(self.resident, bucket, filled, copy, alive))
             if flush.fills_partition and not filled:
@@ -172,14 +172,3 @@ class Zero12(Engine):
         scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}
         stretch.see("optimizer update", merged(self.resident, self.outputs, flat, scratch))
         stretch.close(merged(self.resident, self.outputs))
-
-
-def _without_gradient(alive: Bytes, num_bytes: int) -> Bytes:
-    """What is left when the gradient in hand has been moved into the bucket."""
-    name = "gradient of the weight in hand"
-    held = min(alive.get(name, 0), num_bytes)
-    rest = {**alive, name: alive.get(name, 0) - held}
-    if held < num_bytes:  # a tied weight's gradients were summed under another heading
-        other = "activation gradients"
-        rest[other] = max(0, rest.get(other, 0) - (num_bytes - held))
-    return rest

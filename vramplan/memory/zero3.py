@@ -5,7 +5,7 @@ from __future__ import annotations
 from vramplan.memory import labels
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import ADAPTER_DTYPE, Job
-from vramplan.memory.moments import Bytes, Stretch, at_point, merged
+from vramplan.memory.moments import Bytes, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
 from vramplan.memory.reduction import Bucket, bucket_flushes
@@ -28,9 +28,7 @@ class Zero3(Engine):
         self.largest_trained = max((param.numel for param in params if param.trained), default=0)
         self.sub_group = self._largest_sub_group()
         self.optimizer = optimizer_bytes(job.optimizer, job.device)
-        self.profiles: GatheredProfiles = gathered_profiles(
-            job.model_run, job.grad_accum_steps > 1, steps_skipped
-        )
+        self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
         self.low = self.width < self.master_bytes
 
     def _largest_sub_group(self) -> int:
@@ -79,7 +77,9 @@ class Zero3(Engine):
         buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.width}
         self.resident = merged(weights, master, buffers)
         # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
-        stretch.see("the largest tensor gathered", merged(self.resident, {labels.GATHERED: self.largest_trained * self.width}))
+        stretch.see(
+            "the largest tensor gathered", merged(self.resident, {labels.GATHERED: self.largest_trained * self.width})
+        )
         stretch.close(self.resident)
 
     def _profile_of(self, micro: Micro) -> Profile:
@@ -107,6 +107,8 @@ class Zero3(Engine):
         for flush in bucket_flushes(tuple((each.name, each.numel) for each in gradients), bucket):
             at = gradients[-1 if flush.before is None else flush.before].at
             alive = at_point(at, self.basis)
+            if flush.before is None:  # the last gradient has moved into the bucket
+                alive = without_gradient(alive, gradients[-1].numel * self.width)
             # a gradient that is larger than the bucket waits outside it
             waiting = {labels.GRADIENTS: flush.oversized * self.width}
             copy = {labels.REDUCTION: flush.copied * self.width}
@@ -119,7 +121,9 @@ class Zero3(Engine):
         if not micro.boundary:
             stretch.close(merged(self.resident, self.outputs))
             return
-        kept = {name: size for name, size in self.outputs.items() if name not in (labels.GATHERED, labels.GATHER_BUFFER)}
+        kept = {
+            name: size for name, size in self.outputs.items() if name not in (labels.GATHERED, labels.GATHER_BUFFER)
+        }
         stretch.see("start", merged(self.resident, self.outputs))
         base = merged(self.resident, kept)
         stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_share}))

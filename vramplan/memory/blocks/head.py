@@ -29,9 +29,7 @@ def embed(ctx: BlockContext, architecture: Architecture, ids: Tensor) -> Tensor:
 
 def _look_up(ctx: BlockContext, table: Embedding, numel: Size, ids: Tensor) -> Tensor:
     weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
-    return ctx.call(
-        table.name, (weight,), lambda _: ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL), ids
-    )
+    return ctx.call(table.name, (weight,), lambda _: ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL), ids)
 
 
 def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
