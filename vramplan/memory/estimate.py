@@ -8,6 +8,7 @@ from vramplan.facts.device import Node
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.ledger import Estimate
+from vramplan.memory.overhead import overhead
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero12 import Zero12
 from vramplan.memory.zero3 import Zero3
@@ -32,10 +33,11 @@ def estimate(
     _check_covered(job)
     engine = _engine(job, rank, steps_skipped)
     stretches = engine.walk()
+    peak_bytes = max(stretch.best_bytes for stretch in stretches)
     return Estimate(
         moments=tuple(stretch.moment() for stretch in stretches),
         phases=tuple(stretch.phase_bytes() for stretch in stretches),
-        overhead=(),
+        overhead=overhead(node.device, node.world_size, peak_bytes),
         host_terms=(),
         capacity_bytes=node.capacity_bytes,
         ranks_per_node=node.gpus_per_node,
