@@ -23,6 +23,7 @@ def undominated(points: list[tuple[Size, Point]]) -> tuple[tuple[Size, Point], .
 
 @lru_cache(maxsize=512)
 def forward_candidates(run: ModelRun) -> tuple[tuple[Size, Point], ...]:
+    """Instants of forward that can be its highest."""
     return undominated([(point.total, point) for point in profile(run).forward])
 
 

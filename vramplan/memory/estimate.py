@@ -10,8 +10,8 @@ from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.overhead import overhead
 from vramplan.memory.zero0 import Zero0
-from vramplan.memory.zero12 import Zero12
 from vramplan.memory.zero3 import Zero3
+from vramplan.memory.zero12 import Zero12
 from vramplan.spec.run import RunSpec
 
 

@@ -162,10 +162,10 @@ class Gathers:
             return
         self._known.add(param.name)
         numel = param.grad_numel
-        if numel + self._persistent_numel <= self.limits.model_persistence_numel:
-            if numel <= self.limits.persistence_numel:
-                self.persistent.add(param.name)
-                self._persistent_numel += numel
+        room = self.limits.model_persistence_numel - self._persistent_numel
+        if numel <= min(room, self.limits.persistence_numel):
+            self.persistent.add(param.name)
+            self._persistent_numel += numel
 
     def _fetch(self, module: Module, forward: bool) -> None:
         if not forward:

@@ -111,7 +111,9 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture) -> Job:
         raise SpecError(
             f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it"
         )
-    assert run.micro_batch_size is not None and run.grad_accum_steps is not None and run.zero.stage is not None
+    assert run.micro_batch_size is not None
+    assert run.grad_accum_steps is not None
+    assert run.zero.stage is not None
     dtype, autocast = {
         "bf16": (Dtype.BF16, None),
         "fp16": (Dtype.FP16, None),

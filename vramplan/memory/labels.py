@@ -9,6 +9,8 @@ from vramplan.memory.term import Basis, Category, Place, Term
 
 @dataclass(frozen=True, slots=True)
 class Label:
+    """What a heading of the ledger means."""
+
     category: Category
     note: str
     basis: Basis = Basis.DERIVED

@@ -14,6 +14,7 @@ Bytes = dict[str, int]
 
 
 def total(parts: Bytes) -> int:
+    """All bytes of a state."""
     return sum(parts.values())
 
 

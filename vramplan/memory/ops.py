@@ -127,7 +127,7 @@ def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
 
 
 def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = False) -> Tensor:
-    """``x * small`` (or ``small * x``) where ``small`` is broadcast over ``x``: a weight, a row's scale, a rotary table.
+    """``x * small`` (or ``small * x``) where ``small`` is broadcast over ``x``: a weight, a scale, a table.
 
     The gradient of ``small`` is first made in ``x``'s shape, then summed (``engine.cpp``, ``validate_outputs``); the
     gradients are made in the order of the operands.

@@ -14,15 +14,15 @@ from functools import lru_cache
 from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.context import BlockContext, Module, identity
 from vramplan.memory.blocks.attention import causal_mask, rotary_tables
+from vramplan.memory.blocks.context import BlockContext, Module, identity
 from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
 from vramplan.memory.blocks.layer import run_layer
 from vramplan.memory.blocks.norm import normalise
-from vramplan.memory.size import ZERO, Size, add, sub
-from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.memory.gathers import GatherLimits, Gathers
 from vramplan.memory.labels import GATHER_BUFFER, GATHERED
+from vramplan.memory.size import ZERO, Size, add, sub
+from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod, Method
 
 

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
+    """The bucket's elements and the ranks that a reduction is scattered over."""
+
     numel: int
     degree: int
 

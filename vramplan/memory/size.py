@@ -39,14 +39,17 @@ def per_mask(num_bytes: int) -> Size:
 
 
 def add(a: Size, b: Size) -> Size:
+    """Both together."""
     return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4])
 
 
 def sub(a: Size, b: Size) -> Size:
+    """The first without the second."""
     return (a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4])
 
 
 def scale(a: Size, factor: int) -> Size:
+    """A size so many times."""
     return (a[0] * factor, a[1] * factor, a[2] * factor, a[3] * factor, a[4] * factor)
 
 

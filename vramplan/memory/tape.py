@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from vramplan.facts.dtype import Dtype
@@ -114,11 +114,8 @@ class Region:
         for tensor, original in zip(inputs, self.inputs, strict=True):
             if original.requires_grad:
                 tape.leaf(tensor)
-        with tape.recording(Recorder(self)):
-            try:
-                self.function(*inputs)
-            except StopRecompute:
-                pass
+        with tape.recording(Recorder(self)), suppress(StopRecompute):
+            self.function(*inputs)
 
 
 class Packed:
