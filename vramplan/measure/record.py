@@ -93,6 +93,8 @@ class JobSpec(UserModel):
     """The job ran under a device memory cap of that many bytes."""
     steps: int = Field(default=2, ge=1)
     """Optimizer steps measured."""
+    keep_outputs: bool = True
+    """Whether the loop held the model's output until after the step, as the measuring program of records does."""
     hardware: HardwareSpec = HardwareSpec()
     """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
 
@@ -290,7 +292,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
         attention_mask=spec.attention_mask,
         activation_checkpointing=spec.activation_checkpointing,
         loss=spec.loss,
-        keep_outputs=True,
+        keep_outputs=spec.keep_outputs,
         optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01),
         zero=zero,
         layout=layout,
@@ -320,6 +322,7 @@ def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, r
         world=World(dp=layout.dp, tp=layout.tp, sp=layout.sp, pp=layout.pp),
         alloc_conf=run.alloc_conf,
         hardware=run.hardware,
+        keep_outputs=run.keep_outputs,
     )
 
 
