@@ -48,7 +48,7 @@ def test_phases_of_the_lower_stages(stage):
             continue
         measured = {phase.phase: phase for phase in record.measured.phases}
         for phase in found.phases:
-            assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.01), record.spec.id
+            assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.01)
             assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.01), record.spec.id
             compared += 1
     assert compared

@@ -1,1 +1,30 @@
-"""The real model and engine on fake tensors. Imports torch."""
+"""The real engine of one rank, run on fake tensors: every byte that would be alive at every moment.
+
+``simulate`` is the function; calling the package is the same, so ``vramplan.simulate(run)`` reads as its siblings do.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from vramplan.simulate.request import AS_RECORDED, Conditions, SimulationRequest, Simulator, simulate
+from vramplan.simulate.result import SimulationResult
+
+__all__ = [
+    "AS_RECORDED",
+    "Conditions",
+    "SimulationRequest",
+    "SimulationResult",
+    "Simulator",
+    "simulate",
+]
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> SimulationResult:
+        return simulate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

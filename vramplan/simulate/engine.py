@@ -16,24 +16,12 @@ from vramplan.simulate.accumulate import sole_use_counts
 from vramplan.simulate.answers import ANSWERS
 from vramplan.simulate.categories import categorise
 from vramplan.simulate.patches import patched
+from vramplan.simulate.request import Conditions
 from vramplan.simulate.scratch import CPU_SCRATCH
 from vramplan.simulate.trace import Trace
 from vramplan.simulate.tracker import Tracker
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What a run's spec leaves open about how it goes."""
-
-    steps: int = 2
-    managed: bool = False
-    """DeepSpeed counts micro-batches (as in measurement records); else the loop steps after the last one."""
-    padded: bool = True
-    """Where a padding mask is passed, it masks something."""
-    skip_steps: bool = False
-    """Every optimizer step is discarded as an overflow."""
 
 
 @dataclass(slots=True)
@@ -47,7 +35,7 @@ class Traced:
     """Why it stopped; the phases before are whole."""
 
 
-def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions) -> Traced:
+def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str = "cpu") -> Traced:
     """Plays the run on fake tensors, in this process, which plays one world size in its life."""
     join_fake_group(layout.world_size)
     sole_use_counts()

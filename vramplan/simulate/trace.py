@@ -48,6 +48,8 @@ class Trace:
     stream: array[int] = field(default_factory=lambda: array("b"))
     births: list[Birth] = field(default_factory=list)
     phases: list[PhaseSpan] = field(default_factory=list)
+    cache_emptied_at: list[int] = field(default_factory=list)
+    """Instants before which the engine called ``empty_cache``."""
     num_instants: int = 0
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,13 +125,34 @@ def published(directory: Path) -> list[Path]:
 
 def _write(engine: TrainEngine, partial: Path, state: RunState) -> None:
     # frozen weights are in the model that the run started from: with adapters they would be most of every checkpoint
-    engine.deepspeed.save_checkpoint(
-        str(partial), tag=_TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
-    )
+    with _without_frozen_twins(engine.module):
+        engine.deepspeed.save_checkpoint(
+            str(partial), tag=_TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
+        )
     if engine.rank == 0:
         write_json(partial / _STATE, asdict(state))
     dist.barrier()
     write_manifest(partial)
+
+
+@contextmanager
+def _without_frozen_twins(module: Any) -> Iterator[None]:
+    """Inside, ``state_dict`` leaves out frozen weights under every name that they have.
+
+    DeepSpeed excludes each by the first of its names only (``engine.module_state_dict``), so that a head tied to the
+    embedding would be saved whole.
+    """
+    frozen = [name for name, param in module.named_parameters(remove_duplicate=False) if not param.requires_grad]
+
+    def drop(_module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    hook = module.register_state_dict_post_hook(drop)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _publish(partial: Path, target: Path) -> None:

@@ -1,0 +1,164 @@
+"""Training for real on two gloo ranks: every stage and method, and what must not depend on how the batch is cut."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vramplan.measure.record import read_records
+from vramplan.measure.run_dir import RunDir
+
+from support.training import events_of, losses, train, write_spec
+
+pytestmark = pytest.mark.ranks
+
+STAGES = (0, 2, 3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_loss_falls(finished_run, stage, method):
+    found = losses(finished_run(stage, method))
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6] < found[1] - (0.5 if method == "full" else 0.05)
+    (evaluation,) = events_of(finished_run(stage, method), "evaluation")
+    assert evaluation["loss"] < found[1]
+    assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["loss"]))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_stage_does_not_change_the_training(finished_run, method):
+    reference = losses(finished_run(0, method))
+    for stage in STAGES[1:]:
+        assert losses(finished_run(stage, method)) == pytest.approx(reference, rel=1e-5)
+
+
+def test_how_the_batch_is_cut_does_not_change_the_losses(finished_run, tiny_model, tmp_path):
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, micro_batch_size=4, grad_accum_steps=1)
+    assert train(spec, "-o", tmp_path / "whole").returncode == 0
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, micro_batch_size=1, grad_accum_steps=4)
+    assert train(spec, "-o", tmp_path / "single").returncode == 0
+    whole, single = losses(tmp_path / "whole"), losses(tmp_path / "single")
+    assert single == pytest.approx(whole, rel=1e-5)
+    assert losses(finished_run(2, "full")) == pytest.approx(whole, rel=1e-5)
+    samples = [[event["samples"] for event in events_of(tmp_path / name, "step")] for name in ("whole", "single")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-autocast"])
+def test_half_precision_without_zero_trains_as_with_it(finished_run, tiny_model, tmp_path, precision):
+    by_stage = {}
+    for stage in (0, 1):
+        spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, precision=precision)
+        assert train(spec, "-o", tmp_path / f"run{stage}").returncode == 0
+        by_stage[stage] = losses(tmp_path / f"run{stage}")
+    assert by_stage[0] == pytest.approx(by_stage[1], rel=1e-3)
+    assert by_stage[0] == pytest.approx(losses(finished_run(0, "full")), rel=5e-3)
+
+
+def test_the_record_is_of_the_first_two_steps_and_of_the_run(finished_run):
+    run_dir = RunDir(finished_run(2, "full"))
+    (record,) = read_records(run_dir.record)
+    assert [phase.phase for phase in record.measured.phases] == [
+        "model_load",
+        "engine_init",
+        *(
+            f"step{step}.{phase}"
+            for step in (1, 2)
+            for phase in (
+                "micro1.forward",
+                "micro1.backward",
+                "micro2.forward",
+                "micro2.backward",
+                "micro2.optimizer_step",
+            )
+        ),
+    ]
+    assert record.measured.outcome == "ok"
+    assert record.measured.numel_total == record.measured.numel_trainable
+    assert record.spec.zero.stage == 2
+    assert record.env["backend"] == "gloo"
+    predicted = json.loads(run_dir.record.read_text())["predicted"]
+    assert predicted["allocated_peak_bytes"] > 0
+
+
+def test_the_rate_warms_up_and_decays(finished_run):
+    rates = [event["lr"] for event in events_of(finished_run(0, "full"), "step")]
+    assert rates[0] == pytest.approx(0.5e-2)  # a warm-up of two steps
+    assert rates[1] == rates[2] == pytest.approx(1e-2)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.2e-2
+
+
+def test_tensorboard_shows_the_losses(finished_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = finished_run(0, "full")
+    board = EventAccumulator(str(RunDir(run_dir).tensorboard)).Reload()
+    shown = {point.step: point.value for point in board.Scalars("train/loss")}
+    assert shown == pytest.approx(losses(run_dir), rel=1e-6)
+
+
+def test_what_was_trained_can_be_loaded_as_usual(finished_run, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for stage in STAGES:
+        full = AutoModelForCausalLM.from_pretrained(RunDir(finished_run(stage, "full")).model, use_safetensors=True)
+        assert held_out_loss(full, finished_run(stage, "full")) == pytest.approx(
+            evaluated(finished_run(stage, "full")), rel=1e-4
+        )
+        directory = RunDir(finished_run(stage, "lora")).adapter
+        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(directory))
+        assert held_out_loss(adapted, finished_run(stage, "lora")) == pytest.approx(
+            evaluated(finished_run(stage, "lora")), rel=1e-4
+        )
+        assert AutoTokenizer.from_pretrained(directory).chat_template
+    assert held_out_loss(base, finished_run(0, "full")) > evaluated(finished_run(0, "full")) + 0.3
+
+
+def test_the_trained_model_answers_after_it_was_reloaded_and_merged(tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    spec = write_spec(
+        tmp_path / "spec.yaml",
+        tiny_model,
+        0,
+        "lora",
+        training={"max_steps": 2, "merge_adapters": True, "sample_tokens": 5},
+    )
+    done = train(spec, "-o", tmp_path / "run", "--sample", "How many?")
+    assert done.returncode == 0, done.stderr
+    (event,) = events_of(tmp_path / "run", "sample")
+    assert event["question"] == "How many?"
+    assert event["answer"] in done.stdout
+    merged = AutoModelForCausalLM.from_pretrained(RunDir(tmp_path / "run").model, use_safetensors=True)
+    assert held_out_loss(merged, tmp_path / "run") == pytest.approx(evaluated(tmp_path / "run"), rel=1e-4)
+
+
+def evaluated(run_dir: Path) -> float:
+    return float(events_of(run_dir, "evaluation")[-1]["loss"])
+
+
+def held_out_loss(model, run_dir: Path) -> float:
+    """The held-out loss, computed here sample by sample."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from vramplan.data.dataset import load_data
+    from vramplan.search.plan import Plan
+
+    run = Plan.load(RunDir(run_dir).plan).run
+    samples = load_data(run, AutoTokenizer.from_pretrained(run.model)).held_out
+    total, count = 0.0, 0
+    for sample in samples:
+        ids, trained = torch.from_numpy(sample.ids), torch.from_numpy(sample.trained)
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1].double()
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        total, count = total + float(nll[trained[1:]].sum()), count + int(trained[1:].sum())
+    return total / count

@@ -1,0 +1,381 @@
+"""CachingAllocator: torch's CUDA caching allocator, without a GPU.
+
+Follows c10/cuda/CUDACachingAllocator.cpp function by function; names are its names. Addresses are numbers: new
+segments get higher ones, as they mostly do from ``cudaMalloc``. Not modelled: graph captures and private pools, and
+blocks whose free waits for another stream (``record_stream``), which are freed at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from vramplan.simulate.alloc_conf import UNLIMITED, AllocConf
+from vramplan.units import MIB
+
+MIN_BLOCK = 512
+"""kMinBlockSize: all sizes are rounded up to multiples of it."""
+SMALL_SIZE = 1 * MIB
+"""kSmallSize: the largest request served from the small pool."""
+SMALL_BUFFER = 2 * MIB
+"""kSmallBuffer: a small pool's segment."""
+LARGE_BUFFER = 20 * MIB
+"""kLargeBuffer: a large pool's segment for requests below kMinLargeAlloc."""
+MIN_LARGE_ALLOC = 10 * MIB
+"""kMinLargeAlloc: from here on a segment is as large as its first request, rounded up."""
+ROUND_LARGE = 2 * MIB
+"""kRoundLarge: to multiples of it."""
+ADDRESS_SPACE = LARGE_BUFFER * 2**21
+"""Bytes between the starts of segments: more than any segment has, and whole pages of expandable ones."""
+
+
+class OutOfMemory(Exception):
+    """A request that no cached block serves and no new segment fits for."""
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A piece of a segment. ``prev`` and ``next`` are its neighbours in the segment."""
+
+    stream: int
+    size: int
+    pool: Pool
+    address: int
+    is_expandable: bool = False
+    allocated: bool = False
+    mapped: bool = True
+    prev: Block | None = None
+    next: Block | None = None
+    cached_since: int = 0
+    """The pool's count of searches when the block last became free (``gc_count_base``)."""
+
+    @property
+    def is_split(self) -> bool:
+        return self.prev is not None or self.next is not None
+
+
+@dataclass(slots=True)
+class Pool:
+    """Free blocks, in order of stream, size and address."""
+
+    is_small: bool
+    keys: list[tuple[int, int, int]] = field(default_factory=list)
+    at: dict[int, Block] = field(default_factory=dict)
+    unmapped: list[tuple[int, int, Block]] = field(default_factory=list)
+    """(stream, address, block) of address space that expandable segments have not mapped."""
+    num_searches: int = 0
+    """``get_free_blocks_call_count``"""
+
+    def insert(self, block: Block) -> None:
+        block.cached_since = self.num_searches
+        insort(self.keys, (block.stream, block.size, block.address))
+        self.at[block.address] = block
+
+    def erase(self, block: Block) -> None:
+        del self.keys[bisect_left(self.keys, (block.stream, block.size, block.address))]
+        del self.at[block.address]
+
+    def first_of_size(self, stream: int, size: int) -> int:
+        """Index of the first free block of the stream that is at least this large."""
+        return bisect_left(self.keys, (stream, size, 0))
+
+    def block(self, index: int) -> Block:
+        return self.at[self.keys[index][2]]
+
+
+class CachingAllocator:
+    """``malloc``, ``free``, ``empty_cache`` and what they make of the counters.
+
+    ``limit_bytes``: what segments may take altogether; None: no limit.
+    """
+
+    def __init__(self, conf: AllocConf | None = None, limit_bytes: int | None = None) -> None:
+        self.conf = conf or AllocConf()
+        self.limit_bytes = UNLIMITED if limit_bytes is None else limit_bytes
+        self.reserved_bytes = 0
+        self.reserved_peak_bytes = 0
+        self.allocated_bytes = 0
+        self.allocated_peak_bytes = 0
+        self.num_alloc_retries = 0
+        self.segments: dict[int, Block] = {}
+        """The first block of each segment, by address."""
+        self._small = Pool(is_small=True)
+        self._large = Pool(is_small=False)
+        self._next_address = ADDRESS_SPACE
+
+    def malloc(self, num_bytes: int, stream: int = 0) -> Block:
+        """A block of at least ``num_bytes``.
+
+        Raises:
+            OutOfMemory: also after cached segments were freed.
+        """
+        size = self.round_size(num_bytes)
+        pool = self._small if size <= SMALL_SIZE else self._large
+        pool.num_searches += 1
+        block = self._get_free_block(pool, size, stream)
+        if block is None:
+            if self.conf.garbage_collection_threshold > 0 and self.limit_bytes != UNLIMITED:
+                self._garbage_collect()
+            block = self._alloc_block(pool, size, stream)
+        if block is None and self._release_available_cached_blocks(pool, size, stream):
+            block = self._alloc_block(pool, size, stream)
+        if block is None:
+            self.empty_cache()
+            self.num_alloc_retries += 1
+            block = self._alloc_block(pool, size, stream)
+        if block is None:
+            raise OutOfMemory(num_bytes)
+        return self._alloc_found_block(block, size)
+
+    def free(self, block: Block) -> None:
+        """Gives a block back; it joins with free neighbours."""
+        block.allocated = False
+        self.allocated_bytes -= block.size
+        self._free_block(block)
+
+    def empty_cache(self) -> None:
+        """Frees every segment that is wholly cached, and unmaps cached pages of expandable ones."""
+        for pool in (self._large, self._small):
+            for block in list(pool.at.values()):
+                if block.is_expandable:
+                    self._unmap_block(block)
+                elif not block.is_split:
+                    self._release_block(block)
+
+    def round_size(self, size: int) -> int:
+        """Bytes that a request occupies."""
+        if size < MIN_BLOCK:
+            return MIN_BLOCK
+        divisions = self.conf.roundup_power2_divisions
+        if divisions > 1 and size > MIN_BLOCK * divisions:
+            return _next_division(size, divisions)
+        return -(-size // MIN_BLOCK) * MIN_BLOCK
+
+    def _get_free_block(self, pool: Pool, size: int, stream: int) -> Block | None:
+        index = pool.first_of_size(stream, size)
+        if index == len(pool.keys) or pool.keys[index][0] != stream:
+            return None
+        block = pool.block(index)
+        while block.is_expandable and index + 1 < len(pool.keys) and pool.keys[index + 1][0] == stream:
+            following = pool.block(index + 1)
+            if _expandable_size(following) >= _expandable_size(block):
+                break
+            index, block = index + 1, following
+        limit = self.conf.max_split_bytes
+        if size < limit <= block.size or (size >= limit and block.size >= size + LARGE_BUFFER):
+            return None
+        pool.erase(block)
+        return block
+
+    def _alloc_block(self, pool: Pool, size: int, stream: int) -> Block | None:
+        """A new segment, or more of an expandable one; None where the limit does not allow it."""
+        segment_bytes = _allocation_size(size)
+        if self.conf.expandable_segments:
+            return self._try_allocate_expandable_block(pool, size, stream)
+        if self.reserved_bytes + segment_bytes > self.limit_bytes:
+            return None
+        self._reserve(segment_bytes)
+        block = Block(stream, segment_bytes, pool, self._new_address())
+        self.segments[block.address] = block
+        return block
+
+    def _alloc_found_block(self, block: Block, size: int) -> Block:
+        if self._should_split(block, size):
+            rest = Block(block.stream, block.size - size, block.pool, block.address + size, block.is_expandable)
+            rest.prev, rest.next, block.next = block, block.next, rest
+            if rest.next is not None:
+                rest.next.prev = rest
+            block.size = size
+            block.pool.insert(rest)
+        block.allocated = True
+        self.allocated_bytes += block.size
+        self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
+        return block
+
+    def _should_split(self, block: Block, size: int) -> bool:
+        rest = block.size - size
+        if block.pool.is_small or self.conf.expandable_segments:
+            return rest >= MIN_BLOCK
+        return size < self.conf.max_split_bytes and rest > SMALL_SIZE
+
+    def _free_block(self, block: Block) -> None:
+        for neighbour in (block.prev, block.next):
+            self._try_merge(block, neighbour)
+        block.pool.insert(block)
+
+    def _try_merge(self, block: Block, other: Block | None) -> None:
+        """Joins a free neighbour of the same kind into ``block``."""
+        if other is None or other.allocated or other.mapped != block.mapped:
+            return
+        if other.mapped:
+            block.pool.erase(other)
+        else:
+            block.pool.unmapped.remove((other.stream, other.address, other))
+        if other is block.prev:
+            if self.segments.get(other.address) is other:
+                self.segments[other.address] = block
+            block.address, block.prev = other.address, other.prev
+            if block.prev is not None:
+                block.prev.next = block
+        else:
+            block.next = other.next
+            if block.next is not None:
+                block.next.prev = block
+        block.size += other.size
+
+    def _release_available_cached_blocks(self, pool: Pool, size: int, stream: int) -> bool:
+        """With ``max_split_size_mb``: frees oversize cached blocks, smallest that suffices first, else largest ones."""
+        limit = self.conf.max_split_bytes
+        if limit == UNLIMITED:
+            return False
+        needed = max(size, limit)
+        index = pool.first_of_size(stream, needed)
+        if index < len(pool.keys) and pool.keys[index][0] == stream:
+            self._release_block(pool.block(index))
+            return True
+        released = 0
+        while released < needed and index > 0:
+            index -= 1
+            block = pool.block(index)
+            if block.size < limit or block.stream != stream:
+                break
+            released += block.size
+            self._release_block(block)
+        return released >= needed
+
+    def _release_block(self, block: Block) -> None:
+        block.pool.erase(block)
+        del self.segments[block.address]
+        self.reserved_bytes -= block.size
+
+    def _garbage_collect(self) -> None:
+        """Frees wholly cached large segments, those of at least average age first, until below the threshold."""
+        excess = self.reserved_bytes - int(self.conf.garbage_collection_threshold * self.limit_bytes)
+        freeable = [block for block in self._large.at.values() if not block.is_split]
+        while excess > 0 and freeable:
+            ages = {block.address: self._large.num_searches - block.cached_since for block in freeable}
+            mean_age = sum(ages.values()) / len(ages)
+            old = [block for block in freeable if ages[block.address] >= mean_age]
+            for block in old:
+                excess -= block.size
+                self._release_block(block)
+            freeable = [block for block in freeable if block not in old]
+
+    def _try_allocate_expandable_block(self, pool: Pool, size: int, stream: int) -> Block | None:
+        block = self._find_expandable_block(pool, size, stream)
+        if not block.mapped and not self._map_block(block, min(block.size, size)):
+            return None
+        while block.size < size:
+            following = block.next
+            assert following is not None
+            if not self._map_block(following, min(size - block.size, following.size)):
+                return None
+            block = following
+        pool.erase(block)
+        return block
+
+    def _find_expandable_block(self, pool: Pool, size: int, stream: int) -> Block:
+        """The first of the free and unmapped blocks in a row that have room; a new segment where none has."""
+        for owner, _, block in pool.unmapped:
+            before = block.prev
+            first = before if before is not None and not before.allocated else block
+            if owner == stream and _room_from(first, size):
+                return first
+        block = Block(stream, ADDRESS_SPACE // 2, pool, self._new_address(), is_expandable=True, mapped=False)
+        self.segments[block.address] = block
+        insort(pool.unmapped, (stream, block.address, block), key=lambda item: item[:2])
+        return block
+
+    def _map_block(self, block: Block, size: int) -> bool:
+        """Maps pages from the block's start on, as many as ``size`` needs, and joins them with free neighbours."""
+        pages = SMALL_BUFFER if block.pool.is_small else LARGE_BUFFER
+        mapped = -(-size // pages) * pages
+        if self.reserved_bytes + mapped > self.limit_bytes:
+            return False
+        block.pool.unmapped.remove((block.stream, block.address, block))
+        if mapped < block.size:
+            rest = Block(block.stream, block.size - mapped, block.pool, block.address + mapped, True, mapped=False)
+            rest.prev, rest.next, block.next = block, block.next, rest
+            if rest.next is not None:
+                rest.next.prev = rest
+            block.size = mapped
+            insort(block.pool.unmapped, (rest.stream, rest.address, rest), key=lambda item: item[:2])
+        block.mapped = True
+        self._reserve(mapped)
+        for neighbour in (block.prev, block.next):
+            self._try_merge(block, neighbour)
+        block.pool.insert(block)
+        return True
+
+    def _unmap_block(self, block: Block) -> None:
+        """Unmaps the whole pages inside a free block; what is left of it at both ends stays cached."""
+        pages = SMALL_BUFFER if block.pool.is_small else LARGE_BUFFER
+        start = -(-block.address // pages) * pages
+        end = (block.address + block.size) // pages * pages
+        if end <= start:
+            return
+        block.pool.erase(block)
+        if start > block.address:
+            head = Block(block.stream, start - block.address, block.pool, block.address, True)
+            head.prev, head.next = block.prev, block
+            if head.prev is not None:
+                head.prev.next = head
+            if self.segments.get(block.address) is block:
+                self.segments[block.address] = head
+            block.prev = head
+            block.pool.insert(head)
+        if end < block.address + block.size:
+            tail = Block(block.stream, block.address + block.size - end, block.pool, end, True)
+            tail.prev, tail.next = block, block.next
+            if tail.next is not None:
+                tail.next.prev = tail
+            block.next = tail
+            block.pool.insert(tail)
+        block.address, block.size, block.mapped = start, end - start, False
+        self.reserved_bytes -= block.size
+        for neighbour in (block.prev, block.next):
+            self._try_merge(block, neighbour)
+        insort(block.pool.unmapped, (block.stream, block.address, block), key=lambda item: item[:2])
+
+    def _reserve(self, num_bytes: int) -> None:
+        self.reserved_bytes += num_bytes
+        self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
+
+    def _new_address(self) -> int:
+        address = self._next_address
+        self._next_address += ADDRESS_SPACE
+        return address
+
+
+def _allocation_size(size: int) -> int:
+    """get_allocation_size: bytes of the segment that is asked for to serve a block."""
+    if size <= SMALL_SIZE:
+        return SMALL_BUFFER
+    if size < MIN_LARGE_ALLOC:
+        return LARGE_BUFFER
+    return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+
+def _next_division(size: int, divisions: int) -> int:
+    """roundup_power2_next_division: the next of ``divisions`` equal steps between two powers of two."""
+    if size <= 4 or divisions <= 1:
+        return size
+    floor = 1 << (size.bit_length() - 1)
+    if floor == size:
+        return size
+    step = floor // divisions
+    return size if step == 0 else -(-size // step) * step
+
+
+def _expandable_size(block: Block) -> int:
+    """The size that a free block can grow to in place."""
+    following = block.next
+    return block.size + (following.size if following is not None and not following.mapped else 0)
+
+
+def _room_from(block: Block | None, size: int) -> bool:
+    room = 0
+    while room < size and block is not None and not block.allocated:
+        room += block.size
+        block = block.next
+    return room >= size

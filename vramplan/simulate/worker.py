@@ -1,0 +1,70 @@
+"""The process that simulates: ``python -m vramplan.simulate.worker``, a fork server of simulations.
+
+A request is ``SimulationRequest.to_dict``; the child writes ``SimulationResult.to_dict`` to ``out``.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+# What every simulation needs is imported before the first fork.
+import deepspeed  # noqa: F401
+import peft  # noqa: F401
+import transformers  # noqa: F401
+
+from vramplan.forkserver import serve
+from vramplan.simulate.alloc_conf import AllocConf
+from vramplan.simulate.engine import trace_rank
+from vramplan.simulate.replay import replay
+from vramplan.simulate.request import Conditions
+from vramplan.simulate.result import SimulationResult
+from vramplan.simulate.summary import Curves, largest_live, make_timeline, summarise_phases
+from vramplan.simulate.trace_file import save_trace
+from vramplan.spec.layout import Layout
+from vramplan.spec.run import RunSpec
+
+
+def handle(request: dict[str, Any]) -> None:
+    """Simulates one run in this process."""
+    result = simulate_here(request)
+    Path(request["out"]).write_text(json.dumps(result.to_dict()), encoding="utf-8")
+
+
+def simulate_here(request: dict[str, Any]) -> SimulationResult:
+    """The result of a request, which needs a process that has joined no process group yet."""
+    started = time.perf_counter()
+    run, layout = RunSpec.model_validate(request["run"]), Layout(**request["layout"])
+    capacity, overhead = request["capacity_bytes"], request["overhead_bytes"]
+    traced = trace_rank(run, layout, Conditions(**request["conditions"]), request["device_type"])
+    trace = traced.trace
+    replayed = None
+    if request["device_type"] == "cuda":
+        limit = None if capacity is None else capacity - overhead
+        replayed = replay(trace, AllocConf.parse(run.alloc_conf), limit)
+    curves = Curves.of(trace)
+    if request["save_trace"]:
+        save_trace(trace, Path(request["save_trace"]))
+    return SimulationResult(
+        device_type=request["device_type"],
+        phases=summarise_phases(trace, curves, replayed),
+        largest_live=largest_live(trace, curves),
+        timeline=make_timeline(trace, curves),
+        numel_total=traced.numel_total,
+        numel_trainable=traced.numel_trainable,
+        num_blocks=len(trace),
+        seconds=time.perf_counter() - started,
+        alloc_retries=replayed.alloc_retries if replayed else None,
+        failure=replayed.failure if replayed else None,
+        error=str(traced.error) if traced.error else None,
+        host_rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        overhead_bytes=overhead,
+        capacity_bytes=capacity,
+    )
+
+
+if __name__ == "__main__":
+    serve(handle)
