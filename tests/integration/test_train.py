@@ -48,15 +48,14 @@ def test_how_the_batch_is_cut_does_not_change_the_losses(finished_run, tiny_mode
     assert samples[0] == samples[1]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-autocast"])
-def test_half_precision_without_zero_trains_as_with_it(finished_run, tiny_model, tmp_path, precision):
-    by_stage = {}
-    for stage in (0, 1):
-        spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, precision=precision)
-        assert train(spec, "-o", tmp_path / f"run{stage}").returncode == 0
-        by_stage[stage] = losses(tmp_path / f"run{stage}")
-    assert by_stage[0] == pytest.approx(by_stage[1], rel=1e-3)
-    assert by_stage[0] == pytest.approx(losses(finished_run(0, "full")), rel=5e-3)
+@pytest.mark.parametrize(
+    ("stage", "precision", "closeness"), [(0, "bf16", 1e-3), (1, "bf16", 1e-3), (2, "bf16-autocast", 1e-3)]
+)
+def test_half_precision_trains_as_single_does(finished_run, tiny_model, tmp_path, stage, precision, closeness):
+    """Stage 0 is the hard one: DeepSpeed's wrapper there makes a step of its own at the start."""
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, precision=precision)
+    assert train(spec, "-o", tmp_path / "run").returncode == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished_run(0, "full")), rel=closeness)
 
 
 def test_the_record_is_of_the_first_two_steps_and_of_the_run(finished_run):
