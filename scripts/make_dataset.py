@@ -115,12 +115,12 @@ def whole_state() -> Iterator[Pair]:
         divided = [name for name in per_parameter if divisor(name, stage, ranks) > 1]
         yield (
             (
-                f"What does full bf16 training of {billions(size)} model with AdamW hold on each of {ranks} GPUs at ZeRO-{stage}, "
-                "activations apart?"
+                f"What does full bf16 training of {billions(size)} model with AdamW hold on each of {ranks} GPUs "
+                f"at ZeRO-{stage}, activations apart?"
             ),
             (
-                f"Weights {per_parameter['weights']}, gradients {per_parameter['gradients']}, master weights and moments "
-                f"{per_parameter[OPTIMIZER]} bytes a parameter. ZeRO-{stage} divides "
+                f"Weights {per_parameter['weights']}, gradients {per_parameter['gradients']}, "
+                f"master weights and moments {per_parameter[OPTIMIZER]} bytes a parameter. ZeRO-{stage} divides "
                 f"{' and '.join(divided) or 'nothing'}. That is {amount(sum(held.values()))} on each GPU."
             ),
         )
@@ -140,9 +140,10 @@ def model_counts() -> Iterator[Pair]:
             f"How large are the weights of {short} in bf16?",
             f"{count:,} parameters x {Dtype.BF16.nbytes} bytes = {amount(count * Dtype.BF16.nbytes)}.",
         )
+        per_layer = sum(tensor.numel for tensor in architecture.layers[0].tensors())
         yield (
             f"How many layers has {short}, and how many parameters has one?",
-            f"{architecture.num_layers} layers of {sum(t.numel for t in architecture.layers[0].tensors()):,} parameters each.",
+            f"{architecture.num_layers} layers of {per_layer:,} parameters each.",
         )
 
 
@@ -153,7 +154,10 @@ def lora() -> Iterator[Pair]:
         count = rank * (fan_in + fan_out)
         yield (
             f"How many parameters does a LoRA adapter of rank {rank} add to a linear layer of {fan_in} x {fan_out}?",
-            f"A is {rank} x {fan_in} and B is {fan_out} x {rank}: {rank} x ({fan_in} + {fan_out}) = {count:,} parameters.",
+            (
+                f"A is {rank} x {fan_in} and B is {fan_out} x {rank}: "
+                f"{rank} x ({fan_in} + {fan_out}) = {count:,} parameters."
+            ),
         )
 
 

@@ -21,6 +21,15 @@ from pathlib import Path
 from typing import Any, Self
 
 
+def path_with_own_bin() -> str:
+    """``PATH`` with this Python's ``bin`` first: torch looks for ninja there when it compiles DeepSpeed's operators.
+
+    Without it a run started as ``.venv/bin/vramplan`` would need the virtual environment to be activated.
+    """
+    own_bin = str(Path(sys.executable).parent)
+    return os.pathsep.join([own_bin, os.environ.get("PATH") or os.defpath])
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A child that has ended; ``exit_code`` is minus the signal that killed it."""
@@ -39,7 +48,7 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "PATH": path_with_own_bin(), **(env or {})},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vramplan.facts.host import Host, read_host
 from vramplan.facts.nvml import NvidiaDriver, read_driver
+from vramplan.forkserver import path_with_own_bin
 
 TESTED_VERSIONS: dict[str, str] = {
     "torch": "2.13.0",
@@ -102,7 +103,7 @@ def _read_ops() -> DeepSpeedOps:
     return DeepSpeedOps(
         prebuilt=tuple(sorted(name for name, built in installed.items() if built)),
         compiler=shutil.which(compiler),
-        ninja=shutil.which("ninja"),
+        ninja=shutil.which("ninja", path=path_with_own_bin()),  # as the processes of a run look for it
         nvcc=nvcc,
         nvcc_version=_nvcc_version(nvcc) if nvcc else None,
     )

@@ -142,8 +142,7 @@ def _ops(environment: Environment) -> Iterator[Finding]:
     has_gpus = environment.driver is not None and bool(environment.driver.gpus)
     if lacking and not {"fused_adam", "cpu_adam"} <= set(ops.prebuilt):
         text = f"{built}; {' and '.join(lacking)} not on the path: a run cannot compile FusedAdam and CPUAdam"
-        # pip puts ninja into the virtual environment, whose programs are on the path only while it is active.
-        advice = "activate the virtual environment; apt install g++; pip install ninja; or optimizer.kind: adamw_torch"
+        advice = "apt install g++; pip install ninja; or optimizer.kind: adamw_torch"
         yield Finding("DeepSpeed ops", Level.BLOCKS, text, advice)
     elif has_gpus and "fused_adam" not in ops.prebuilt and ops.nvcc is None:
         text = f"{built}; no nvcc: FusedAdam cannot be compiled for the GPU"

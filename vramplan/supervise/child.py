@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
+from vramplan.forkserver import path_with_own_bin
 
 GRACE_S = 5.0
 """How long processes may take to end by themselves before they are killed."""
@@ -23,7 +24,7 @@ class Child:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         identity = process_identity(os.getpid())
-        variables = {**os.environ, **environment}
+        variables = {**os.environ, "PATH": path_with_own_bin(), **environment}
         if identity is not None:
             variables[SUPERVISOR_VARIABLE] = identity
         with log.open("ab") as output:
