@@ -79,7 +79,7 @@ def run_jobs(
         while schedule.waiting or schedule.running:
             for job, out in schedule.startable():
                 on_start(job)
-                server.submit({"job": job.model_dump(mode="json", exclude_unset=True), "trace": trace}, out)
+                server.submit({"job": job.model_dump(mode="json"), "trace": trace}, out)
             for ended in server.wait(timeout_s=1.0):
                 record = schedule.finish(ended)
                 append_record(output, record)

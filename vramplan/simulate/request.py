@@ -64,7 +64,7 @@ class SimulationRequest:
         if run.model_config_fields is None:
             run = run.model_copy(update={"model_config_fields": dict(resolve_config(run))})
         return {
-            "run": run.model_dump(mode="json", exclude_unset=True),
+            "run": run.model_dump(mode="json"),
             "layout": asdict(layout_of(run)),
             "device_type": self.device_type,
             "capacity_bytes": self.capacity_bytes,
