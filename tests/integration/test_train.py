@@ -48,6 +48,25 @@ def test_how_the_batch_is_cut_does_not_change_the_losses(finished_run, tiny_mode
     assert samples[0] == samples[1]
 
 
+def test_the_number_of_ranks_does_not_change_the_training(tiny_model, tmp_path):
+    """By SGD without clipping, which unlike Adam feels a gradient that is too large or too small by a factor."""
+    by_ranks = {}
+    for ranks in (1, 2):
+        spec = write_spec(
+            tmp_path / "spec.yaml",
+            tiny_model,
+            2,
+            hardware={"gpu": "cpu", "gpus_per_node": ranks},
+            grad_accum_steps=4 // ranks,
+            optimizer={"kind": "sgd", "lr": 1.0},
+            training={"max_grad_norm": 0, "max_steps": 4},
+        )
+        assert train(spec, "-o", tmp_path / f"run{ranks}").returncode == 0
+        by_ranks[ranks] = losses(tmp_path / f"run{ranks}")
+    assert by_ranks[2] == pytest.approx(by_ranks[1], rel=1e-5)
+    assert by_ranks[2][4] < by_ranks[2][1] - 0.2
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "closeness"), [(0, "bf16", 1e-3), (1, "bf16", 1e-3), (2, "bf16-autocast", 1e-3)]
 )

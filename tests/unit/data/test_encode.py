@@ -1,0 +1,155 @@
+"""Exactly the assistant's tokens are learnt: checked by decoding what is trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vramplan.data.dataset import load_data, split
+from vramplan.data.encode import Sample, encode_rows
+from vramplan.data.row import Completion, Conversation, Text
+from vramplan.data.source import read_rows
+from vramplan.data.template import DEFAULT_TEMPLATE, ensure_template, render
+from vramplan.errors import DataError
+from vramplan.spec.load import run_from_mapping
+
+from support.tiny_model import tiny_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation("f line 1", tuple({"role": role, "content": content} for role, content in turns))
+
+
+def trained_text(sample: Sample, tokenizer) -> str:
+    return tokenizer.decode(sample.ids[sample.trained])
+
+
+def test_all_of_every_assistant_turn_and_nothing_else_is_learnt(tokenizer):
+    row = conversation(
+        ("system", "be brief"), ("user", "2 x 3?"), ("assistant", "6."), ("user", "x 2?"), ("assistant", "12.")
+    )
+    (sample,) = encode_rows([row], tokenizer, 200)
+    assert trained_text(sample, tokenizer) == "6.<|im_end|>12.<|im_end|>"
+    assert tokenizer.decode(sample.ids) == render(row, tokenizer).text
+    (everything,) = encode_rows([row], tokenizer, 200, "all")
+    assert everything.num_targets == everything.num_tokens - 1
+
+
+def test_every_row_of_the_built_in_set_is_masked_exactly(tokenizer):
+    rows = read_rows("builtin:arithmetic")
+    for row, sample in zip(rows, encode_rows(rows, tokenizer, 512), strict=True):
+        assert trained_text(sample, tokenizer) == row.messages[1]["content"] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["\n\nindented\n  answer\n", " leading space", "<|im_end|> inside", "ünïcode → 🙂"])
+def test_awkward_contents_are_masked_exactly(tokenizer, content):
+    (sample,) = encode_rows([conversation(("user", "q"), ("assistant", content))], tokenizer, 400)
+    assert trained_text(sample, tokenizer) == content + "<|im_end|>"
+
+
+def test_generation_begins_where_learning_begins(tokenizer):
+    row = conversation(("user", "q"), ("assistant", "a"))
+    (sample,) = encode_rows([row], tokenizer, 100)
+    prompt = tokenizer.apply_chat_template(list(row.messages[:1]), add_generation_prompt=True)["input_ids"]
+    assert sample.ids[: len(prompt)].tolist() == prompt
+    assert not sample.trained[: len(prompt)].any()
+    assert sample.trained[len(prompt)]
+
+
+def test_a_template_that_strips_its_turns_and_marks_no_end(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+    (sample,) = encode_rows([conversation(("user", "q"), ("assistant", " a b \n"))], tokenizer, 100)
+    assert "a b" in trained_text(sample, tokenizer)
+    assert "q" not in trained_text(sample, tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}{% if loop.last %}!{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    row = conversation(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    with pytest.raises(DataError, match="f line 1: the chat template renders turn 2 differently"):
+        encode_rows([row], tokenizer, 100)
+
+
+def test_a_template_that_refuses_a_row_is_named(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no tools here') }}"
+    with pytest.raises(DataError, match=r"f line 1: the tokenizer's chat template refuses it \(no tools here\)"):
+        encode_rows([conversation(("user", "q"), ("assistant", "a"))], tokenizer, 100)
+
+
+def test_a_tokenizer_without_template_gets_the_stated_one(tokenizer):
+    tokenizer.chat_template = None
+    assert ensure_template(tokenizer)
+    assert tokenizer.chat_template == DEFAULT_TEMPLATE
+    assert not ensure_template(tokenizer)
+    row = conversation(("user", "q"), ("assistant", "a"))
+    assert render(row, tokenizer).text == "<|user|>\nq\n<|assistant|>\na<|im_end|>\n"
+    (sample,) = encode_rows([row], tokenizer, 100)
+    assert trained_text(sample, tokenizer) == "a<|im_end|>"
+
+
+def test_a_completion_is_learnt_with_the_end_of_sequence(tokenizer):
+    (sample,) = encode_rows([Completion("w", "1 + 1 =", " 2")], tokenizer, 50)
+    assert trained_text(sample, tokenizer) == " 2<|im_end|>"
+    assert tokenizer.decode(sample.ids) == "1 + 1 = 2<|im_end|>"
+
+
+def test_text_is_cut_into_full_sequences_and_nothing_is_lost(tokenizer):
+    rows = [Text("a", "one two three " * 30), Text("b", "four five " * 20)]
+    samples = encode_rows(rows, tokenizer, 16)
+    joined = [token for row in rows for token in [*tokenizer(row.text)["input_ids"], tokenizer.eos_token_id]]
+    assert np.concatenate([sample.ids for sample in samples]).tolist() == joined[: sum(s.num_tokens for s in samples)]
+    assert len(joined) - sum(sample.num_tokens for sample in samples) <= 1
+    assert all(sample.num_tokens == 16 for sample in samples[:-1])
+    assert all(sample.num_targets == sample.num_tokens - 1 for sample in samples)
+    assert samples[0].where == "a"
+    assert samples[-1].where == "b"
+
+
+def test_a_row_whose_answer_lies_beyond_the_sequence_is_refused(tokenizer):
+    row = conversation(("user", "long " * 50), ("assistant", "a"))
+    needed = encode_rows([row], tokenizer, 400)[0].trained.argmax() + 1
+    with pytest.raises(
+        DataError, match=rf"f line 1: no token to learn lies within seq_len 20 \(the first is token {needed}\)"
+    ):
+        encode_rows([row], tokenizer, 20)
+    assert encode_rows([row], tokenizer, needed)[0].num_targets == 1
+
+
+def test_a_cut_answer_is_counted_and_said(tokenizer):
+    run = run_from_mapping({"model": "x", "seq_len": 96})
+    data = load_data(run, tokenizer)
+    cut = [sample for sample in (*data.train, *data.held_out) if sample.num_cut]
+    assert cut
+    assert data.notes == (
+        f"{len(cut)} of {len(data.train) + len(data.held_out)} rows were cut to seq_len 96; "
+        f"the longest has {max(96 + sample.num_cut for sample in cut)} tokens",
+    )
+
+
+def test_the_held_out_part_is_disjoint_and_decided_by_the_seed(tokenizer):
+    samples = encode_rows(read_rows("builtin:arithmetic"), tokenizer, 512)
+    train, held_out = split(samples, 0.1, seed=3)
+    assert len(held_out) == round(0.1 * len(samples))
+    assert {sample.where for sample in train} & {sample.where for sample in held_out} == set()
+    assert len(train) + len(held_out) == len(samples)
+    assert split(samples, 0.1, seed=3)[1] == held_out
+    assert split(samples, 0.1, seed=4)[1] != held_out
+    assert split(samples, 0.0, seed=3) == (tuple(samples), ())
+    with pytest.raises(DataError, match="holds out all of 2 samples"):
+        split(samples[:2], 0.9, seed=0)
+
+
+def test_evaluation_data_of_its_own_holds_nothing_out(tokenizer, tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
+    run = run_from_mapping({"model": "x", "seq_len": 512, "data": {"eval": str(path)}})
+    data = load_data(run, tokenizer)
+    assert len(data.train) == len(read_rows("builtin:arithmetic"))
+    assert [sample.where for sample in data.held_out] == [f"{path} line 1"]
