@@ -17,7 +17,7 @@ from vramplan.simulate.answers import ANSWERS
 from vramplan.simulate.categories import categorise
 from vramplan.simulate.patches import patched
 from vramplan.simulate.request import Conditions
-from vramplan.simulate.scratch import CPU_SCRATCH
+from vramplan.simulate.scratch import CPU_SCRATCH, CUDA_SCRATCH
 from vramplan.simulate.trace import Trace
 from vramplan.simulate.tracker import Tracker
 from vramplan.spec.layout import Layout
@@ -35,16 +35,25 @@ class Traced:
     """Why it stopped; the phases before are whole."""
 
 
-def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str = "cpu") -> Traced:
-    """Plays the run on fake tensors, in this process, which plays one world size in its life."""
+class _FakeMode(FakeTensorMode):
+    """Fake tensors that never touch the device type, which has no kernels: values start on the host."""
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return True
+
+
+def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str) -> Traced:
+    """Plays the run on fake tensors of a ``cpu`` or a ``cuda`` device, in this process, which plays one world size
+    and one device type in its life."""
+    tracker, device = _tracker_of(device_type)
     join_fake_group(layout.world_size)
     sole_use_counts()
-    tracker = Tracker("cpu", CPU_SCRATCH, ANSWERS)
-    player = RankPlayer(run, layout, tracker.phase, steps=conditions.steps, managed=conditions.managed)
+    player = RankPlayer(run, layout, tracker.phase, device, steps=conditions.steps, managed=conditions.managed)
     player.on_model = tracker.learn_model
     traced = Traced(tracker.trace)
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        with patched(tracker, skip_steps=conditions.skip_steps, padded=conditions.padded), tracker:
+    with _quiet(), _FakeMode(allow_non_fake_inputs=True):
+        with patched(tracker, conditions, device_type), tracker:
             try:
                 player.play()
             except Exception as error:  # noqa: BLE001 - whatever the stack does not bear is named with its place
@@ -54,9 +63,22 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     return traced
 
 
+def _tracker_of(device_type: str) -> tuple[Tracker, str]:
+    """The tracker of a device type, and the device's name in torch."""
+    if device_type == "cpu":
+        return Tracker("cpu", CPU_SCRATCH, ANSWERS), "cpu"
+    from vramplan.simulate.gpu import NAME, set_up_gpu
+
+    module = set_up_gpu()
+    tracker = Tracker(NAME, CUDA_SCRATCH, ANSWERS)
+    module.on_stream = tracker.set_stream
+    module.on_empty_cache = tracker.empty_cache
+    return tracker, f"{NAME}:0"
+
+
 def _explain(error: Exception, tracker: Tracker) -> SimulationError:
     where = tracker.failed_in or "DeepSpeed's engine"
-    first = str(error).strip().splitlines() or [type(error).__name__]
+    first = str(error).strip().splitlines() or [""]
     explained = SimulationError(
         f"{tracker.failed_phase}: {where} cannot be simulated: {type(error).__name__}: {first[0]}"
     )

@@ -10,6 +10,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from vramplan.simulate.cuda_attention import cuda_attention
+from vramplan.simulate.request import Conditions
 from vramplan.simulate.tracker import Tracker
 
 CPU_RNG_STATE_BYTES = 5056
@@ -17,12 +19,9 @@ CPU_RNG_STATE_BYTES = 5056
 
 
 @contextmanager
-def patched(tracker: Tracker, *, skip_steps: bool, padded: bool) -> Iterator[None]:
-    """Everything below, for the duration of the context.
-
-    ``skip_steps``: DeepSpeed finds every gradient infinite and discards its steps. ``padded``: a padding mask that is
-    passed does mask something (an all-ones mask is dropped by transformers).
-    """
+def patched(tracker: Tracker, conditions: Conditions, device_type: str) -> Iterator[None]:
+    """Everything below, for the duration of the context."""
+    import deepspeed.ops.adam.cpu_adam as cpu_adam
     import deepspeed.ops.adam.fused_adam as fused_adam
     import deepspeed.runtime.zero.stage3 as stage3
     import deepspeed.runtime.zero.utils as zero_utils
@@ -39,14 +38,18 @@ def patched(tracker: Tracker, *, skip_steps: bool, padded: bool) -> Iterator[Non
         put(torch, "get_rng_state", _rng_state)
         put(torch, "set_rng_state", lambda state: None)
         put(torch.distributed.device_mesh, "init_device_mesh", _on_real_tensors(_init_device_mesh()))
+        put(torch.Tensor, "record_stream", lambda self, stream: None)
         put(fused_adam, "FusedAdamBuilder", _NoKernel)
+        put(cpu_adam, "CPUAdamBuilder", _NoKernel)
         put(zero_utils, "assert_lst_len_same_as_other_ranks", _length_from_rank0)
         put(zero_utils, "get_lst_from_rank0", _list_from_rank0)
         # A mask is kept or dropped by its values, as in a real run: no graph is being traced here.
         put(masking_utils, "is_tracing", lambda tensor=None: False)
         put(modeling_utils, "is_tracing", lambda tensor=None: False)
-        put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not padded))
-        if skip_steps:
+        put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not conditions.padded))
+        if device_type == "cuda":
+            put(torch.nn.functional, "scaled_dot_product_attention", cuda_attention)
+        if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
         yield
 
@@ -131,7 +134,8 @@ def _from_rank0(value: int | list[int]) -> None:
 
 
 class _NoKernel:
-    """Stands for DeepSpeed's compiled FusedAdam: it works in place on raw addresses, and allocates nothing."""
+    """Stands for DeepSpeed's compiled FusedAdam and CPUAdam: they work in place on raw addresses, and allocate
+    nothing."""
 
     def load(self) -> _NoKernel:
         return self
@@ -139,3 +143,5 @@ class _NoKernel:
     @staticmethod
     def multi_tensor_adam(*_: Any) -> None:
         """Updates in place."""
+
+    create_adam = adam_update = adam_rollback = destroy_adam = multi_tensor_adam

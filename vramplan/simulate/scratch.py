@@ -24,3 +24,39 @@ def safe_softmax(scores: torch.Tensor, dim: int, *_: Any, result: torch.Tensor, 
 
 
 CPU_SCRATCH: dict[Any, Scratch] = {aten._safe_softmax.default: safe_softmax}
+
+
+def flash_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *_: Any,
+    result: Any,
+    **__: Any,
+) -> Sequence[int]:
+    """flash_api.cpp ``mha_bwd``: row sums of the gradient (fp32), the query's gradient summed in fp32, and with fewer
+    key heads than query heads the gradients of keys and values for every query head. Rows are rounded up to 128,
+    widths to 32 (to 64 above 128)."""
+    batch, heads, rows, width = query.shape
+    key_heads, columns = key.shape[1], key.shape[2]
+    rows_rounded = -(-rows // 128) * 128
+    step = 32 if width <= 128 else 64
+    width_rounded = -(-width // step) * step
+    sums = batch * heads * rows_rounded * 4
+    query_grad = batch * rows_rounded * heads * width_rounded * 4
+    per_head = batch * columns * heads * width * query.element_size() if key_heads != heads else 0
+    return sums, query_grad, per_head, per_head
+
+
+def efficient_backward(grad_out: torch.Tensor, query: torch.Tensor, *_: Any, result: Any, **__: Any) -> Sequence[int]:
+    """attention_backward.cu ``_efficient_attention_backward``: row sums of the gradient times the output (fp32)."""
+    batch, heads, rows, _width = query.shape
+    return (batch * heads * rows * 4,)
+
+
+CUDA_SCRATCH: dict[Any, Scratch] = {
+    aten._safe_softmax.default: safe_softmax,
+    aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
+}

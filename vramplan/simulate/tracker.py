@@ -89,6 +89,14 @@ class Tracker(TorchDispatchMode):
             shape = tuple(getattr(param, "ds_shape", param.shape))
             self.param_shapes |= {shape, shape[::-1]}
 
+    def set_stream(self, number: int) -> None:
+        """From now on births are on this stream."""
+        self.stream = number
+
+    def empty_cache(self) -> None:
+        """The engine asks the allocator to give back what it does not use."""
+        self.trace.cache_emptied_at.append(self.trace.num_instants)
+
     def innermost_module(self) -> str:
         """Name of the module running now, or its class while it has none; empty outside of any."""
         if not self._modules:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # What every simulation needs is imported before the first fork.
-import deepspeed  # noqa: F401
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imported by every engine with ZeRO, and slowly
 import peft  # noqa: F401
 import transformers  # noqa: F401
 

@@ -1,0 +1,96 @@
+"""Scaled dot-product attention as a CUDA build of torch runs it: which kernel is chosen, and what it keeps.
+
+The choice is made in C++ for real CUDA tensors only, so it is made here again (sdp_utils.cpp, ``select_sdp_backend``);
+the operators called are the CUDA ones, whose shapes torch knows for fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+aten = torch.ops.aten
+
+FLASH_MAX_HEAD_DIM = 256
+"""check_head_dim_size_flash"""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def cuda_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` on CUDA. Shapes (batch, heads, tokens, width)."""
+    if _flash_can(query, key, value, attn_mask, enable_gqa):
+        return _flash(query, key, value, dropout_p, is_causal, scale)
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    elif _efficient_can(query, key, value):
+        bias = _float_mask(attn_mask, query, key)
+        needs_lse = any(tensor.requires_grad for tensor in (query, key, value))
+        output: torch.Tensor = aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, needs_lse, dropout_p, is_causal, scale=scale
+        )[0]
+        return output
+    exact: torch.Tensor = aten._scaled_dot_product_attention_math(
+        query, key, value, _float_mask(attn_mask, query, key, aligned=False), dropout_p, is_causal, scale=scale
+    )[0]
+    return exact
+
+
+def _flash_can(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, enable_gqa: bool
+) -> bool:
+    """use_flash_attention: half precision, no mask, one head width up to 256, and as many heads unless GQA is said."""
+    return (
+        attn_mask is None
+        and query.dtype in _HALF
+        and query.shape[-1] == key.shape[-1] == value.shape[-1] <= FLASH_MAX_HEAD_DIM
+        and (enable_gqa or query.shape[-3] == key.shape[-3] == value.shape[-3])
+    )
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    """Head widths that are no multiple of 8 are padded first (pad_last_dim) and cut afterwards."""
+    width = query.shape[-1]
+    scale = scale if scale is not None else 1 / math.sqrt(width)
+    padding = -width % 8
+    if padding:
+        query, key, value = (torch.nn.functional.pad(tensor, (0, padding)) for tensor in (query, key, value))
+    output: torch.Tensor = aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, False, scale=scale
+    )[0]
+    return output[..., :width] if padding else output
+
+
+def _efficient_can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """use_mem_efficient_attention: as many heads everywhere, and widths that its loads are aligned for."""
+    alignment = 8 if query.dtype in _HALF else 4
+    return query.shape[-3] == key.shape[-3] and query.shape[-1] % alignment == 0 and value.shape[-1] % alignment == 0
+
+
+def _float_mask(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, *, aligned: bool = True
+) -> torch.Tensor | None:
+    """A bool mask becomes 0 and minus infinity (convert_boolean_attn_mask); the memory-efficient kernel wants rows of
+    a multiple of 16 (pad_bias) and one mask a head (expanded, not copied)."""
+    if mask is None:
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.where(mask, 0.0, torch.tensor(-torch.inf, dtype=query.dtype, device=query.device))
+    if not aligned:
+        return mask
+    padding = -mask.shape[-1] % 16
+    if padding:
+        mask = torch.nn.functional.pad(mask, (0, padding))[..., : mask.shape[-1]]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
