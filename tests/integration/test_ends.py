@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 from vramplan.measure.run_dir import RunDir, read_events
 
-from support.training import events_of, processes_about, start, train, write_spec
+from support.training import ROOT, command, events_of, processes_about, start, train, write_spec
 
 pytestmark = pytest.mark.ranks
 
@@ -144,6 +147,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tmp_path):
     assert "the loss is " in done.stderr
     assert "at step" in done.stderr
     assert "builtin:arithmetic line" in done.stderr
+
+
+def test_out_of_memory_is_said_with_its_phase(tiny_model, tmp_path):
+    """Real: under a limit on data torch's allocator fails when the reduction bucket of 16 GB is asked for. The plan
+    says otherwise because it was edited."""
+    spec, run_dir = write_spec(tmp_path / "spec.yaml", tiny_model, 2), tmp_path / "run"
+    subprocess.run([sys.executable, "-m", "vramplan", "plan", spec, "-o", tmp_path], check=True, cwd=ROOT)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(plan.read_text().replace("reduce_bucket_size: 100000\n", "reduce_bucket_size: 4000000000\n"))
+    limited = ["prlimit", f"--data={8 * 2**30}", *command(plan, "-o", run_dir)]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 3
+    assert re.search(r"rank \d ran out of memory in step1\.micro1\.backward: .*can't allocate memory", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert processes_about(str(run_dir)) == []
 
 
 def test_a_directory_without_weights_is_one_sentence(tiny_model, tmp_path):

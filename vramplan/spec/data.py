@@ -13,8 +13,10 @@ class DataSpec(UserModel):
     """Where the training text lies and how it becomes tokens."""
 
     train: str = "builtin:arithmetic"
-    """A JSONL file (``messages``, ``prompt``/``completion`` or ``text`` rows), a text file, or one of
-    ``builtin:arithmetic`` (questions that the calculator answers) and ``builtin:python-reference``."""
+    """A JSONL file (``messages``, ``prompt``/``completion`` or ``text`` rows), a text file (.txt, .md, .rst), or one of
+    ``builtin:arithmetic`` (questions that the calculator answers) and ``builtin:python-reference``. Raw text is cut
+    into full sequences; other rows are padded to the longest of their global batch (in the first two steps to
+    ``seq_len``, so that memory's peak is met at once)."""
     eval: str | None = None
     """The same for evaluation. None: ``eval_frac`` of the training data is held out."""
     eval_frac: float = Field(default=0.05, ge=0.0, lt=1.0)

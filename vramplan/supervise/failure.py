@@ -12,6 +12,14 @@ from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
 
 _LOG_LINES = 3
+_OUT_OF_MEMORY = (
+    "CUDA out of memory",  # the caching allocator
+    "CUDA error: out of memory",  # the driver
+    "CUBLAS_STATUS_ALLOC_FAILED",  # a workspace of cuBLAS
+    "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,11 @@ class Failure:
     by_user: bool
     exit_code: int
     time: float
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """By the type that torch raises, and by the texts of what is raised as a plain RuntimeError."""
+        return self.kind == "OutOfMemoryError" or any(text in self.message for text in _OUT_OF_MEMORY)
 
     @classmethod
     def read(cls, path: Path) -> Failure:
@@ -55,10 +68,13 @@ def explain(run_dir: RunDir, launcher_code: int | None) -> TrainingFailed:
     if failure.by_user:
         return TrainingFailed(failure.message, failure.exit_code)
     first_line = next((line for line in failure.message.splitlines() if line.strip()), "no message")
-    return TrainingFailed(
-        f"rank {failure.rank} failed in {failure.phase}: {failure.kind}: {first_line} "
-        f"(log: {log_of(run_dir, failure.rank)})"
-    )
+    log = log_of(run_dir, failure.rank)
+    if failure.is_out_of_memory:
+        return TrainingFailed(
+            f"rank {failure.rank} ran out of memory in {failure.phase}: {first_line} (log: {log}); plan again with a "
+            "lower --memory-cap or --micro-batch"
+        )
+    return TrainingFailed(f"rank {failure.rank} failed in {failure.phase}: {failure.kind}: {first_line} (log: {log})")
 
 
 def log_of(run_dir: RunDir, rank: int) -> Path:
