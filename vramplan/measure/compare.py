@@ -17,6 +17,7 @@ from vramplan.measure.record import (
     read_records_leniently,
     run_from_record_spec,
     steps_were_skipped,
+    weights_were_halved,
 )
 from vramplan.memory.estimate import estimate
 from vramplan.memory.ledger import Estimate
@@ -139,7 +140,13 @@ def estimate_record(record: Record) -> Estimate:
     run, layout = run_from_record_spec(record.spec)
     device = _device_of(record)
     node = Node(device, gpus_per_node=layout.world_size, memory_cap_bytes=record.spec.cap_bytes)
-    return estimate(run, node, resolve_architecture(run), steps_skipped=steps_were_skipped(record))
+    return estimate(
+        run,
+        node,
+        resolve_architecture(run),
+        steps_skipped=steps_were_skipped(record),
+        weights_halved=weights_were_halved(record),
+    )
 
 
 def measured_peak(measured: Measured) -> int | None:

@@ -207,6 +207,20 @@ def steps_were_skipped(record: Record) -> bool:
     return grew < 4 * shard(measured.numel_trainable, spec.layout.zero_degree)
 
 
+def weights_were_halved(record: Record) -> bool:
+    """Whether an fp32 run under ZeRO-3 was built with weights of two bytes.
+
+    The measuring program tells ``zero.Init`` its dtype; on a CPU without fp16 DeepSpeed 0.19.8 then takes bf16
+    (partition_parameters.py, ``_set_dtype``). The bytes after loading say so: less than four for each element of the model.
+    """
+    spec, measured = record.spec, record.measured
+    if spec.zero.stage != 3 or spec.precision not in ("fp32", "bf16-autocast") or not measured.numel_total:
+        return False
+    loaded = next((phase.allocated_end_bytes for phase in measured.phases if phase.phase == "model_load"), None)
+    # a tied head is loaded too, so the model's elements are a lower bound of what is held
+    return loaded is not None and loaded < 4 * shard(measured.numel_total, spec.layout.zero_degree)
+
+
 def peaks_of(phases: Iterable[PhaseReading]) -> dict[str, int]:
     """The record's summary figures: highest of the step phases, highest of all, highest reserved."""
     phases = tuple(phases)

@@ -20,16 +20,22 @@ class UncoveredError(SpecError):
 
 
 def estimate(
-    run: RunSpec, node: Node, architecture: Architecture, rank: int = 0, steps_skipped: bool = False
+    run: RunSpec,
+    node: Node,
+    architecture: Architecture,
+    rank: int = 0,
+    steps_skipped: bool = False,
+    weights_halved: bool = False,
 ) -> Estimate:
     """Bytes of one rank at every moment of a closed run.
 
     ``steps_skipped``: whether every optimizer step is discarded as an overflow (measurements with undefined weights).
+    ``weights_halved``: whether ``zero.Init`` made bf16 weights for an fp32 run (``memory/job.py``).
 
     Raises:
         SpecError: a field that the planner decides is None, or the combination is not covered.
     """
-    job = job_from_run(run, node, architecture)
+    job = job_from_run(run, node, architecture, weights_halved)
     _check_covered(job)
     engine = _engine(job, rank, steps_skipped)
     stretches = engine.walk()

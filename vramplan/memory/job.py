@@ -42,6 +42,10 @@ class Job:
     dtype: Dtype
     """Format of the weights in the engine."""
     autocast: Dtype | None
+    grad_dtype: Dtype
+    """Format that ZeRO-3 accumulates gradients in."""
+    communicates: Dtype | None
+    """Format that ZeRO-3 reduces gradients in, or None: that of accumulation."""
     layout: Layout
     zero: ZeroSpec
     stage: int
@@ -75,8 +79,16 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             sequence_parallel=self.layout.sp,
+            adapter_dtype=self.adapter_dtype,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
+
+    @property
+    def adapter_dtype(self) -> Dtype | None:
+        """ZeRO-3 leaves adapters as PEFT made them, in fp32; the other stages cast them with the module
+        (runtime/engine.py, ``_configure_distributed_model``). None: the format of the weights."""
+        keeps = self.stage == 3 and isinstance(self.method, LoraMethod) and self.dtype is not ADAPTER_DTYPE
+        return ADAPTER_DTYPE if keeps else None
 
     @property
     def gather_limits(self) -> GatherLimits:
@@ -94,8 +106,11 @@ class Job:
         return parameters(self.architecture, self.method)
 
 
-def job_from_run(run: RunSpec, node: Node, architecture: Architecture) -> Job:
+def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_halved: bool = False) -> Job:
     """The job that a closed run describes.
+
+    ``weights_halved``: ``zero.Init`` was told fp32 on a CPU without fp16 and made bf16 weights all the same
+    (deepspeed 0.19.8, partition_parameters.py, ``_set_dtype``), while the engine goes on in fp32.
 
     Raises:
         SpecError: a field that the planner decides is still None.
@@ -120,11 +135,17 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture) -> Job:
         "fp32": (Dtype.FP32, None),
         "bf16-autocast": (Dtype.FP32, Dtype.BF16),
     }[run.precision]
+    grad_dtype, communicates = dtype, None
+    if weights_halved:
+        grad_dtype, communicates = Dtype.FP32, autocast
+        dtype, autocast = Dtype.BF16, None
     return Job(
         architecture=architecture,
         method=run.method,
         dtype=dtype,
         autocast=autocast,
+        grad_dtype=grad_dtype,
+        communicates=communicates,
         layout=run.layout if run.layout is not None else Layout(dp=node.world_size),
         zero=run.zero,
         stage=run.zero.stage,

@@ -39,6 +39,8 @@ class ModelRun:
     checkpointing: bool
     keep_outputs: bool
     sequence_parallel: int = 1
+    adapter_dtype: Dtype | None = None
+    """Format of adapters where it is not that of the weights."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 
@@ -76,6 +78,7 @@ class _Runner:
             run.attention,
             method=run.method,
             autocast=run.autocast,
+            adapter_dtype=run.adapter_dtype,
             sequence_parallel=run.sequence_parallel,
             hooks=self.gathers,
         )

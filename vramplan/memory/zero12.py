@@ -9,6 +9,7 @@ from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.partition import Flush, flat_group, flushes
+from vramplan.memory.size import evaluate
 from vramplan.memory.term import Phase
 
 
@@ -125,7 +126,9 @@ class Zero12(Engine):
             last = len(gradients) - 1 if flush.before is None else flush.before
             gradient = gradients[last]
             alive = at_point(gradient.at, self.basis)
-            if flush.before is None:  # the last gradient has moved into the bucket
+            if flush.numel > job.zero.reduce_bucket_size:
+                alive = self._with_oversized(stretch, flush, merged(bucket, filled), alive)
+            elif flush.before is None:  # the last gradient has moved into the bucket
                 alive = without_gradient(alive, gradient.numel * self.width)
             copy = {labels.REDUCTION: self._copy_bytes(flush)}
             stretch.see("gradient reduction", merged(self.resident, bucket, filled, copy, alive))
@@ -134,6 +137,20 @@ class Zero12(Engine):
                 filled_from = gradient.at.index
             stretch.see("gradient partition filled", merged(self.resident, bucket, filled, alive))
         return filled_from
+
+    def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Bytes, alive: Bytes) -> Bytes:
+        """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the next one arrives
+        (``extra_large_param_to_reduce``); returns what is alive at its reduction."""
+        if flush.before is None:
+            return alive
+        gradients = self.profile.gradients
+        waiting = {labels.GRADIENTS: flush.numel * self.width}
+        since, until = gradients[flush.before - 1].at.index, gradients[flush.before].at.index
+        between = [point for point in self.profile.backward if since <= point.index < until]
+        if between:
+            point = max(between, key=lambda each: evaluate(each.total, self.basis))
+            stretch.see(point.where, merged(self.resident, extra, waiting, at_point(point, self.basis)))
+        return merged(alive, waiting)
 
     def _copy_bytes(self, flush: Flush) -> int:
         width = self.width

@@ -29,7 +29,9 @@ class Zero3(Engine):
         self.sub_group = self._largest_sub_group()
         self.optimizer = optimizer_bytes(job.optimizer, job.device)
         self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
-        self.low = self.width < self.master_bytes
+        self.grad_width = job.grad_dtype.nbytes
+        self.trained_width = (job.adapter_dtype or job.dtype).nbytes
+        self.travels = job.grad_dtype.nbytes if job.communicates is None else job.communicates.nbytes
 
     def _largest_sub_group(self) -> int:
         """``_create_fp16_sub_groups``: parameters are grouped until a group has ``sub_group_size`` elements."""
@@ -47,7 +49,7 @@ class Zero3(Engine):
         if not job.zero.contiguous_gradients:
             return 0
         if job.autocast is None:
-            return numel * self.width
+            return numel * self.travels
         linear = {param.in_linear for param in job.parameters if param.trained}
         return numel * sum(job.autocast.nbytes if each else self.width for each in linear)
 
@@ -62,23 +64,33 @@ class Zero3(Engine):
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)
         stretch.see("the largest tensor before it is cut", {labels.WEIGHTS: cut, labels.LOADING: whole})
+        if job.grad_dtype is not job.dtype:  # built in the asked format, then cast (weights_halved)
+            largest = max(base, key=lambda param: param.numel).numel
+            before = cut - shard(largest, job.degree) * self.width
+            both = {labels.LOADING: largest * (job.grad_dtype.nbytes + self.width)}
+            stretch.see("the largest tensor cast", merged({labels.WEIGHTS: before}, both))
         stretch.close({labels.WEIGHTS: cut + adapters})
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
-        weights = {labels.FROZEN: self.frozen_share * self.width, labels.WEIGHTS: self.trained_share * self.width}
-        copy = {labels.INIT: self.trained_share * self.width}
+        weights = {
+            labels.FROZEN: self.frozen_share * self.width,
+            labels.WEIGHTS: self.trained_share * self.trained_width,
+        }
+        copy = {labels.INIT: self.trained_share * self.trained_width}
         stretch.see("partitions moved together", merged(weights, copy))
-        master = {labels.MASTER: self.trained_share * self.master_bytes if self.low else 0}
-        clone = {labels.INIT: self.sub_group * self.master_bytes if self.low else 0}
+        # cast and cloned whatever the weights' format: the device test before it compares an object with a text
+        master = {labels.MASTER: self.trained_share * self.master_bytes}
+        clone = {labels.INIT: self.sub_group * self.master_bytes if self.trained_width != self.master_bytes else 0}
         stretch.see("master weights cast", merged(weights, master, clone))
         trial = {labels.INIT: self.trained_numel * self.master_bytes // max(1, self.job.degree)}
         stretch.see("a gradient partition is tried", merged(weights, master, trial))
-        buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.width}
+        buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.grad_width}
         self.resident = merged(weights, master, buffers)
         # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
         stretch.see(
-            "the largest tensor gathered", merged(self.resident, {labels.GATHERED: self.largest_trained * self.width})
+            "the largest tensor gathered",
+            merged(self.resident, {labels.GATHERED: self.largest_trained * self.trained_width}),
         )
         stretch.close(self.resident)
 
@@ -107,11 +119,13 @@ class Zero3(Engine):
         for flush in bucket_flushes(tuple((each.name, each.numel) for each in gradients), bucket):
             at = gradients[-1 if flush.before is None else flush.before].at
             alive = at_point(at, self.basis)
-            if flush.before is None:  # the last gradient has moved into the bucket
+            if flush.before is None and gradients[-1].numel <= bucket.numel:  # it has moved into the bucket
                 alive = without_gradient(alive, gradients[-1].numel * self.width)
             # a gradient that is larger than the bucket waits outside it
-            waiting = {labels.GRADIENTS: flush.oversized * self.width}
-            copy = {labels.REDUCTION: flush.copied * self.width}
+            waiting = {labels.GRADIENTS: flush.oversized * self.width if flush.before is not None else 0}
+            # what lies in the bucket has its format already; what did not fit is cast
+            cast = flush.oversized * self.travels if self.travels != self.width else 0
+            copy = {labels.REDUCTION: cast + flush.copied * self.travels}
             stretch.see("gradient reduction", merged(self.resident, alive, waiting, copy))
         self.outputs = at_point(found.backward_end, self.basis)
         stretch.close(merged(self.resident, self.outputs))
@@ -131,7 +145,8 @@ class Zero3(Engine):
             stretch.close(base)
             return
         flat = {labels.FLAT_GRAD: self.sub_group * self.master_bytes}
-        joined = {labels.REDUCTION: self.sub_group * self.width if self.low else 0}
+        cast = self.grad_width != self.master_bytes
+        joined = {labels.REDUCTION: self.sub_group * self.grad_width if cast else 0}
         stretch.see("gradients flattened", merged(base, flat, joined))
         if micro.step == 1:
             self.resident = merged(self.resident, {labels.MOMENTS: self.trained_share * self.optimizer.state})

@@ -44,6 +44,8 @@ class BlockContext:
     method: Method = field(default_factory=FullMethod)
     autocast: Dtype | None = None
     """Format that matrix products are cast to, or None."""
+    adapter_dtype: Dtype | None = None
+    """Format of adapters where it is not that of the weights."""
     sequence_parallel: int = 1
     prefix: str = ""
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -58,12 +60,12 @@ class BlockContext:
     def trains_base(self) -> bool:
         return isinstance(self.method, FullMethod)
 
-    def parameter(self, name: str, numel: int, trainable: bool | None = None) -> Parameter:
+    def parameter(self, name: str, numel: int, trainable: bool | None = None, dtype: Dtype | None = None) -> Parameter:
         """The parameter of that full name; the same object for the same name (tied weights)."""
         full = f"{self.prefix}{name}"
         if full not in self.parameters:
             trained = self.trains_base if trainable is None else trainable
-            self.parameters[full] = Parameter(self.tape, full, numel, self.dtype, trained)
+            self.parameters[full] = Parameter(self.tape, full, numel, dtype or self.dtype, trained)
         return self.parameters[full]
 
     def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:

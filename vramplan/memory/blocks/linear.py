@@ -53,8 +53,10 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         f"{linear.name}.base_layer", linear.in_features, linear.out_features, linear.bias, linear.role, linear.conv1d
     )
     result = _dense(ctx, x, base, label)
-    down = ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, trainable=True)
-    up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, trainable=True)
+    narrow_format, wide_format = result.dtype, ctx.adapter_dtype or x.dtype
+    down = ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, True, ctx.adapter_dtype)
+    up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
+    x = ops.to(x, wide_format, "adapters")  # _cast_input_dtype
     dropped = ctx.call(
         f"{linear.name}.lora_dropout",
         (),
@@ -71,4 +73,8 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     del narrow
     scaled = ops.scaled(wide, "adapters")
     del wide
-    return ops.add(result, scaled, label)
+    if wide_format is narrow_format:
+        return ops.add(result, scaled, label)
+    result = ops.add_wider(result, scaled, label)
+    del scaled
+    return ops.to(result, narrow_format, label)
