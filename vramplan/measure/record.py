@@ -211,7 +211,7 @@ def weights_were_halved(record: Record) -> bool:
     """Whether an fp32 run under ZeRO-3 was built with weights of two bytes.
 
     The measuring program tells ``zero.Init`` its dtype; on a CPU without fp16 DeepSpeed 0.19.8 then takes bf16
-    (partition_parameters.py, ``_set_dtype``). The bytes after loading say so: less than four for each element of the model.
+    (partition_parameters.py, ``_set_dtype``). The bytes after loading say so: less than four for each element.
     """
     spec, measured = record.spec, record.measured
     if spec.zero.stage != 3 or spec.precision not in ("fp32", "bf16-autocast") or not measured.numel_total:

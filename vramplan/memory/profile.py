@@ -151,9 +151,8 @@ class _Runner:
         """Embeddings, layers and final norm: the inner model of the causal language model."""
         ctx, architecture = self.ctx, self.run.architecture
         with self.tape.at("embedding"):
-            x = embed(ctx, architecture, self.kept[0])
-            if self.run.checkpointing and isinstance(self.run.method, LoraMethod):
-                x = self._require_input_gradient(x)
+            requires = self.run.checkpointing and isinstance(self.run.method, LoraMethod)
+            x = embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)
         causal_mask(ctx)
         rotary = architecture.layers[0].attention.rotary_dim
         if rotary:

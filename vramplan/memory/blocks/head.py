@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vramplan.facts.architecture import Architecture, Embedding
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
@@ -16,10 +18,18 @@ LOSS = "loss"
 TOKENS = "token ids and labels"
 
 
-def embed(ctx: BlockContext, architecture: Architecture, ids: Tensor) -> Tensor:
-    """Token embeddings, plus learned positions where the family has them (``GPT2Model.forward``)."""
+def embed(
+    ctx: BlockContext,
+    architecture: Architecture,
+    ids: Tensor,
+    on_tokens: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Token embeddings, plus learned positions where the family has them (``GPT2Model.forward``).
+
+    ``on_tokens``: a forward hook of the token table, which runs before ZeRO-3's own.
+    """
     first, *positions = architecture.embeddings
-    x = _look_up(ctx, first, tokens(first.width), ids)
+    x = _look_up(ctx, first, tokens(first.width), ids, on_tokens)
     for table in positions:
         at = _look_up(ctx, table, per_position(table.width), ids)
         x = ops.add_broadcast(x, at, RESIDUAL)
@@ -27,9 +37,20 @@ def embed(ctx: BlockContext, architecture: Architecture, ids: Tensor) -> Tensor:
     return ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
 
 
-def _look_up(ctx: BlockContext, table: Embedding, numel: Size, ids: Tensor) -> Tensor:
+def _look_up(
+    ctx: BlockContext,
+    table: Embedding,
+    numel: Size,
+    ids: Tensor,
+    hook: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
-    return ctx.call(table.name, (weight,), lambda _: ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL), ids)
+
+    def run(_: Tensor) -> Tensor:
+        out = ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL)
+        return hook(out) if hook is not None else out
+
+    return ctx.call(table.name, (weight,), run, ids)
 
 
 def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
