@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 # What every job needs is imported before the first fork; none of it touches a device or starts a thread.
-import deepspeed  # noqa: F401
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imported by every engine with ZeRO, and slowly
 import peft  # noqa: F401
 import transformers  # noqa: F401
 

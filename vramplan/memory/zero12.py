@@ -20,6 +20,7 @@ class Zero12(Engine):
         super().__init__(job, rank)
         self.flat = flat_group(self.trained, job.degree)
         self.share = self.flat.partition_numel
+        self.contiguous = job.zero.contiguous_gradients
         self.bucket_bytes = self._bucket_bytes()
         owned = [name for name, _ in self.trained if self.flat.owned_by(name, rank)]
         sizes = dict(self.trained)
@@ -56,8 +57,10 @@ class Zero12(Engine):
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
         if self.job.stage == 1:
             self._backward_keeping(stretch, micro)
-        else:
+        elif self.contiguous:
             self._backward_reducing(stretch, micro)
+        else:
+            self._backward_holding(stretch, micro)
 
     def _backward_keeping(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 1: ``param.grad`` stays; the bucket is there from the first gradient until the boundary's end."""
@@ -87,13 +90,14 @@ class Zero12(Engine):
         stretch.see("before reduction", merged(base, bucket, {labels.GRADIENTS: left}))
         filled: Bytes = {}
         for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size, self.rank):
-            inside = flush.numel <= self.job.zero.reduce_bucket_size
-            left -= flush.numel * self.width if inside else 0
+            moves = self.contiguous and flush.numel <= self.job.zero.reduce_bucket_size
+            left -= flush.numel * self.width if moves else 0
             copy = {labels.REDUCTION: flush.numel * self.width if flush.copies else 0}
             stretch.see("gradient reduction", merged(base, bucket, filled, copy, {labels.GRADIENTS: left}))
-            if flush.fills_partition:
+            if self.contiguous and flush.fills_partition:
                 filled = {labels.GRAD_PARTITION: self.partition_bytes}
-            left -= 0 if inside else flush.numel * self.width
+                # a gradient that bypassed the bucket is let go of once it is in the partition, else at the end
+                left -= 0 if moves else flush.numel * self.width
             stretch.see("gradient partition filled", merged(base, bucket, filled, {labels.GRADIENTS: left}))
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
@@ -115,6 +119,38 @@ class Zero12(Engine):
                 filled = {labels.GRAD_PARTITION: self.partition_bytes}
                 stretch.see(point.where, merged(self.resident, bucket, filled, at_point(point, self.basis)))
         self._end_of_reduction(stretch, micro)
+
+    def _backward_holding(self, stretch: Stretch, micro: Micro) -> None:
+        """Stage 2 without a contiguous bucket: gradients stay ``param.grad`` until as many as a bucket holds are
+        reduced; then those of other ranks go (``reduce_ipg_grads``, ``buffered_reduce_fallback``)."""
+        job, found = self.job, self.profile
+        gradients, owned = found.gradients, 0
+        start = held_from = 0
+        order = tuple(gradient.name for gradient in gradients)
+        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size, self.rank):
+            last = len(gradients) - 1 if flush.before is None else flush.before
+            until = len(found.backward) if flush.before is None else gradients[last].at.index
+            self._see_held(stretch, start, until, owned - held_from)
+            kept = owned + flush.numel
+            alive = at_point(gradients[last].at, self.basis)
+            if flush.before is None:
+                alive = without_gradient(alive, gradients[last].numel * self.width)
+            parts = {labels.GRADIENTS: kept * self.width, labels.REDUCTION: flush.numel * self.width}
+            stretch.see("gradient reduction", merged(self.resident, alive, parts))
+            end = len(order) if flush.before is None else flush.before
+            owned = sum(each.numel for each in gradients[:end] if self.flat.owned_by(each.name, self.rank))
+            held_from, start = sum(each.numel for each in gradients[:end]), until
+        self._end_of_reduction(stretch, micro)
+
+    def _see_held(self, stretch: Stretch, start: int, until: int, offset_numel: int) -> None:
+        """Instants ``start`` to ``until`` of backward with the gradients held then: those delivered and an offset."""
+        points = [point for point in self.profile.backward if start <= point.index < until]
+        if not points:
+            return
+        width = self.width
+        most = max(points, key=lambda each: evaluate(each.total, self.basis) + width * each.grad_numel)
+        held = {labels.GRADIENTS: width * (most.grad_numel + offset_numel)}
+        stretch.see(most.where, merged(self.resident, held, at_point(most, self.basis)))
 
     def _see_flushes(self, stretch: Stretch, bucket: Bytes) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""

@@ -56,7 +56,9 @@ class RankPlayer:
     def play(self) -> Played:
         join_fake_group(self.layout.world_size)
         config = ds_config(self.run, self.layout.world_size)
-        config["managed_gradient_accumulation"] = self.managed
+        if self.managed:
+            config["managed_gradient_accumulation"] = True
+        self.managed = config["managed_gradient_accumulation"]
         config["steps_per_print"] = 2**31
         with self.phase("model_load"):
             self.model = build_model(self.run, config)

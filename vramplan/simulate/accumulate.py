@@ -48,7 +48,7 @@ def _called_by_engine() -> bool:
         if not any(part in path for part in _MACHINERY):
             return frame.f_code.co_name == _ENGINE
         frame = frame.f_back
-    return False
+    return True  # a device's own thread of the engine, which has no Python below
 
 
 def _use_counts(tensor: torch.Tensor) -> tuple[int, int]:

@@ -7,6 +7,7 @@ the operators called are the CUDA ones, whose shapes torch knows for fake tensor
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ aten = torch.ops.aten
 
 FLASH_MAX_HEAD_DIM = 256
 """check_head_dim_size_flash"""
+FLASH_NAME = "vramplan_fa2"
+"""What ``flash_attention_2`` is called in a simulation, where the package is not needed."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -44,6 +47,39 @@ def cuda_attention(
         query, key, value, _float_mask(attn_mask, query, key, aligned=False), dropout_p, is_causal, scale=scale
     )[0]
     return exact
+
+
+def register_flash() -> str:
+    """Gives transformers an attention that keeps what the package flash-attn keeps; its name there.
+
+    flash-attn saves queries, keys, values, the result, row sums and a random state, as torch's own flash kernel does;
+    with padding, transformers copies queries, keys and values without it and the result back (``_upad_input``).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(FLASH_NAME, _flash_attention_2)
+    AttentionMaskInterface.register(FLASH_NAME, flash_attention_mask)
+    return FLASH_NAME
+
+
+def _flash_attention_2(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' ``flash_attention_forward``; the result is (batch, tokens, heads, width)."""
+    if query.dtype is torch.float32:  # autocast or adapters left it wide: cast to the weights' compute dtype
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    if attention_mask is not None:
+        query, key, value = (tensor.clone() for tensor in (query, key, value))
+    output = _flash(query, key, value, dropout, True, scaling).transpose(1, 2)
+    return (output if attention_mask is None else output.clone()), None
 
 
 def _flash_can(
@@ -87,7 +123,7 @@ def _float_mask(
     if mask is None:
         return None
     if mask.dtype is torch.bool:
-        mask = torch.where(mask, 0.0, torch.tensor(-torch.inf, dtype=query.dtype, device=query.device))
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     if not aligned:
         return mask
     padding = -mask.shape[-1] % 16

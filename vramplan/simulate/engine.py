@@ -15,6 +15,7 @@ from vramplan.rank.play import RankPlayer
 from vramplan.simulate.accumulate import sole_use_counts
 from vramplan.simulate.answers import ANSWERS
 from vramplan.simulate.categories import categorise
+from vramplan.simulate.cuda_attention import register_flash
 from vramplan.simulate.patches import patched
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.scratch import CPU_SCRATCH, CUDA_SCRATCH
@@ -49,6 +50,8 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     tracker, device = _tracker_of(device_type)
     join_fake_group(layout.world_size)
     sole_use_counts()
+    if run.attention == "flash_attention_2":
+        run = run.model_copy(update={"attention": register_flash()})
     player = RankPlayer(run, layout, tracker.phase, device, steps=conditions.steps, managed=conditions.managed)
     player.on_model = tracker.learn_model
     traced = Traced(tracker.trace)

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramplan.simulate.cuda_attention import cuda_attention
@@ -39,6 +40,8 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str) -> Itera
         put(torch, "set_rng_state", lambda state: None)
         put(torch.distributed.device_mesh, "init_device_mesh", _on_real_tensors(_init_device_mesh()))
         put(torch.Tensor, "record_stream", lambda self, stream: None)
+        # what rank 0 sends it hears itself; AutoTP compares a batch so, and a fake cannot be pickled
+        put(torch.distributed, "broadcast_object_list", lambda *args, **kwargs: None)
         put(fused_adam, "FusedAdamBuilder", _NoKernel)
         put(cpu_adam, "CPUAdamBuilder", _NoKernel)
         put(zero_utils, "assert_lst_len_same_as_other_ranks", _length_from_rank0)
@@ -48,6 +51,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str) -> Itera
         put(modeling_utils, "is_tracing", lambda tensor=None: False)
         put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not conditions.padded))
         if device_type == "cuda":
+            put(FakeTensor, "data", property(_DATA.__get__, _set_data))
             put(torch.nn.functional, "scaled_dot_product_attention", cuda_attention)
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
@@ -81,6 +85,19 @@ def _apply_by_data(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Ten
         if buffer is not None:
             self._buffers[name] = fn(buffer)
     return self
+
+
+def _set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """``tensor.data = other``; for fakes of different devices torch refuses that, so the two change their insides."""
+    if tensor.device.type == other.device.type:
+        _DATA.__set__(tensor, other)
+    elif other is not tensor:
+        other = other.detach().requires_grad_(tensor.requires_grad)
+        torch._C._swap_tensor_impl(tensor, other)
+        tensor.__dict__, other.__dict__ = other.__dict__, tensor.__dict__
+
+
+_DATA: Any = torch._C.TensorBase.data
 
 
 def _call_seen_by(tracker: Tracker) -> Callable[..., Any]:
