@@ -19,7 +19,8 @@ from vramplan.units import TIB
 
 RECORDS = Path(__file__).with_name("cpu_records.jsonl")
 BENCH = Path(__file__).with_name("measured") / "cpu_bench.jsonl"
-"""Taken by `vramplan bench run`: qwen3, sliding windows, small buckets, adapters under every stage."""
+"""Taken by `vramplan bench run`: qwen3, sliding windows, small buckets, adapters under every stage, offload
+(on the CPU the host's memory is the device's: both are counted)."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 
 
@@ -43,7 +44,7 @@ def covered(path=RECORDS):
             continue
 
 
-@pytest.mark.parametrize(("path", "count"), [(RECORDS, 43), (BENCH, 24)], ids=["records", "bench"])
+@pytest.mark.parametrize(("path", "count"), [(RECORDS, 43), (BENCH, 30)], ids=["records", "bench"])
 def test_peaks_of_covered_records(path, count):
     errors = [
         found.train_allocated_peak_bytes / record.measured.train_allocated_peak_bytes - 1

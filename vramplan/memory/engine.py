@@ -74,7 +74,7 @@ class Engine(ABC):
         return self.stretches
 
     def open(self, record_phase: str, phase: Phase, step: int = 1) -> Stretch:
-        stretch = Stretch(record_phase, phase, step == 1)
+        stretch = Stretch(record_phase, phase, step == 1, host_apart=self.job.device != "cpu")
         self.stretches.append(stretch)
         return stretch
 
@@ -114,6 +114,12 @@ class Engine(ABC):
     def after_backward(self) -> Bytes:
         """What of the micro-batch outlives its backward: tokens, and the outputs where the loop keeps them."""
         return at_point(self.profile.backward_end, self.basis)
+
+    def pinned_rounding(self, *blocks: int) -> Bytes:
+        """What pinning adds to blocks of the host's memory; nothing on the CPU, where nothing is pinned."""
+        if self.job.device == "cpu":
+            return {}
+        return {labels.HOST_PINNED: sum((1 << (block - 1).bit_length()) - block for block in blocks if block)}
 
     @property
     def profile(self) -> Profile:

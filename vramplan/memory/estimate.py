@@ -7,8 +7,11 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job, job_from_run
+from vramplan.memory.labels import term
 from vramplan.memory.ledger import Estimate
+from vramplan.memory.moments import Stretch, total
 from vramplan.memory.overhead import overhead
+from vramplan.memory.term import Place, Term
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero3 import Zero3
 from vramplan.memory.zero12 import Zero12
@@ -44,11 +47,17 @@ def estimate(
         moments=tuple(stretch.moment() for stretch in stretches),
         phases=tuple(stretch.phase_bytes() for stretch in stretches),
         overhead=overhead(node.device, node.world_size, peak_bytes),
-        host_terms=(),
+        host_terms=_host_terms(stretches),
         capacity_bytes=node.capacity_bytes,
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
     )
+
+
+def _host_terms(stretches: list[Stretch]) -> tuple[Term, ...]:
+    """The host's bytes of one rank at their highest."""
+    most = max(stretches, key=lambda stretch: total(stretch.host)).host
+    return tuple(term(name, size, Place.HOST) for name, size in most.items() if size)
 
 
 def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
@@ -68,8 +77,8 @@ def _check_covered(job: Job) -> None:
         f"the {job.architecture.family} family": job.architecture.family not in COVERED_FAMILIES,
         "QLoRA": method.kind == "qlora",
         "DoRA": method.kind == "lora" and method.use_dora,
-        "offload of optimizer states": job.offload_optimizer,
-        "offload of weights": job.offload_param,
+        "offload of weights without optimizer states": job.offload_param and not job.offload_optimizer,
+        "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",
         "tensor, sequence, pipeline or expert parallelism": max(
             job.layout.tp, job.layout.sp, job.layout.pp, job.layout.ep
         )

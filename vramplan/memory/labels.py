@@ -30,6 +30,17 @@ NORM = "gradient norm in fp64"
 FLAT_GRAD = "flat gradient for the step"
 STEP_SCRATCH = "optimizer step scratch"
 GATHERED = "gathered weights"
+OFFLOAD_BUFFER = "offload staging"
+HOST = "host: "
+"""What a heading begins with if its bytes lie in the host's memory."""
+HOST_WEIGHTS = f"{HOST}weights"
+HOST_MASTER = f"{HOST}fp32 master weights"
+HOST_MOMENTS = f"{HOST}optimizer states"
+HOST_GRAD = f"{HOST}fp32 gradients"
+HOST_PARTITION = f"{HOST}gradient partition"
+HOST_STAGING = f"{HOST}staging buffers"
+HOST_ACCUMULATED = f"{HOST}accumulated gradients"
+HOST_PINNED = f"{HOST}rounding of pinned blocks"
 GATHER_BUFFER = "gather buffer"
 PERSISTENT = "persistent weights"
 LOADING = "copies during loading"
@@ -37,6 +48,18 @@ OUTPUTS = "logits"
 SCRATCH = "kernel scratch"
 
 LABELS: dict[str, Label] = {
+    OFFLOAD_BUFFER: Label(Category.COMMUNICATION, "width x largest trained tensor (temp_grad_buffer_for_gpu_offload)"),
+    HOST_WEIGHTS: Label(Category.PARAMETER, "width x elements / ranks, a flat pinned buffer (offload_param)"),
+    HOST_MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks", Basis.EXACT),
+    HOST_MOMENTS: Label(Category.OPTIMIZER, "2 x 4 B x trained elements / ranks (CPUAdam); made in the first step"),
+    HOST_GRAD: Label(Category.GRADIENT, "4 B x trained elements / ranks, the master's .grad"),
+    HOST_PARTITION: Label(Category.GRADIENT, "width x trained elements / ranks (grad_partitions_flat_buffer)"),
+    HOST_STAGING: Label(
+        Category.COMMUNICATION,
+        "width x trained elements / ranks (param_buffer_of_bit16_for_cpu_offload_groups) + width x largest tensor",
+    ),
+    HOST_ACCUMULATED: Label(Category.GRADIENT, "width x elements of the rank's own tensors (accumulated_grads_in_cpu)"),
+    HOST_PINNED: Label(Category.OVERHEAD, "torch rounds each pinned block up to a power of two (CachingHostAllocator)"),
     FROZEN: Label(Category.PARAMETER, "elements x width; under ZeRO-3 each tensor / ranks, rounded up", Basis.EXACT),
     WEIGHTS: Label(
         Category.PARAMETER,

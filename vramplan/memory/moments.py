@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vramplan.memory.labels import term
+from vramplan.memory.labels import HOST, term
 from vramplan.memory.ledger import PhaseBytes
 from vramplan.memory.size import Size, evaluate
 from vramplan.memory.tape import Point
@@ -53,15 +53,29 @@ class Stretch:
     best: tuple[str, Bytes] = ("", {})
     best_bytes: int = -1
     end: Bytes = field(default_factory=dict)
+    host_apart: bool = False
+    """Whether the host's memory is not the device's (on the CPU it is)."""
+    host: Bytes = field(default_factory=dict)
+    """The host's bytes at their highest."""
+
+    def _on_device(self, parts: Bytes) -> Bytes:
+        """The device's part of a state; the host's is noted."""
+        on_host = {name: size for name, size in parts.items() if name.startswith(HOST)}
+        if not self.host_apart or not on_host:
+            return dict(parts)  # the engine goes on changing its own
+        if total(on_host) > total(self.host):
+            self.host = on_host
+        return {name: size for name, size in parts.items() if name not in on_host}
 
     def see(self, name: str, parts: Bytes) -> None:
         """An instant at which ``parts`` are alive."""
+        parts = self._on_device(parts)
         num_bytes = total(parts)
         if num_bytes > self.best_bytes:
             self.best, self.best_bytes = (name, parts), num_bytes
 
     def close(self, end: Bytes) -> None:
-        self.end = end
+        self.end = self._on_device(end)
         self.see("end", end)
 
     def moment(self) -> Moment:

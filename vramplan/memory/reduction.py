@@ -23,6 +23,8 @@ class BucketFlush:
     """Elements of the flat copy that is scattered."""
     oversized: int
     """Elements of gradients that are larger than the bucket and wait outside it."""
+    largest: int
+    """Elements of the largest gradient."""
 
 
 @lru_cache(maxsize=1024)
@@ -47,4 +49,4 @@ def bucket_flushes(gradients: tuple[tuple[str, int], ...], bucket: Bucket) -> tu
 def _flush(held: list[int], before: int | None, bucket: Bucket) -> BucketFlush:
     lone = len(held) == 1 and held[0] % bucket.degree == 0
     oversized = sum(numel for numel in held if numel > bucket.numel)
-    return BucketFlush(before, 0 if lone else sum(held), oversized)
+    return BucketFlush(before, 0 if lone else sum(held), oversized, max(held))

@@ -28,6 +28,8 @@ class Zero12(Engine):
         self.num_owned = len(owned)
         self.largest_owned = max((self.flat.owned_by(name, rank) for name in owned), default=0)
         self.optimizer = optimizer_bytes(job.optimizer, job.device)
+        self.largest = max((numel for _, numel in self.trained), default=0)
+        self.offloads = job.offload_optimizer
 
     def _bucket_bytes(self) -> int:
         """Buffers of ``setup_buckets``: one a communication dtype, two each where reduction overlaps backward."""
@@ -45,13 +47,33 @@ class Zero12(Engine):
         width, frozen = self.width, {labels.FROZEN: self.frozen_numel * self.width}
         flat = {labels.WEIGHTS: self.flat.padded_numel * width}
         stretch.see("weights flattened", merged(frozen, flat, {labels.INIT: self.trained_numel * width}))
-        master = {labels.MASTER: self.share * self.master_bytes}
         clone = {labels.INIT: self.share * width}
+        if self.offloads:
+            self.resident = merged(frozen, flat, self._offloaded())
+            stretch.see("master weights cast", merged(frozen, flat, clone))
+            stretch.close(self.resident)
+            return
+        master = {labels.MASTER: self.share * self.master_bytes}
         stretch.see("master weights cast", merged(frozen, flat, master, clone))
         probe = {labels.INIT: self.share * self.master_bytes}
         stretch.see("a gradient partition is tried", merged(frozen, flat, master, probe))
         self.resident = merged(frozen, flat, master)
         stretch.close(self.resident)
+
+    def _offloaded(self) -> Bytes:
+        """Master, gradients and staging in the host's memory, and one buffer on the device (``__init__``)."""
+        master, low, temporary = self.share * self.master_bytes, self.share * self.width, self.largest * self.width
+        parts = {
+            labels.HOST_MASTER: master,
+            labels.HOST_GRAD: master,
+            labels.HOST_STAGING: low + temporary,
+            labels.OFFLOAD_BUFFER: temporary,
+        }
+        return merged(parts, self.pinned_rounding(master, master, low, temporary))
+
+    def _partition(self) -> Bytes:
+        """The rank's reduced gradients on the device; with offload they go to the host at once."""
+        return {} if self.offloads else {labels.GRAD_PARTITION: self.partition_bytes}
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
@@ -79,7 +101,7 @@ class Zero12(Engine):
             self.resident = merged(self.resident, grads, bucket)
         else:
             self._reduce_all(stretch, merged(self.resident, rest), bucket)
-            self.resident = merged(self.resident, {labels.GRAD_PARTITION: self.partition_bytes})
+            self.resident = merged(self.resident, self._partition())
         self.outputs = rest
         stretch.close(merged(self.resident, rest))
 
@@ -95,7 +117,7 @@ class Zero12(Engine):
             copy = {labels.REDUCTION: flush.numel * self.width if flush.copies else 0}
             stretch.see("gradient reduction", merged(base, bucket, filled, copy, {labels.GRADIENTS: left}))
             if self.contiguous and flush.fills_partition:
-                filled = {labels.GRAD_PARTITION: self.partition_bytes}
+                filled = self._partition()
                 # a gradient that bypassed the bucket is let go of once it is in the partition, else at the end
                 left -= 0 if moves else flush.numel * self.width
             stretch.see("gradient partition filled", merged(base, bucket, filled, {labels.GRADIENTS: left}))
@@ -116,7 +138,7 @@ class Zero12(Engine):
             after = tuple(each for each in late if each[1].index >= filled_from)
             point = highest(after, self.basis)
             if point is not None:
-                filled = {labels.GRAD_PARTITION: self.partition_bytes}
+                filled = self._partition()
                 stretch.see(point.where, merged(self.resident, bucket, filled, at_point(point, self.basis)))
         self._end_of_reduction(stretch, micro)
 
@@ -168,8 +190,11 @@ class Zero12(Engine):
                 alive = without_gradient(alive, gradient.numel * self.width)
             copy = {labels.REDUCTION: self._copy_bytes(flush)}
             stretch.see("gradient reduction", merged(self.resident, bucket, filled, copy, alive))
-            if flush.fills_partition and not filled:
-                filled = {labels.GRAD_PARTITION: self.partition_bytes}
+            if flush.fills_partition and self.offloads:  # set_norm_for_param_grad_in_gpu
+                norm = {labels.NORM: 8 * self.largest_owned}
+                stretch.see("gradient norm", merged(self.resident, bucket, norm, alive))
+            elif flush.fills_partition and not filled:
+                filled = self._partition()
                 filled_from = gradient.at.index
             stretch.see("gradient partition filled", merged(self.resident, bucket, filled, alive))
         return filled_from
@@ -199,7 +224,10 @@ class Zero12(Engine):
         partition = self.partition_bytes
         self.resident.pop(labels.ACCUMULATED, None)
         self.resident.pop(labels.GRAD_PARTITION, None)
-        if micro.boundary:
+        if self.offloads:
+            if not micro.boundary or micro.index > 1:
+                self.resident[labels.HOST_ACCUMULATED] = partition
+        elif micro.boundary:
             self.resident = merged(self.resident, {labels.GRAD_PARTITION: partition})
         else:
             self.resident = merged(self.resident, {labels.ACCUMULATED: partition})
@@ -212,6 +240,11 @@ class Zero12(Engine):
             stretch.close(merged(self.resident, self.outputs))
             return
         base = merged(self.resident, self.outputs)
+        if self.offloads:
+            if micro.step == 1:
+                self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.share * self.optimizer.state})
+            stretch.close(merged(self.resident, self.outputs))
+            return
         stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_owned}))
         flat = {labels.FLAT_GRAD: self.share * self.master_bytes}
         joined = {labels.REDUCTION: self.share * self.width if self.num_owned > 1 else 0}

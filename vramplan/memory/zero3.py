@@ -14,6 +14,9 @@ from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
 
+NORM_CHUNK = 250_000_000
+"""Elements that ``_constant_buffered_norm2`` widens at once."""
+
 
 class Zero3(Engine):
     """Weights, gradients and states are partitioned tensor by tensor; gathers come from the profile."""
@@ -72,27 +75,50 @@ class Zero3(Engine):
         stretch.close({labels.WEIGHTS: cut + adapters})
 
     def init(self) -> None:
-        stretch = self.open("engine_init", Phase.ENGINE_INIT)
+        stretch, job = self.open("engine_init", Phase.ENGINE_INIT), self.job
         weights = {
             labels.FROZEN: self.frozen_share * self.width,
             labels.WEIGHTS: self.trained_share * self.trained_width,
         }
         copy = {labels.INIT: self.trained_share * self.trained_width}
-        stretch.see("partitions moved together", merged(weights, copy))
-        # cast and cloned whatever the weights' format: the device test before it compares an object with a text
-        master = {labels.MASTER: self.trained_share * self.master_bytes}
-        clone = {labels.INIT: self.sub_group * self.master_bytes if self.trained_width != self.master_bytes else 0}
-        stretch.see("master weights cast", merged(weights, master, clone))
-        trial = {labels.INIT: self.trained_numel * self.master_bytes // max(1, self.job.degree)}
-        stretch.see("a gradient partition is tried", merged(weights, master, trial))
-        buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.grad_width}
-        self.resident = merged(weights, master, buffers)
+        if not job.offload_param:
+            stretch.see("partitions moved together", merged(weights, copy))
+        if job.offload_optimizer:
+            self.resident = self._offloaded()
+        else:
+            self._init_on_device(stretch, weights)
         # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
         stretch.see(
             "the largest tensor gathered",
             merged(self.resident, {labels.GATHERED: self.largest_trained * self.trained_width}),
         )
         stretch.close(self.resident)
+
+    def _init_on_device(self, stretch: Stretch, weights: Bytes) -> None:
+        # cast and cloned whatever the weights' format: the device test before it compares an object with a text
+        master = {labels.MASTER: self.trained_share * self.master_bytes}
+        clone = {labels.INIT: self.sub_group * self.master_bytes if self.trained_width != self.master_bytes else 0}
+        stretch.see("master weights cast", merged(weights, master, clone))
+        trial = {labels.INIT: self.trained_share * self.master_bytes}
+        stretch.see("a gradient partition is tried", merged(weights, master, trial))
+        buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.grad_width}
+        self.resident = merged(weights, master, buffers)
+
+    def _offloaded(self) -> Bytes:
+        """States and gradients in the host's memory, and the weights too with ``offload_param``."""
+        low, whole = self.trained_share * self.grad_width, self.trained_share * self.master_bytes
+        frozen, weights = self.frozen_share * self.width, self.trained_share * self.trained_width
+        away = self.job.offload_param
+        parts = {
+            labels.FROZEN: 0 if away else frozen,
+            labels.WEIGHTS: 0 if away else weights,
+            labels.HOST_WEIGHTS: frozen + weights if away else 0,
+            labels.BUCKET: self._bucket_bytes(),
+            labels.HOST_MASTER: whole,
+            labels.HOST_GRAD: whole,
+            labels.HOST_PARTITION: low,
+        }
+        return merged(parts, self.pinned_rounding(whole, low, weights if away else 0))
 
     def _profile_of(self, micro: Micro) -> Profile:
         found = self.profiles
@@ -126,7 +152,10 @@ class Zero3(Engine):
             # what lies in the bucket has its format already; what did not fit is cast
             cast = flush.oversized * self.travels if self.travels != self.width else 0
             copy = {labels.REDUCTION: cast + flush.copied * self.travels}
-            stretch.see("gradient reduction", merged(self.resident, alive, waiting, copy))
+            norm: Bytes = {}
+            if self.job.offload_optimizer and micro.boundary:  # _offload_grad_partition_at_boundary
+                norm = {labels.NORM: 8 * min(shard(flush.largest, bucket.degree), NORM_CHUNK)}
+            stretch.see("gradient reduction", merged(self.resident, alive, waiting, copy, norm))
         self.outputs = at_point(found.backward_end, self.basis)
         stretch.close(merged(self.resident, self.outputs))
 
@@ -140,6 +169,13 @@ class Zero3(Engine):
         }
         stretch.see("start", merged(self.resident, self.outputs))
         base = merged(self.resident, kept)
+        persistent = {name: evaluate(size, self.basis) for name, size in self.profiles.between_steps.items()}
+        if self.job.offload_optimizer:
+            if micro.step == 1 and not self.steps_skipped:
+                states = {labels.HOST_MOMENTS: self.trained_share * self.optimizer.state}
+                self.resident = merged(self.resident, states)
+            stretch.close(merged(self.resident, kept, _gathered(persistent)))
+            return
         stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_share}))
         if self.steps_skipped:
             stretch.close(base)
@@ -152,7 +188,6 @@ class Zero3(Engine):
             self.resident = merged(self.resident, {labels.MOMENTS: self.trained_share * self.optimizer.state})
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
         stretch.see("optimizer update", merged(self.resident, kept, flat, scratch))
-        persistent = {name: evaluate(size, self.basis) for name, size in self.profiles.between_steps.items()}
         stretch.close(merged(self.resident, kept, _gathered(persistent)))
 
 

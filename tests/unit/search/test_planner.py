@@ -127,9 +127,10 @@ def test_a_margin_is_kept_where_it_can_be_and_given_up_where_it_cannot():
         (ask(LLAMA), capped(H100, 6)),
         (ask(LLAMA, zero={"offload_optimizer": "none"}), Node(find_device("h100-80gb"), 1)),
         (ask(LLAMA, seq_len=131072, global_batch_size=8), H100),
+        (ask(LLAMA, zero={"offload_optimizer": "cpu"}), replace(H100, host_memory_bytes=16 * GIB)),
         (ask(SMOL, method="full"), capped(LAPTOP, 0.3)),
     ],
-    ids=["ZeRO 0", "large micro-batch", "small cap", "one GPU", "long sequences", "tiny cap"],
+    ids=["ZeRO 0", "large micro-batch", "small cap", "one GPU", "long sequences", "small host", "tiny cap"],
 )
 def test_every_remedy_does_make_it_fit(fields: RunSpec, node: Node):
     architecture = resolve_architecture(fields)
