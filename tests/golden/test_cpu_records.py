@@ -44,7 +44,7 @@ def covered(path=RECORDS):
             continue
 
 
-@pytest.mark.parametrize(("path", "count"), [(RECORDS, 43), (BENCH, 30)], ids=["records", "bench"])
+@pytest.mark.parametrize(("path", "count"), [(RECORDS, 43), (BENCH, 40)], ids=["records", "bench"])
 def test_peaks_of_covered_records(path, count):
     errors = [
         found.train_allocated_peak_bytes / record.measured.train_allocated_peak_bytes - 1
@@ -53,7 +53,8 @@ def test_peaks_of_covered_records(path, count):
     assert len(errors) >= count
     absolute = sorted(abs(error) for error in errors)
     assert quantile(absolute, 0.5) <= 0.0001
-    assert absolute[-1] <= 0.001
+    assert quantile(absolute, 0.9) <= 0.001
+    assert absolute[-1] <= 0.01
 
 
 @pytest.mark.parametrize("path", [RECORDS, BENCH], ids=["records", "bench"])

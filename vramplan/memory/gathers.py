@@ -29,6 +29,10 @@ class GatherLimits:
     max_reuse_numel: int
     persistence_numel: int
     model_persistence_numel: int
+    alone: bool = False
+    """Whether one rank holds everything: its weights are used where they lie (``_no_gather_coalesced``)."""
+    copied: bool = True
+    """Whether a lone rank's weights lie elsewhere (offload) and are copied to be used."""
 
 
 class _Handle:
@@ -40,6 +44,12 @@ class _Handle:
         self.split = False
         self.buffers: list[Tensor] = []
         tape = gathers.tape
+        if gathers.limits.alone:
+            for param in params:
+                numel = param.grad_numel if gathers.limits.copied else 0
+                gathers.data[param.name] = tape.new(const(numel), param.dtype, labels.GATHERED)
+            self.split = True
+            return
         only = params[0] if len(params) == 1 else None
         if only is not None and gathers.travels_in(only) is only.dtype:
             gathers.data[only.name] = tape.new(const(only.grad_numel), only.dtype, labels.GATHERED)
@@ -145,7 +155,8 @@ class Gathers:
         """``_post_step``: small tensors are whole from the end of the step on."""
         for param in params:
             if param.name in self.persistent and param.name not in self.available:
-                self.data[param.name] = self.tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
+                numel = param.grad_numel if self.limits.copied or not self.limits.alone else 0
+                self.data[param.name] = self.tape.new(const(numel), param.dtype, labels.GATHERED)
                 self.available.add(param.name)
 
     # Fetching

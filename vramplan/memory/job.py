@@ -99,6 +99,8 @@ class Job:
             max_reuse_numel=zero.stage3_max_reuse_distance,
             persistence_numel=zero.stage3_param_persistence_threshold,
             model_persistence_numel=zero.stage3_model_persistence_threshold,
+            alone=self.degree == 1,
+            copied=self.offload_param and self.device != "cpu",
         )
 
     @property

@@ -85,6 +85,7 @@ class _Runner:
         self.gradients: list[Gradient] = []
         self.tape.on_grad = self._collect
         self.kept: list[Tensor] = []
+        self.persistent_between: Tensor | None = None
         architecture = run.architecture
         self.keys = [_kind(run, index) for index in range(architecture.num_layers)]
         self.shown = layers_shown(self.keys, _layers_near_turn(run) if run.gathers is not None else 0)
@@ -112,10 +113,24 @@ class _Runner:
 
     def optimizer_step(self, skipped: bool) -> None:
         """What the step does to gathered weights."""
+        self.persistent_between = None
         if self.gathers is not None:
             self.gathers.release_all()
         if self.gathers is not None and not skipped:
             self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
+            numel = sum(self._persistent_numel(index) for index in range(len(self.keys)) if index not in self.shown)
+            self.persistent_between = self.tape.new((numel, 0, 0, 0, 0), self._trained_dtype(), GATHERED)
+
+    def _persistent_numel(self, index: int) -> int:
+        """Elements that stay whole of a layer that is not run: those of one of its kind that is."""
+        assert self.gathers is not None
+        twin = next(other for other in sorted(self.shown, reverse=True) if self.keys[other] == self.keys[index])
+        prefix = f"{self.run.architecture.layer_prefix}.{twin}."
+        params = self.ctx.parameters
+        return sum(params[name].grad_numel for name in self.gathers.persistent if name.startswith(prefix))
+
+    def _trained_dtype(self) -> Dtype:
+        return self.run.adapter_dtype or self.run.dtype
 
     def _snapshot(self, where: str) -> Point:
         tape = self.tape
@@ -201,7 +216,7 @@ class _Runner:
             # a second forward runs when the model's own has let go of the tables
             ctx.prefix, ctx.rotary, ctx.mask = prefix, rotary, mask
             try:
-                return run_layer(ctx, hidden, layer)
+                return ctx.call("layer", (), lambda x: run_layer(ctx, x, layer), hidden)
             finally:
                 ctx.prefix, ctx.rotary, ctx.mask = before
 
@@ -288,11 +303,12 @@ def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
 
 
 def _layers_near_turn(run: ModelRun) -> int:
-    """Layers at the end of the model that a reuse distance covers there and back, and one more."""
+    """Layers at the end of the model whose weights may be there over the turn: as many as prefetching may run ahead
+    (``max_live``), as a reuse distance covers there and back, and two more."""
     assert run.gathers is not None
     layers = run.architecture.layers
     numel = min(sum(tensor.numel for tensor in layer.tensors()) for layer in set(layers))
-    return run.gathers.max_reuse_numel // (2 * numel) + 2
+    return run.gathers.max_live_numel // numel + run.gathers.max_reuse_numel // (2 * numel) + 2
 
 
 @lru_cache(maxsize=256)

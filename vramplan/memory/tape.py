@@ -197,9 +197,9 @@ class Tape:
 
     def free(self, storage: Storage) -> None:
         self.total = sub(self.total, storage.size)
-        left = sub(self.by_label[storage.label], storage.size)
+        left = sub(self.by_label.get(storage.label, ZERO), storage.size)
         if left == ZERO:
-            del self.by_label[storage.label]
+            self.by_label.pop(storage.label, None)
         else:
             self.by_label[storage.label] = left
 
