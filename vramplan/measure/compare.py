@@ -140,8 +140,9 @@ def estimate_record(record: Record) -> Estimate:
     run, layout = run_from_record_spec(record.spec)
     device = _device_of(record)
     node = Node(device, gpus_per_node=layout.world_size, memory_cap_bytes=record.spec.cap_bytes)
+    # a record's mask is all ones, which transformers drops (masking_utils.py, _ignore_causal_mask_sdpa)
     return estimate(
-        run,
+        run.model_copy(update={"attention_mask": False}),
         node,
         resolve_architecture(run),
         steps_skipped=steps_were_skipped(record),

@@ -16,6 +16,7 @@ from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero3 import Zero3
 from vramplan.memory.zero12 import Zero12
 from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
 
 
 class UncoveredError(SpecError):
@@ -39,7 +40,7 @@ def estimate(
         SpecError: a field that the planner decides is None, or the combination is not covered.
     """
     job = job_from_run(run, node, architecture, weights_halved)
-    _check_covered(job)
+    _check_covered(job, run.attention_mask)
     engine = _engine(job, rank, steps_skipped)
     stretches = engine.walk()
     peak_bytes = max(stretch.best_bytes for stretch in stretches)
@@ -66,11 +67,19 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
     return Zero12(job, rank) if job.stage in (1, 2) else Zero3(job, rank, steps_skipped)
 
 
+def _adapts_embeddings(job: Job) -> bool:
+    """Whether a list of targets names a table, which PEFT adapts in another way (``LoraEmbedding``)."""
+    method = job.method
+    if not isinstance(method, LoraMethod) or method.target_modules == "all-linear":
+        return False
+    return any(method.adapts(table.name) for table in job.architecture.embeddings)
+
+
 COVERED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
 """Families whose blocks have been laid on the tape and compared with measurements."""
 
 
-def _check_covered(job: Job) -> None:
+def _check_covered(job: Job, masked: bool) -> None:
     """Raise UncoveredError for what the arithmetic does not count yet, naming it."""
     method = job.method
     uncovered = {
@@ -83,10 +92,13 @@ def _check_covered(job: Job) -> None:
             job.layout.tp, job.layout.sp, job.layout.pp, job.layout.ep
         )
         > 1,
+        "adapters on embeddings": _adapts_embeddings(job),
+        "a padding mask (attention_mask: true)": masked,
+        "zero.round_robin_gradients": job.zero.round_robin_gradients,
+        "zero.reduce_scatter: false": not job.zero.reduce_scatter,
+        f"the optimizer {job.optimizer}": job.optimizer in ("adamw_8bit", "adafactor"),
         "the fused (liger) loss": job.loss != "hf",
     }
     named = [name for name, is_so in uncovered.items() if is_so]
     if named:
-        raise UncoveredError(
-            f"the estimator does not count {', '.join(named)} yet; `vramplan simulate` traces such a run"
-        )
+        raise UncoveredError(f"the estimator does not count {', '.join(named)} yet")

@@ -10,7 +10,6 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, Linear
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
-from vramplan.memory.blocks.context import targets
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.profile import ModelRun
 from vramplan.spec.layout import Layout
@@ -128,6 +127,8 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         raise SpecError(
             f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it"
         )
+    if isinstance(run.method, LoraMethod):
+        _check_targets(architecture, run.method)
     assert run.micro_batch_size is not None
     assert run.grad_accum_steps is not None
     assert run.zero.stage is not None
@@ -166,6 +167,16 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
     )
 
 
+def _check_targets(architecture: Architecture, method: LoraMethod) -> None:
+    if any(param.adapter for param in parameters(architecture, method)):
+        return
+    known = sorted({linear.name.rpartition(".")[2] for linear in architecture.layers[0].linears()})
+    raise SpecError(
+        f"method.target_modules: {method.target_modules!r} matches no projection of the model, so nothing would be "
+        f"trained; name some of {', '.join(known)}, or all-linear"
+    )
+
+
 @lru_cache(maxsize=256)
 def parameters(architecture: Architecture, method: Method) -> tuple[Parameter, ...]:
     """Every unique parameter of the model, adapters where PEFT puts them: after their own base layer's."""
@@ -190,11 +201,13 @@ def _parameters(architecture: Architecture, method: Method) -> Iterator[Paramete
             pending = module, _adapters(architecture, method, module, linears[module])
     if pending is not None:
         yield from pending[1]
+    if architecture.tied_embeddings:  # a tied head has no weight of its own, but it can have an adapter
+        yield from _adapters(architecture, method, architecture.head.name, architecture.head)
 
 
 def _adapters(architecture: Architecture, method: LoraMethod, module: str, linear: Linear) -> list[Parameter]:
     is_head = module == architecture.head.name
-    if (is_head and method.target_modules == "all-linear") or not targets(method, module):
+    if (is_head and method.target_modules == "all-linear") or not method.adapts(module):
         return []
     made = [
         Parameter(f"{module}.lora_A.weight", method.r * linear.in_features, True, True, adapter=True),

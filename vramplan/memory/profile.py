@@ -215,10 +215,15 @@ class _Runner:
             before = ctx.prefix, ctx.rotary, ctx.mask
             # a second forward runs when the model's own has let go of the tables
             ctx.prefix, ctx.rotary, ctx.mask = prefix, rotary, mask
+            again = not self.tape.in_first_forward
+            casts = ctx.casts
+            if again:
+                ctx.casts = {}  # recomputing has an autocast of its own, whose cache ends with it
             try:
                 return ctx.call("layer", (), lambda x: run_layer(ctx, x, layer), hidden)
             finally:
                 ctx.prefix, ctx.rotary, ctx.mask = before
+                ctx.casts = casts
 
         with self.tape.at(f"layer {index}"):
             return self.tape.checkpoint(forward, x) if self.run.checkpointing else forward(x)
@@ -279,8 +284,15 @@ def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> 
 
 def _kind(run: ModelRun, index: int) -> Hashable:
     """Layers of one kind keep the same bytes. The first layer is of its own kind: its input is also held by the
-    model's forward, and with a frozen base nothing before its first adapter needs a gradient."""
-    return run.architecture.layers[index], index == 0
+    model's forward, and with a frozen base nothing before its first adapter needs a gradient. Nor are layers with
+    different adapters of one kind."""
+    method = run.method
+    adapted: tuple[str, ...] = ()
+    if isinstance(method, LoraMethod):
+        prefix = f"{run.architecture.layer_prefix}.{index}."
+        layer = run.architecture.layers[index]
+        adapted = tuple(linear.name for linear in layer.linears() if method.adapts(f"{prefix}{linear.name}"))
+    return run.architecture.layers[index], index == 0, adapted
 
 
 def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:

@@ -182,6 +182,8 @@ class Tape:
         self.where = ""
         self.grad_numel = 0
         self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
+        self.in_first_forward = True
+        """False while backward runs, and what it recomputes."""
         self._order = 0
         self._hooks: list[Packer | Recorder] = []
         self._grad_enabled = True
@@ -256,7 +258,8 @@ class Tape:
 
     def backward(self, root: Tensor, grad: Tensor) -> None:
         """Run the graph below ``root`` in torch's order; parameter gradients go to ``on_grad``."""
-        assert root.node is not None
+        assert root.node is not None  # job_from_run refuses a method that trains nothing
+        self.in_first_forward = False
         waiting = _count_dependencies(root.node)
         buffers: dict[int, list[Tensor | None]] = {id(root.node): [grad]}
         del grad
@@ -284,6 +287,7 @@ class Tape:
                     heapq.heappush(ready, (-target.order, id(target), target))
             self.where = where
             node.inputs = []
+        self.in_first_forward = True
 
     def _accumulate(self, buffer: list[Tensor | None], slot: int, grad: Tensor) -> None:
         held = buffer[slot]

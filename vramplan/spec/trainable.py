@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vramplan.spec.base import UserModel
 
@@ -32,6 +32,16 @@ class LoraMethod(UserModel):
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _compiles(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression ({error})") from error
+        return value
 
     def adapts(self, module_name: str) -> bool:
         """Whether PEFT puts an adapter on a linear of that full name (tuners_utils.py, check_target_module_exists).

@@ -173,7 +173,8 @@ def _sync(path: Path) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    stale = published(directory)[keep:]
+    whole = [path for path in published(directory) if find_damage(path) is None]
+    stale = [path for path in published(directory) if path not in whole[:keep]]
     for path in (*stale, *directory.glob(f"{_PARTIAL}*")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -88,7 +87,7 @@ class BlockContext:
             return None
         if method.target_modules == "all-linear" and linear.role is Role.HEAD:
             return None
-        return method if targets(method, f"{self.prefix}{linear.name}") else None
+        return method if method.adapts(f"{self.prefix}{linear.name}") else None
 
     def call(
         self,
@@ -124,20 +123,6 @@ def identity(x: Tensor, event: Callable[[], None]) -> Tensor:
         return [grads[0]]
 
     return x.storage.tape.attach("hook", out, [x], [], backward)
-
-
-def targets(method: LoraMethod, module_name: str) -> bool:
-    """Whether PEFT puts an adapter on ``module_name`` (peft/tuners/tuners_utils.py, ``check_target_module_exists``).
-
-    ``all-linear`` takes every linear but the output head; a list takes exact names and name endings; one string is a
-    regular expression for the whole name.
-    """
-    wanted = method.target_modules
-    if wanted == "all-linear":
-        return True
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module_name) is not None
-    return any(module_name == name or module_name.endswith(f".{name}") for name in wanted)
 
 
 def tokens(width: int) -> tuple[int, int, int, int, int]:
