@@ -42,6 +42,8 @@ class _Handle:
     def __init__(self, gathers: Gathers, params: list[Parameter]) -> None:
         self.params = params
         self.split = False
+        """Whether each parameter has a tensor of its own already."""
+        self.complete = False
         self.buffers: list[Tensor] = []
         tape = gathers.tape
         if gathers.limits.alone:
@@ -60,6 +62,9 @@ class _Handle:
             self.buffers.append(tape.new(const(numel), dtype, labels.GATHER_BUFFER))
 
     def wait(self, gathers: Gathers) -> None:
+        """The first wait makes every parameter of the gather available; later ones change nothing."""
+        if self.complete:
+            return
         tape = gathers.tape
         for param in () if self.split else self.params:
             travels = gathers.travels_in(param)
@@ -67,7 +72,7 @@ class _Handle:
             if travels is not param.dtype:
                 whole = tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
             gathers.data[param.name] = whole
-        self.split = True
+        self.complete = True
         gathers.available.update(param.name for param in self.params)
 
 
@@ -186,7 +191,9 @@ class Gathers:
         for param in module.params:
             self._active[param.name].add(module.name)
             if recompute and not param.requires_grad:
-                self._recomputed[next(reversed(self._backward))].append(param)
+                owner = next(reversed(self._backward))
+                self._recomputed[owner].append(param)
+                self._active[param.name].add(owner)
             if param.name in self._inflight:
                 self._inflight.pop(param.name).wait(self)
         if self._complete:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.dtype import Dtype
@@ -138,13 +138,16 @@ class _Runner:
 
     def _forward(self) -> Tensor:
         ctx, architecture = self.ctx, self.run.architecture
-        hooks, root, model = ctx.hooks, Module("", ()), Module("model", ())
+        hooks, model = ctx.hooks, Module("model", ())
+        wrappers = [Module("", ())]
+        if isinstance(self.run.method, LoraMethod):  # PeftModel, LoraModel, and the causal language model
+            wrappers += [Module("base_model", ()), Module("base_model.model", ())]
         if self.gathers is not None:
             self.gathers.start_iteration()
         self.kept.append(self.tape.new((0, 1, 0, 0, 0), Dtype.INT64, TOKENS))
         if hooks is not None:
-            hooks.before_forward(root)
-            hooks.before_forward(model)
+            for module in (*wrappers, model):
+                hooks.before_forward(module)
         x = self._decoder()
         if hooks is not None:
             hooks.after_forward(model)
@@ -158,8 +161,9 @@ class _Runner:
         if self.run.keep_outputs:
             self.kept.append(scores)
         if hooks is not None:
-            hooks.after_forward(root)
-            result = identity(result, lambda: hooks.before_backward(root))
+            for module in reversed(wrappers):
+                hooks.after_forward(module)
+                result = identity(result, partial(hooks.before_backward, module))
         return result
 
     def _decoder(self) -> Tensor:

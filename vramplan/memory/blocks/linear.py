@@ -15,7 +15,13 @@ def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     adapter = ctx.adapts(linear)
     if adapter is None:
         return _dense(ctx, x, linear, label)
-    return ctx.call(linear.name, (), lambda x: _with_adapter(ctx, x, linear, adapter, label), x)
+    # the wrapper reads lora_A's dtype, by which ZeRO-3 takes that weight for its own too (ZeROOrderedDict)
+    down = _down(ctx, linear, adapter)
+    return ctx.call(linear.name, (down,), lambda x: _with_adapter(ctx, x, linear, adapter, label), x)
+
+
+def _down(ctx: BlockContext, linear: Linear, method: LoraMethod) -> Parameter:
+    return ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, True, ctx.adapter_dtype)
 
 
 def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
@@ -54,7 +60,7 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     )
     result = _dense(ctx, x, base, label)
     narrow_format, wide_format = result.dtype, ctx.adapter_dtype or x.dtype
-    down = ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, True, ctx.adapter_dtype)
+    down = _down(ctx, linear, method)
     up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
     x = ops.to(x, wide_format, "adapters")  # _cast_input_dtype
     dropped = ctx.call(
