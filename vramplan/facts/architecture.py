@@ -168,6 +168,14 @@ class Architecture:
                 yield f"{self.layer_prefix}.{index}.{linear.name}", linear
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.family, self.hidden_size, self.vocab_size, self.embeddings, self.layers, self.head))
+
+    def __hash__(self) -> int:
+        """Computed once: an architecture is the key of every cache of the arithmetic."""
+        return self._hash
+
+    @cached_property
     def num_params(self) -> int:
         """Unique parameters, as ``sum(p.numel() for p in model.parameters())`` counts them."""
         return sum(tensor.numel for tensor in self.named_tensors())

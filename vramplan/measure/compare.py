@@ -145,6 +145,7 @@ def estimate_record(record: Record) -> Estimate:
         run.model_copy(update={"attention_mask": False}),
         node,
         resolve_architecture(run),
+        rank=0 if record.env.get("backend") == "fake" else None,  # a fake group runs rank 0 alone
         steps_skipped=steps_were_skipped(record),
         weights_halved=weights_were_halved(record),
     )

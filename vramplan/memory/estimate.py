@@ -11,6 +11,7 @@ from vramplan.memory.labels import term
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.moments import Stretch, total
 from vramplan.memory.overhead import overhead
+from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.term import Place, Term
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero3 import Zero3
@@ -27,11 +28,13 @@ def estimate(
     run: RunSpec,
     node: Node,
     architecture: Architecture,
-    rank: int = 0,
+    rank: int | None = None,
     steps_skipped: bool = False,
     weights_halved: bool = False,
 ) -> Estimate:
     """Bytes of one rank at every moment of a closed run.
+
+    ``rank``: which one; None takes the one that holds most (under ZeRO-1 and 2 partitions differ in what they touch).
 
     ``steps_skipped``: whether every optimizer step is discarded as an overflow (measurements with undefined weights).
     ``weights_halved``: whether ``zero.Init`` made bf16 weights for an fp32 run (``memory/job.py``).
@@ -41,9 +44,10 @@ def estimate(
     """
     job = job_from_run(run, node, architecture, weights_halved)
     _check_covered(job, run.attention_mask)
-    engine = _engine(job, rank, steps_skipped)
-    stretches = engine.walk()
-    peak_bytes = max(stretch.best_bytes for stretch in stretches)
+    ranks = [rank] if rank is not None else ranks_that_differ(job)
+    walks = [_engine(job, each, steps_skipped).walk() for each in ranks]
+    stretches = max(walks, key=_peak_bytes)
+    peak_bytes = _peak_bytes(stretches)
     return Estimate(
         moments=tuple(stretch.moment() for stretch in stretches),
         phases=tuple(stretch.phase_bytes() for stretch in stretches),
@@ -53,6 +57,10 @@ def estimate(
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
     )
+
+
+def _peak_bytes(stretches: list[Stretch]) -> int:
+    return max(stretch.best_bytes for stretch in stretches)
 
 
 def _host_terms(stretches: list[Stretch]) -> tuple[Term, ...]:

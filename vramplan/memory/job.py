@@ -99,7 +99,7 @@ class Job:
             persistence_numel=zero.stage3_param_persistence_threshold,
             model_persistence_numel=zero.stage3_model_persistence_threshold,
             alone=self.degree == 1,
-            copied=self.offload_param and self.device != "cpu",
+            copied=self.degree > 1 or (self.offload_param and self.device != "cpu"),
         )
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from vramplan.memory.job import Job
 from vramplan.spec.layout import shard
 
 START_ALIGNMENT = 2
@@ -60,13 +61,13 @@ class Flush:
     numel: int
     copies: bool
     """Whether the reduction flattens its slices into a new buffer (they belong to several ranks)."""
-    fills_partition: bool
-    """Whether it holds gradients of the rank's own partition, for which a buffer is then there."""
+    ranks: frozenset[int]
+    """Those whose partitions it holds gradients of; each then has a buffer for its own."""
 
 
 @lru_cache(maxsize=1024)
 def flushes(
-    order: tuple[str, ...], params: tuple[tuple[str, int], ...], degree: int, bucket_numel: int, rank: int
+    order: tuple[str, ...], params: tuple[tuple[str, int], ...], degree: int, bucket_numel: int
 ) -> tuple[Flush, ...]:
     """When gradients that arrive in ``order`` fill buckets of ``bucket_numel`` elements.
 
@@ -79,18 +80,54 @@ def flushes(
     for position, name in enumerate(order):
         start, end = flat.offsets[name]
         if elements + end - start > bucket_numel and held:
-            done.append(_flush(flat, held, elements, position, rank))
+            done.append(_flush(flat, held, elements, position))
             held, elements = [], 0
         held.append(name)
         elements += end - start
     if held:
-        done.append(_flush(flat, held, elements, None, rank))
+        done.append(_flush(flat, held, elements, None))
     return tuple(done)
 
 
-def _flush(flat: Flat, held: list[str], elements: int, before: int | None, rank: int) -> Flush:
+def _flush(flat: Flat, held: list[str], elements: int, before: int | None) -> Flush:
     ranks: set[int] = set()
     for name in held:
         start, end = flat.offsets[name]
         ranks.update(flat.ranks_of(start, end))
-    return Flush(before, elements, len(ranks) > 1, rank in ranks)
+    return Flush(before, elements, len(ranks) > 1, frozenset(ranks))
+
+
+def ranks_that_differ(job: Job) -> list[int]:
+    """The ranks that can hold most: of two ranks, one whose own tensors are no larger, whose largest slice is no
+    larger and whose gradients come no earlier cannot exceed the other."""
+    if job.stage not in (1, 2) or job.degree == 1:
+        return [0]
+    trained = tuple((param.name, param.numel) for param in job.parameters if param.trained)
+    # stage 1 reduces in the order of the parameters, stage 2 in that of backward, about its reverse
+    oversized = job.zero.reduce_bucket_size if job.stage == 1 else None
+    return _ranks_that_differ(trained, job.degree, job.stage == 2, oversized)
+
+
+@lru_cache(maxsize=256)
+def _ranks_that_differ(
+    trained: tuple[tuple[str, int], ...], degree: int, backwards: bool, bucket_numel: int | None
+) -> list[int]:
+    flat = flat_group(trained, degree)
+    touched, slices, early = [0] * degree, [0] * degree, [-len(trained)] * degree
+    freed = [0] * degree  # stage 1 lets go of a gradient larger than the bucket only where it is the rank's own
+    for position, (name, numel) in enumerate(trained):
+        start, end = flat.offsets[name]
+        for rank in flat.ranks_of(start, end):
+            touched[rank] += numel
+            slices[rank] = max(slices[rank], flat.owned_by(name, rank))
+            freed[rank] -= numel if bucket_numel is not None and numel > bucket_numel else 0
+            early[rank] = max(early[rank], position if backwards else -position)
+    best: dict[tuple[int, ...], int] = {}
+    for rank in range(degree):
+        best.setdefault((touched[rank], slices[rank], early[rank], freed[rank]), rank)
+    kept = [key for key in best if not any(other != key and _covers(other, key) for other in best)]
+    return sorted(best[key] for key in kept)
+
+
+def _covers(other: tuple[int, ...], key: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in zip(other, key, strict=True))

@@ -101,15 +101,16 @@ class _Runner:
         tape.points.clear()
         tape.grad_numel = 0
         result = self._forward()
-        forward, end = tuple(tape.points), self._snapshot("after forward")
+        end = self._snapshot("after forward")
+        forward = tuple(tape.points)
         tape.points.clear()
         grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
         tape.backward(result, grad)
         del grad, result
         if self.gathers is not None:
             self.gathers.end_backward()
-        backward = tuple(tape.points)
-        return Profile(forward, end, backward, self._snapshot("after backward"), tuple(self.gradients))
+        last = self._snapshot("after backward")
+        return Profile(forward, end, tuple(tape.points), last, tuple(self.gradients))
 
     def optimizer_step(self, skipped: bool) -> None:
         """What the step does to gathered weights."""
@@ -134,6 +135,7 @@ class _Runner:
 
     def _snapshot(self, where: str) -> Point:
         tape = self.tape
+        tape.settle()
         return Point(where, len(tape.points), tape.total, dict(tape.by_label), tape.grad_numel)
 
     def _forward(self) -> Tensor:
@@ -270,6 +272,7 @@ class _Runner:
                 last = f"{prefix}.{max(i for i, other in enumerate(keys) if other == key)}."
                 templates[key] = last, [event for event in self.gradients if event.name.startswith(last)]
             last, events = templates[key]
+            self.tape.settle()
             for event in events:
                 self.tape.grad_numel += event.numel
                 at = _less(event.at, freed, self.tape.grad_numel, f"layer {index}")

@@ -162,7 +162,7 @@ class Packer:
 
 @dataclass(slots=True)
 class Point:
-    """The bytes alive right after an allocation, by label; ``where`` names the stretch of the step."""
+    """The bytes alive after allocations and before the next release, by label; ``where`` names the stretch."""
 
     where: str
     index: int
@@ -184,6 +184,8 @@ class Tape:
         self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
         self.in_first_forward = True
         """False while backward runs, and what it recomputes."""
+        self._rising: str | None = None
+        """The stretch of the last allocation, if nothing was freed since."""
         self._order = 0
         self._hooks: list[Packer | Recorder] = []
         self._grad_enabled = True
@@ -194,10 +196,18 @@ class Tape:
         size = (numel[0] * width, numel[1] * width, numel[2] * width, numel[3] * width, numel[4] * width)
         self.total = add(self.total, size)
         self.by_label[label] = add(self.by_label.get(label, ZERO), size)
-        self.points.append(Point(self.where, len(self.points), self.total, dict(self.by_label), self.grad_numel))
+        self._rising = self.where
         return Tensor(Storage(self, size, label), numel, dtype)
 
+    def settle(self) -> None:
+        """Note the instant, if bytes have only grown since the last one: no other before it was as high."""
+        if self._rising is not None:
+            self.points.append(Point(self._rising, len(self.points), self.total, dict(self.by_label), self.grad_numel))
+            self._rising = None
+
     def free(self, storage: Storage) -> None:
+        """The last reference to a storage has gone."""
+        self.settle()
         self.total = sub(self.total, storage.size)
         left = sub(self.by_label.get(storage.label, ZERO), storage.size)
         if left == ZERO:
@@ -317,6 +327,7 @@ class Parameter(Tensor):
         grads.clear()
         if grad is not None:
             tape = self.storage.tape
+            tape.settle()
             tape.grad_numel += self.grad_numel
             tape.on_grad(self, grad)
         return []

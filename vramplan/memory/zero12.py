@@ -111,12 +111,12 @@ class Zero12(Engine):
         left = self.trained_numel * self.width
         stretch.see("before reduction", merged(base, bucket, {labels.GRADIENTS: left}))
         filled: Bytes = {}
-        for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size, self.rank):
+        for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size):
             moves = self.contiguous and flush.numel <= self.job.zero.reduce_bucket_size
             left -= flush.numel * self.width if moves else 0
             copy = {labels.REDUCTION: flush.numel * self.width if flush.copies else 0}
             stretch.see("gradient reduction", merged(base, bucket, filled, copy, {labels.GRADIENTS: left}))
-            if self.contiguous and flush.fills_partition:
+            if self.contiguous and self.rank in flush.ranks:
                 filled = self._partition()
                 # a gradient that bypassed the bucket is let go of once it is in the partition, else at the end
                 left -= 0 if moves else flush.numel * self.width
@@ -149,7 +149,7 @@ class Zero12(Engine):
         gradients, owned = found.gradients, 0
         start = held_from = 0
         order = tuple(gradient.name for gradient in gradients)
-        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size, self.rank):
+        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size):
             last = len(gradients) - 1 if flush.before is None else flush.before
             until = len(found.backward) if flush.before is None else gradients[last].at.index
             self._see_held(stretch, start, until, owned - held_from)
@@ -180,7 +180,7 @@ class Zero12(Engine):
         order = tuple(gradient.name for gradient in gradients)
         filled: Bytes = {}
         filled_from: int | None = None
-        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size, self.rank):
+        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size):
             last = len(gradients) - 1 if flush.before is None else flush.before
             gradient = gradients[last]
             alive = at_point(gradient.at, self.basis)
@@ -190,10 +190,10 @@ class Zero12(Engine):
                 alive = without_gradient(alive, gradient.numel * self.width)
             copy = {labels.REDUCTION: self._copy_bytes(flush)}
             stretch.see("gradient reduction", merged(self.resident, bucket, filled, copy, alive))
-            if flush.fills_partition and self.offloads:  # set_norm_for_param_grad_in_gpu
+            if self.rank in flush.ranks and self.offloads:  # set_norm_for_param_grad_in_gpu
                 norm = {labels.NORM: 8 * self.largest_owned}
                 stretch.see("gradient norm", merged(self.resident, bucket, norm, alive))
-            elif flush.fills_partition and not filled:
+            elif self.rank in flush.ranks and not filled:
                 filled = self._partition()
                 filled_from = gradient.at.index
             stretch.see("gradient partition filled", merged(self.resident, bucket, filled, alive))

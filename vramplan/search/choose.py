@@ -99,7 +99,10 @@ class _Trials:
         if each.candidate not in self.results:
             result: Estimate | UncoveredError
             try:
-                result = estimate(each.run, self.node, self.architecture)
+                # one rank that does not fit is enough; only what may fit is worth asking every rank about
+                result = estimate(each.run, self.node, self.architecture, rank=0)
+                if result.fits and each.run.zero.stage in (1, 2):
+                    result = estimate(each.run, self.node, self.architecture)
             except UncoveredError as error:
                 result = error
             self.results[each.candidate] = each, result
