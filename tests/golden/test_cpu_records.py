@@ -4,18 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.facts.device import Device, Node
-from vramplan.facts.resolve import resolve_architecture
-from vramplan.measure.compare import quantile
-from vramplan.measure.record import (
-    Record,
-    read_records,
-    run_from_record_spec,
-    steps_were_skipped,
-    weights_were_halved,
-)
-from vramplan.memory.estimate import UncoveredError, estimate
-from vramplan.units import TIB
+from vramplan.measure.compare import estimate_record, quantile
+from vramplan.measure.record import read_records
+from vramplan.memory.estimate import UncoveredError
 
 RECORDS = Path(__file__).with_name("cpu_records.jsonl")
 BENCH = Path(__file__).with_name("measured") / "cpu_bench.jsonl"
@@ -24,22 +15,10 @@ BENCH = Path(__file__).with_name("measured") / "cpu_bench.jsonl"
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 
 
-def predict(record: Record):
-    run, layout = run_from_record_spec(record.spec)
-    node = Node(Device("CPU", "cpu", 16 * TIB, 16 * TIB), layout.world_size)
-    return estimate(
-        run,
-        node,
-        resolve_architecture(run),
-        steps_skipped=steps_were_skipped(record),
-        weights_halved=weights_were_halved(record),
-    )
-
-
 def covered(path=RECORDS):
     for record in read_records(path):
         try:
-            yield record, predict(record)
+            yield record, estimate_record(record)
         except UncoveredError:
             continue
 

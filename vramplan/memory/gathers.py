@@ -121,6 +121,10 @@ class Gathers:
     def after_backward(self, module: Module) -> None:
         self._release(module, forward=False)
 
+    def whole(self, name: str) -> Tensor | None:
+        """The gathered tensor of a weight, if it is there."""
+        return self.data.get(name)
+
     # Iterations
 
     def start_iteration(self) -> None:

@@ -46,6 +46,7 @@ PERSISTENT = "persistent weights"
 LOADING = "copies during loading"
 OUTPUTS = "logits"
 SCRATCH = "kernel scratch"
+AUTOCAST_COPIES = "autocast copies of weights"
 
 LABELS: dict[str, Label] = {
     OFFLOAD_BUFFER: Label(Category.COMMUNICATION, "width x largest trained tensor (temp_grad_buffer_for_gpu_offload)"),
@@ -104,7 +105,7 @@ LABELS: dict[str, Label] = {
     "norms": Label(Category.ACTIVATION, "fp32 input, its row scale and the output of each norm that are kept"),
     "adapters": Label(Category.ACTIVATION, "tokens x rank, and the adapters' outputs while they are added"),
     "adapters: dropped input": Label(Category.ACTIVATION, "dropout's result and mask on each adapter's input"),
-    "autocast copies of weights": Label(Category.PARAMETER, "2 B x trained linear weights, kept for backward"),
+    AUTOCAST_COPIES: Label(Category.PARAMETER, "2 B x trained linear weights, kept for backward"),
     "activation gradients": Label(Category.TEMPORARY, "gradients of activations on their way through backward"),
     "temporary of an operator": Label(Category.TEMPORARY, "tensors that live within one operator"),
     "gradient of the weight in hand": Label(Category.GRADIENT, "width x elements of the weight whose backward runs"),

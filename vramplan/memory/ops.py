@@ -192,18 +192,27 @@ def row_mean(x: Tensor, rows: Size, label: str) -> Tensor:
     return tape.attach("mean", out, [x], [], backward)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_numel: Size, label: str, zero3: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_numel: Size,
+    label: str,
+    zero3: bool = False,
+    whole: Tensor | None = None,
+) -> Tensor:
     """``F.linear`` of a 3-D input: saves x if the weight is trained, the weight if x needs a gradient.
 
     Backward makes the gradient of x, then of the weight (``mm``: self, then mat2), and a bias's by a sum.
     ``zero3``: DeepSpeed's own function in its place, which always saves x and whose gradients are no views
-    (deepspeed/runtime/zero/linear.py, ``LinearFunctionForZeroStage3``).
+    (deepspeed/runtime/zero/linear.py, ``LinearFunctionForZeroStage3``). ``whole``: the gathered weight that is saved in
+    the weight's place.
     """
     tape = x.storage.tape
     out = tape.new(out_numel, x.dtype, label)
     need_x, need_w = x.requires_grad, weight.requires_grad
     need_b = bias is not None and bias.requires_grad
-    saved = ([x] if need_w or zero3 else []) + ([weight] if need_x or zero3 else [])
+    saved = ([x] if need_w or zero3 else []) + ([whole if whole is not None else weight] if need_x or zero3 else [])
     x_numel, dtype, w_numel = x.numel, x.dtype, weight.numel
     b_numel = bias.numel if bias is not None else ZERO
 

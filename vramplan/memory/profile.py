@@ -20,7 +20,7 @@ from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
 from vramplan.memory.blocks.layer import run_layer
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.gathers import GatherLimits, Gathers
-from vramplan.memory.labels import GATHER_BUFFER, GATHERED
+from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod, Method
@@ -245,6 +245,10 @@ class _Runner:
         for index in skipped:
             for label, size in costs[keys[index]].items():
                 total[label] = add(total.get(label, ZERO), size)
+        if self.run.checkpointing and AUTOCAST_COPIES in total:  # autocast's cache holds these, not the graph
+            copies = tape.new(total.pop(AUTOCAST_COPIES), Dtype.UINT8, AUTOCAST_COPIES)
+            self.ctx.casts[f"layers {skipped[0]} to {skipped[-1]}"] = copies
+            del copies
         held = [tape.new(size, Dtype.UINT8, label) for label, size in total.items() if size != ZERO]
         out = Tensor(x.storage, x.numel, x.dtype)
 

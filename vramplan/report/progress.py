@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -36,18 +37,24 @@ class TrainingView:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
             console=self._console,
-            disable=not self._live,
         )
-        self._task: TaskID = self._progress.add_task("", total=None, doing="starting", figures="")
+        self._task: TaskID = self._progress.add_task("", total=None, doing="starting")
+        self._figures = Text()
+        self._screen = Live(self._lines(), console=self._console, refresh_per_second=4)
+
+    def _lines(self) -> Group:
+        """The bar, and below it what the last step said: loss, rate and speed on one line, memory on the next."""
+        return Group(self._progress, self._figures)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._live:
+            self._screen.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._live:
+            self._screen.stop()
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Shows one event of ``metrics.jsonl`` (or a change of phase)."""
@@ -76,7 +83,9 @@ class TrainingView:
 
     def _on_step(self, event: dict[str, Any]) -> None:
         figures = step_figures(event, self._predicted)
-        self._progress.update(self._task, completed=event["step"], doing="training", figures=figures)
+        self._progress.update(self._task, completed=event["step"], doing="training")
+        self._figures = Text(figures.replace("  memory ", "\nmemory "))
+        self._screen.update(self._lines())
         if not self._live:
             self._say(f"step {event['step']}/{event['total_steps']}  {figures}")
 
@@ -89,7 +98,7 @@ class TrainingView:
         self._say(f"after step {event['step']}: checkpoint {event['path']} ({format_seconds(event['seconds'])})")
 
     def _on_end(self, event: dict[str, Any]) -> None:
-        self._progress.update(self._task, completed=event["step"], doing="done", figures="")
+        self._progress.update(self._task, completed=event["step"], doing="done")
         self._say(f"saved: {event['exported']}")
 
     def _on_merged(self, event: dict[str, Any]) -> None:
@@ -104,13 +113,14 @@ class TrainingView:
 
 def step_figures(event: dict[str, Any], predicted_bytes: int) -> str:
     """Loss, rate, speed and memory of one step."""
-    of = "" if event["memory_of"] == "tensors" else " (whole process)"
-    peak = format_bytes(event["memory_peak"]) if event["memory_peak"] else "?"
+    of = "tensors" if event["memory_of"] == "tensors" else "the whole process"
+    peak = format_bytes(event["memory_peak"]) if event["memory_peak"] else "not measured yet"
     parts = [
         f"loss {event['loss']:.4f}",
         f"lr {event['lr']:.2e}",
         f"{event['tokens_per_s']:,.0f} tokens/s",
-        f"memory {format_bytes(event['memory_now'])} now{of}, peak {peak} of {format_bytes(predicted_bytes)} predicted",
+        f"memory now {format_bytes(event['memory_now'])} ({of}), peak of tensors {peak}, "
+        f"{format_bytes(predicted_bytes)} predicted",
     ]
     if not event["applied"]:
         parts.append("step skipped (fp16 overflow)")

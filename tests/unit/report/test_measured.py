@@ -88,9 +88,10 @@ STEP = {
 
 def test_a_steps_figures_say_loss_rate_speed_and_memory():
     assert step_figures(STEP, 4 * MIB) == (
-        "loss 1.2500  lr 1.00e-04  1,234 tokens/s  memory 1.0 MiB now, peak 2.0 MiB of 4.0 MiB predicted"
+        "loss 1.2500  lr 1.00e-04  1,234 tokens/s  memory now 1.0 MiB (tensors), "
+        "peak of tensors 2.0 MiB, 4.0 MiB predicted"
     )
-    assert "now (whole process)" in step_figures({**STEP, "memory_of": "process"}, MIB)
+    assert "(the whole process)" in step_figures({**STEP, "memory_of": "process"}, MIB)
     assert "step skipped" in step_figures({**STEP, "applied": False}, MIB)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vramplan.facts.architecture import Linear
 from vramplan.facts.dtype import Dtype
-from vramplan.memory import ops
+from vramplan.memory import labels, ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.tape import Parameter, Tensor
 from vramplan.spec.trainable import LoraMethod
@@ -35,11 +35,22 @@ def _product(
     ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out_features: int, label: str
 ) -> Tensor:
     if ctx.autocast is None:
-        return ops.linear(x, weight, bias, tokens(out_features), label, zero3=ctx.hooks is not None)
+        return ops.linear(
+            x, weight, bias, tokens(out_features), label, zero3=ctx.hooks is not None, whole=_recomputed(ctx, weight)
+        )
     low = ops.to(x, ctx.autocast, label)
     cast_weight = _cast(ctx, weight, ctx.autocast)
     cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
     return ops.linear(low, cast_weight, cast_bias, tokens(out_features), label, zero3=ctx.hooks is not None)
+
+
+def _recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
+    """What recomputing saves of a gathered weight: a view of the whole, which outlives its release, if it is trained
+    (torch/utils/checkpoint.py stores ``x.detach() if x.requires_grad else x``); elsewhere the parameter itself is
+    saved, and loses its bytes when it is released."""
+    if ctx.hooks is None or ctx.tape.in_first_forward or not weight.requires_grad:
+        return None
+    return ctx.hooks.whole(weight.name)
 
 
 def _cast(ctx: BlockContext, weight: Parameter, dtype: Dtype) -> Tensor:
@@ -47,7 +58,7 @@ def _cast(ctx: BlockContext, weight: Parameter, dtype: Dtype) -> Tensor:
     (``at::autocast::cached_cast``), else made for each use."""
     if weight.name in ctx.casts:
         return ctx.casts[weight.name]
-    copy = ops.to(weight, dtype, "autocast copies of weights")
+    copy = ops.to(weight, dtype, labels.AUTOCAST_COPIES)
     if weight.requires_grad:
         ctx.casts[weight.name] = copy
     return copy

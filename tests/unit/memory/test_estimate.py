@@ -1,0 +1,90 @@
+"""The estimate's own promises: which rank, which adapters, what is refused, what adds up."""
+
+import pytest
+
+from vramplan.errors import SpecError
+from vramplan.facts.device import Node
+from vramplan.facts.devices import find_device
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.ledger import Estimate
+from vramplan.spec.run import RunSpec
+
+SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def ask(model=SMALL, zero=None, gpus=8, rank=None, **fields) -> Estimate:
+    stage = {"stage": 2, "offload_optimizer": "none", "offload_param": "none", **(zero or {})}
+    chosen = {"micro_batch_size": 1, "grad_accum_steps": 1, "activation_checkpointing": "full", "seq_len": 256}
+    run = RunSpec(model=model, zero=stage, **{**chosen, **fields})
+    return estimate(run, Node(find_device("h100-80gb"), gpus), resolve_architecture(run), rank=rank)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bucket", [5_000_000, 50_000_000])
+def test_no_rank_holds_more_than_the_answer(stage, bucket):
+    zero = {"stage": stage, "reduce_bucket_size": bucket}
+    worst = max(ask("Qwen/Qwen2.5-0.5B", zero, rank=rank).allocated_peak_bytes for rank in range(8))
+    assert ask("Qwen/Qwen2.5-0.5B", zero).allocated_peak_bytes == worst
+
+
+def test_ranks_do_differ():
+    zero = {"stage": 2, "reduce_bucket_size": 50_000_000}
+    assert len({ask("Qwen/Qwen2.5-0.5B", zero, rank=rank).allocated_peak_bytes for rank in range(8)}) > 1
+
+
+def test_adapters_that_match_nothing_are_one_sentence():
+    with pytest.raises(SpecError, match=r"target_modules: .* matches no projection of the model.*q_proj"):
+        ask(method={"kind": "lora", "target_modules": ["nothing_here"]})
+
+
+@pytest.mark.parametrize("targets", [r".*layers\.5\..*q_proj", ["layers.29.self_attn.q_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_adapters_on_some_layers(targets, stage, checkpointing):
+    method = {"kind": "lora", "target_modules": targets}
+    found = ask(zero={"stage": stage}, method=method, activation_checkpointing=checkpointing)
+    assert found.allocated_peak_bytes > 0
+
+
+def test_layers_with_adapters_keep_more_than_layers_without():
+    few = ask(method={"kind": "lora", "target_modules": r".*layers\.29\..*"}, activation_checkpointing="none")
+    many = ask(
+        method={"kind": "lora", "target_modules": r".*layers\.(1[5-9]|2\d)\..*"}, activation_checkpointing="none"
+    )
+    every = ask(method={"kind": "lora"}, activation_checkpointing="none")
+    assert few.allocated_peak_bytes < many.allocated_peak_bytes < every.allocated_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"attention_mask": True}, "padding mask"),
+        ({"zero": {"round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"zero": {"reduce_scatter": False}}, "reduce_scatter"),
+        ({"method": {"kind": "lora", "use_dora": True}}, "DoRA"),
+        ({"optimizer": {"kind": "adamw_8bit"}}, "adamw_8bit"),
+        ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_counted_is_refused_by_name(fields, named):
+    with pytest.raises(UncoveredError, match=named):
+        ask(**fields)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_terms_add_up_to_their_moment(stage):
+    found = ask(zero={"stage": stage})
+    for moment, phase in zip(found.moments, found.phases, strict=True):
+        assert moment.num_bytes == phase.peak_bytes >= phase.end_bytes
+    assert found.allocated_peak_bytes == max(phase.peak_bytes for phase in found.phases)
+
+
+def test_offload_moves_states_to_the_host():
+    here = ask("meta-llama/Llama-3.1-8B", zero={"stage": 2})
+    away = ask("meta-llama/Llama-3.1-8B", zero={"stage": 2, "offload_optimizer": "cpu"})
+    assert here.host_bytes_per_node == 0
+    # master, its gradient and two moments in fp32, and the low-precision copy: 18 B an element of the rank's share
+    assert away.host_bytes_per_node > 18 * 8_030_261_248
+    assert away.allocated_peak_bytes < here.allocated_peak_bytes
