@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "datasets", "accelerate", "huggingface_hub"}
-COLD_START_S = 0.35
+COLD_START_S = 0.5
 
 
 def modules_after(statement: str) -> set[str]:

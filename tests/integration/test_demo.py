@@ -14,12 +14,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
+    before = reduction_buffers()
     environment = {**os.environ, "VENV": sys.prefix}
     done = subprocess.run(
         [ROOT / "scripts/demo", out], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert reduction_buffers() <= before  # 66 MiB a rank, which would stay in host memory until a restart
     return out, done.stdout
+
+
+def reduction_buffers():
+    return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
 
 
 def test_the_loss_falls(demo):

@@ -20,6 +20,7 @@ from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
+from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
 from vramplan.supervise.tail import Tail
 
 _POLL_S = 0.1
@@ -54,12 +55,14 @@ def run_plan(
         TrainingFailed: a rank failed or was killed, or the user interrupted; no process of the run is left.
     """
     _clear_old_failures(run_dir)
+    remove_forgotten_buffers()
+    port = free_port()
     command = launch_command(
         plan.node,
         run_dir.plan,
         run_dir.root,
         resume=resuming,
-        port=free_port(),
+        port=port,
         hostfile=hostfile,
         log_dir=run_dir.logs,
         executable=local_launcher(),
@@ -77,6 +80,7 @@ def run_plan(
             ) from error
         finally:
             child.end()
+            remove_buffers(port)
     if not finished:
         raise explain(run_dir, child.poll())
 

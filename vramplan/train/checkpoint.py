@@ -21,7 +21,7 @@ from vramplan.errors import CheckpointError
 from vramplan.measure.run_dir import write_json
 from vramplan.spec.run import RunSpec
 from vramplan.train.engine import TrainEngine
-from vramplan.train.manifest import find_damage, write_manifest
+from vramplan.train.manifest import find_damage, find_missing_bytes, write_manifest
 
 _TAG = "deepspeed"
 _STATE = "state.json"
@@ -173,8 +173,9 @@ def _sync(path: Path) -> None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    whole = [path for path in published(directory) if find_damage(path) is None]
-    stale = [path for path in published(directory) if path not in whole[:keep]]
+    """By one rank alone, so it looks at sizes only: contents are read by all ranks together, at a resume."""
+    complete = [path for path in published(directory) if find_missing_bytes(path) is None]
+    stale = [path for path in published(directory) if path not in complete[:keep]]
     for path in (*stale, *directory.glob(f"{_PARTIAL}*")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -27,26 +27,48 @@ def write_manifest(directory: Path) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, the same answer on every rank; None when all is whole."""
+    """What is wrong with a checkpoint, the same answer on every rank; None when all is whole. All ranks must call it."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, _find_damage_of_share(directory, rank, world_size))
     return next((damage for damage in found if damage is not None), None)
 
 
+def find_missing_bytes(directory: Path) -> str | None:
+    """As ``find_damage``, by names and sizes alone: one rank may ask, and no file is read."""
+    try:
+        expected = _read_manifest(directory)
+    except (OSError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    found = (_missing_bytes(directory / name, name, size) for name, (size, _) in sorted(expected.items()))
+    return next((damage for damage in found if damage is not None), None)
+
+
 def _find_damage_of_share(directory: Path, rank: int, world_size: int) -> str | None:
     try:
-        expected = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        expected = _read_manifest(directory)
     except (OSError, ValueError):
         return f"{MANIFEST} cannot be read"
     for name in sorted(expected)[rank::world_size]:
         path, (size, checksum) = directory / name, expected[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
+        missing = _missing_bytes(path, name, size)
+        if missing is not None:
+            return missing
         if _checksum(path) != checksum:
             return f"{name} does not have the content that was written"
+    return None
+
+
+def _read_manifest(directory: Path) -> dict[str, tuple[int, int]]:
+    content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    return {name: (size, checksum) for name, (size, checksum) in content.items()}
+
+
+def _missing_bytes(path: Path, name: str, size: int) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} of {size} bytes"
     return None
 
 

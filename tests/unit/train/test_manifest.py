@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from vramplan.train.manifest import MANIFEST, find_damage, write_manifest
+from vramplan.train.manifest import MANIFEST, find_damage, find_missing_bytes, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,13 @@ def checkpoint(tmp_path):
 
 def test_what_was_written_is_whole(checkpoint):
     assert find_damage(checkpoint) is None
+    assert find_missing_bytes(checkpoint) is None
 
 
 def test_a_cut_file(checkpoint):
     shard = checkpoint / "deepspeed" / "shard.pt"
     shard.write_bytes(shard.read_bytes()[:1000])
-    assert find_damage(checkpoint) == "deepspeed/shard.pt has 1000 of 25600 bytes"
+    assert find_damage(checkpoint) == find_missing_bytes(checkpoint) == "deepspeed/shard.pt has 1000 of 25600 bytes"
 
 
 def test_a_flipped_bit(checkpoint):
@@ -47,12 +48,12 @@ def test_a_flipped_bit(checkpoint):
 
 def test_a_missing_file(checkpoint):
     (checkpoint / "deepspeed" / "shard.pt").unlink()
-    assert find_damage(checkpoint) == "deepspeed/shard.pt is missing"
+    assert find_damage(checkpoint) == find_missing_bytes(checkpoint) == "deepspeed/shard.pt is missing"
 
 
 def test_no_manifest_or_half_of_one(checkpoint):
     text = (checkpoint / MANIFEST).read_text()
     (checkpoint / MANIFEST).write_text(text[: len(text) // 2])
-    assert find_damage(checkpoint) == "manifest.json cannot be read"
+    assert find_damage(checkpoint) == find_missing_bytes(checkpoint) == "manifest.json cannot be read"
     (checkpoint / MANIFEST).unlink()
-    assert find_damage(checkpoint) == "manifest.json cannot be read"
+    assert find_damage(checkpoint) == find_missing_bytes(checkpoint) == "manifest.json cannot be read"
