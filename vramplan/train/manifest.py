@@ -27,7 +27,7 @@ def write_manifest(directory: Path) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, the same answer on every rank; None when all is whole. All ranks must call it."""
+    """What is wrong with a checkpoint, the same answer on every rank; None when all is whole. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found: list[Any] = [None] * world_size
     dist.all_gather_object(found, _find_damage_of_share(directory, rank, world_size))

@@ -33,4 +33,4 @@ def test_forgotten_buffers_are_removed_but_not_those_in_use_or_just_made(tmp_pat
     with used.open("r+b") as file, mmap.mmap(file.fileno(), 0):
         assert remove_forgotten_buffers(tmp_path) == 4096
     assert not forgotten.exists()
-    assert young.exists() and used.exists() and foreign.exists()
+    assert all(path.exists() for path in (young, used, foreign))
