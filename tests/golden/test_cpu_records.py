@@ -12,6 +12,8 @@ RECORDS = Path(__file__).with_name("cpu_records.jsonl")
 BENCH = Path(__file__).with_name("measured") / "cpu_bench.jsonl"
 """Taken by `vramplan bench run`: qwen3, sliding windows, small buckets, adapters under every stage, offload
 (on the CPU the host's memory is the device's: both are counted)."""
+ADAPTERS = Path(__file__).with_name("measured") / "cpu_adapters.jsonl"
+"""Taken by `vramplan bench run`: DoRA, adapters under autocast."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 
 
@@ -23,7 +25,9 @@ def covered(path=RECORDS):
             continue
 
 
-@pytest.mark.parametrize(("path", "count"), [(RECORDS, 43), (BENCH, 49)], ids=["records", "bench"])
+@pytest.mark.parametrize(
+    ("path", "count"), [(RECORDS, 44), (BENCH, 49), (ADAPTERS, 10)], ids=["records", "bench", "adapters"]
+)
 def test_peaks_of_covered_records(path, count):
     errors = [
         found.train_allocated_peak_bytes / record.measured.train_allocated_peak_bytes - 1
@@ -36,7 +40,7 @@ def test_peaks_of_covered_records(path, count):
     assert absolute[-1] <= 0.01
 
 
-@pytest.mark.parametrize("path", [RECORDS, BENCH], ids=["records", "bench"])
+@pytest.mark.parametrize("path", [RECORDS, BENCH, ADAPTERS], ids=["records", "bench", "adapters"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_phases(path, stage):
     compared = 0

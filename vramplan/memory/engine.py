@@ -13,6 +13,7 @@ from vramplan.memory.moments import Bytes, Stretch, at_point, merged
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.size import Size, basis_at
 from vramplan.memory.term import Phase
+from vramplan.spec.trainable import LoraMethod
 
 MICROS_SHOWN = 3
 """Micro-batches of a step that are told apart: the first, one between, and the last."""
@@ -79,19 +80,35 @@ class Engine(ABC):
         return stretch
 
     def load(self) -> None:
-        """The model is built in the run's dtype; a tied head is made before it is tied (``post_init``)."""
+        """The model is built in the run's dtype; without a checkpoint to read, a tied head is made before it is tied
+        (``post_init``)."""
         base = (self.trained_numel + self.frozen_numel - self.adapter_numel) * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         architecture = self.job.architecture
         twice = 0
-        if architecture.tied_embeddings:
+        if architecture.tied_embeddings and self.job.keep_outputs:  # a measured run builds from the config alone
             twice = architecture.vocab_size * architecture.hidden_size * self.width
         stretch = self.open("model_load", Phase.MODEL_LOAD)
         frozen = self.frozen_numel * self.width
         built = {labels.FROZEN: frozen, labels.WEIGHTS: base + adapters - frozen}
         stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
+        self._see_dora(stretch, base)
         stretch.close(built)
         self.resident = built
+
+    def _see_dora(self, stretch: Stretch, base: int) -> None:
+        """Each magnitude starts as a norm of ``weight + scaling * B @ A`` (peft/tuners/lora/dora.py, ``update_layer``):
+        the product, its scaled copy and the sum, in the weight's format."""
+        if not isinstance(self.job.method, LoraMethod) or not self.job.method.use_dora:
+            return
+        linears, made = dict(self.job.architecture.named_linears()), base
+        for param in self.job.parameters:
+            if not param.adapter:
+                continue
+            if param.name.endswith("lora_magnitude_vector.weight"):
+                numel = linears[param.name.removesuffix(".lora_magnitude_vector.weight")].weight_numel
+                stretch.see("a magnitude's first norm", {labels.WEIGHTS: made, labels.LOADING: 3 * numel * self.width})
+            made += param.numel * self.width  # cast to fp32 when all are made
 
     @abstractmethod
     def init(self) -> None:

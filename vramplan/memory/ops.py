@@ -141,14 +141,15 @@ def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
 def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = False) -> Tensor:
     """``x * small`` (or ``small * x``) where ``small`` is broadcast over ``x``: a weight, a scale, a table.
 
-    The gradient of ``small`` is first made in ``x``'s shape, then summed (``engine.cpp``, ``validate_outputs``); the
-    gradients are made in the order of the operands.
+    The result has the wider format of the two. The gradient of ``small`` is first made in ``x``'s shape, then summed,
+    that of ``x`` cast (``engine.cpp``, ``validate_outputs``); the gradients are made in the order of the operands.
     """
     tape = x.storage.tape
-    out = tape.new(x.numel, x.dtype, label)
+    numel, x_dtype, small_numel, small_dtype = x.numel, x.dtype, small.numel, small.dtype
+    dtype = small_dtype if small_dtype.nbytes > x_dtype.nbytes else x_dtype
+    out = tape.new(numel, dtype, label)
     need_x, need_small = x.requires_grad, small.requires_grad
     saved = ([small] if need_x else []) + ([x] if need_small else [])
-    numel, dtype, small_numel, small_dtype = x.numel, x.dtype, small.numel, small.dtype
     small_label = WEIGHT_GRADIENT if isinstance(small, Parameter) else GRADIENTS
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -158,7 +159,10 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
         if need_small and not small_first:
             wide = tape.new(numel, dtype, TEMPORARY)
         grad_small = tape.new(small_numel, small_dtype, small_label) if need_small else None
-        del held, wide
+        del wide
+        if need_x and dtype is not x_dtype:
+            grad_x = tape.new(numel, x_dtype, GRADIENTS)
+        del held
         return [grad_x, grad_small]
 
     return tape.attach("mul", out, [x, small], saved, backward)

@@ -62,7 +62,7 @@ def test_layers_with_adapters_keep_more_than_layers_without():
         ({"attention_mask": True}, "padding mask"),
         ({"zero": {"round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero": {"reduce_scatter": False}}, "reduce_scatter"),
-        ({"method": {"kind": "lora", "use_dora": True}}, "DoRA"),
+        ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
         ({"optimizer": {"kind": "adamw_8bit"}}, "adamw_8bit"),
         ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
     ],

@@ -95,6 +95,7 @@ def _rotate_half(x: Tensor) -> Tensor:
 def _core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
     if ctx.attention == "eager":
         return _eager(ctx, q, k, v, block)
+    q, k, v = (_low(ctx, part) for part in (q, k, v))
     if ctx.device == "cpu" and block.dropout > 0.0:
         return _math(ctx, q, k, v, block)
     lse = per_token(block.num_heads)
@@ -113,12 +114,18 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention)
     keys = _repeat(k, wide) if repeats > 1 else k
     values = _repeat(v, wide) if repeats > 1 else v
     scores = per_score(block.num_heads)
-    weights = ops.scaled(_score(q, keys, scores), CORE)
-    weights = ops.masked(weights, CORE)
+    weights = ops.scaled(_score(_low(ctx, q), _low(ctx, keys), scores), CORE)
+    # under autocast the mask has the format of the residual stream, and the sum the wider of the two
+    weights = ops.masked(weights, CORE) if ctx.autocast is None else ops.to(weights, ctx.dtype, CORE)
     weights = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device == "cuda", CORE), q.dtype, CORE)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
-    out = ops.matmul(weights, values, wide, CORE)
+    out = ops.matmul(_low(ctx, weights), _low(ctx, values), wide, CORE)
     return ops.clone(out, CORE)
+
+
+def _low(ctx: BlockContext, x: Tensor) -> Tensor:
+    """Autocast's copy of what goes into a matrix product or a fused core (rotary tables in fp32 widen q and k)."""
+    return ops.to(x, ctx.autocast, CORE) if ctx.autocast is not None else x
 
 
 def _score(q: Tensor, keys: Tensor, scores: Size) -> Tensor:

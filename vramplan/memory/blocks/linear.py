@@ -6,8 +6,12 @@ from vramplan.facts.architecture import Linear
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels, ops
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.dora import dora, rows
+from vramplan.memory.size import Size
 from vramplan.memory.tape import Parameter, Tensor
 from vramplan.spec.trainable import LoraMethod
+
+LABEL = "adapters"
 
 
 def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
@@ -27,21 +31,17 @@ def _down(ctx: BlockContext, linear: Linear, method: LoraMethod) -> Parameter:
 def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     weight, bias = ctx.linear_parameters(linear)
     return ctx.call(
-        linear.name, (weight, bias), lambda x: _product(ctx, x, weight, bias, linear.out_features, label), x
+        linear.name, (weight, bias), lambda x: _product(ctx, x, weight, bias, tokens(linear.out_features), label), x
     )
 
 
-def _product(
-    ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out_features: int, label: str
-) -> Tensor:
+def _product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
     if ctx.autocast is None:
-        return ops.linear(
-            x, weight, bias, tokens(out_features), label, zero3=ctx.hooks is not None, whole=_recomputed(ctx, weight)
-        )
+        return ops.linear(x, weight, bias, out, label, zero3=ctx.hooks is not None, whole=_recomputed(ctx, weight))
     low = ops.to(x, ctx.autocast, label)
     cast_weight = _cast(ctx, weight, ctx.autocast)
     cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
-    return ops.linear(low, cast_weight, cast_bias, tokens(out_features), label, zero3=ctx.hooks is not None)
+    return ops.linear(low, cast_weight, cast_bias, out, label, zero3=ctx.hooks is not None)
 
 
 def _recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
@@ -70,28 +70,35 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         f"{linear.name}.base_layer", linear.in_features, linear.out_features, linear.bias, linear.role, linear.conv1d
     )
     result = _dense(ctx, x, base, label)
-    narrow_format, wide_format = result.dtype, ctx.adapter_dtype or x.dtype
-    down = _down(ctx, linear, method)
-    up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
-    x = ops.to(x, wide_format, "adapters")  # _cast_input_dtype
+    narrow_format = result.dtype
+    x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     dropped = ctx.call(
         f"{linear.name}.lora_dropout",
         (),
         lambda x: ops.dropout(x, method.dropout, ctx.device, "adapters: dropped input"),
         x,
     )
-    narrow = ctx.call(
-        f"{linear.name}.lora_A", (down,), lambda x: _product(ctx, x, down, None, method.r, "adapters"), dropped
-    )
+    if method.use_dora:
+        given = result if method.dropout == 0 else None
+        magnitude = ctx.parameter(f"{linear.name}.lora_magnitude_vector.weight", linear.out_features, True)
+        added = dora(ctx, dropped, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given)
+        del given
+    else:
+        added = ops.scaled(_low_rank(ctx, dropped, linear, method), LABEL)
     del dropped
-    wide = ctx.call(
-        f"{linear.name}.lora_B", (up,), lambda x: _product(ctx, x, up, None, linear.out_features, "adapters"), narrow
-    )
-    del narrow
-    scaled = ops.scaled(wide, "adapters")
-    del wide
-    if wide_format is narrow_format:
-        return ops.add(result, scaled, label)
-    result = ops.add_wider(result, scaled, label)
-    del scaled
+    if added.dtype is narrow_format:
+        return ops.add(result, added, label)
+    result = ops.add_wider(result, added, label)
+    del added
     return ops.to(result, narrow_format, label)
+
+
+def _low_rank(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
+    """``lora_B(lora_A(x))`` of so many rows; 0: of the micro-batch's tokens."""
+    down = _down(ctx, linear, method)
+    up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
+    narrow = ctx.call(
+        f"{linear.name}.lora_A", (down,), lambda x: _product(ctx, x, down, None, rows(count, method.r), LABEL), x
+    )
+    out = rows(count, linear.out_features)
+    return ctx.call(f"{linear.name}.lora_B", (up,), lambda x: _product(ctx, x, up, None, out, LABEL), narrow)
