@@ -49,7 +49,7 @@ class Engine(ABC):
         self.job = job
         self.rank = rank
         self.width = job.dtype.nbytes
-        self.basis: Size = basis_at(job.micro_batch_size, job.seq_len)
+        self.basis: Size = basis_at(job.micro_batch_size, job.seq_len // job.layout.sp)
         self.resident: Bytes = {}
         self.stretches: list[Stretch] = []
         self.outputs: Bytes = {}

@@ -96,10 +96,8 @@ def _check_covered(job: Job, masked: bool) -> None:
         "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
         "offload of weights without optimizer states": job.offload_param and not job.offload_optimizer,
         "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",
-        "tensor, sequence, pipeline or expert parallelism": max(
-            job.layout.tp, job.layout.sp, job.layout.pp, job.layout.ep
-        )
-        > 1,
+        "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
+        "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "adapters on embeddings": _adapts_embeddings(job),
         "a padding mask (attention_mask: true)": masked,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,

@@ -78,6 +78,7 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             sequence_parallel=self.layout.sp,
+            lone_sequence=self.layout.sp > 1 and self.micro_batch_size == 1,
             adapter_dtype=self.adapter_dtype,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
@@ -142,6 +143,9 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
     if weights_halved:
         grad_dtype, communicates = Dtype.FP32, autocast
         dtype, autocast = Dtype.BF16, None
+    layout = run.layout if run.layout is not None else Layout(dp=node.world_size)
+    if layout.sp > 1:  # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"
+        communicates = Dtype.FP32
     return Job(
         architecture=architecture,
         method=run.method,
@@ -149,7 +153,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         autocast=autocast,
         grad_dtype=grad_dtype,
         communicates=communicates,
-        layout=run.layout if run.layout is not None else Layout(dp=node.world_size),
+        layout=layout,
         zero=run.zero,
         stage=run.zero.stage,
         micro_batch_size=run.micro_batch_size,

@@ -39,6 +39,7 @@ class ModelRun:
     checkpointing: bool
     keep_outputs: bool
     sequence_parallel: int = 1
+    lone_sequence: bool = False
     adapter_dtype: Dtype | None = None
     """Format of adapters where it is not that of the weights."""
     gathers: GatherLimits | None = None
@@ -80,6 +81,7 @@ class _Runner:
             autocast=run.autocast,
             adapter_dtype=run.adapter_dtype,
             sequence_parallel=run.sequence_parallel,
+            lone_sequence=run.lone_sequence,
             hooks=self.gathers,
         )
         self.gradients: list[Gradient] = []

@@ -8,6 +8,7 @@ from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, Module, tokens
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
+from vramplan.memory.blocks.ulysses import ulysses
 from vramplan.memory.size import Size, per_mask, per_position, per_score, per_token
 from vramplan.memory.tape import Tensor
 
@@ -28,7 +29,10 @@ def attend(ctx: BlockContext, x: Tensor, block: Attention) -> Tensor:
         v = ops.view(project(ctx, x, block.projections[2], PROJECTIONS))
     if block.rotary_dim:
         q, k = _rotate_both(ctx, q, k, block)
-    out = _core(ctx, q, k, v, block)
+    if ctx.sequence_parallel > 1:
+        out = ulysses(ctx, q, k, v, block, lambda q, k, v: _core(ctx, q, k, v, block))
+    else:
+        out = _core(ctx, q, k, v, block)
     del q, k, v
     out = ops.view(out)
     return project(ctx, out, block.out, PROJECTIONS)

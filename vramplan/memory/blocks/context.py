@@ -47,6 +47,8 @@ class BlockContext:
     adapter_dtype: Dtype | None = None
     """Format of adapters where it is not that of the weights."""
     sequence_parallel: int = 1
+    lone_sequence: bool = False
+    """Whether a micro-batch is one sequence: some transposed tensors are then in order as they lie."""
     prefix: str = ""
     parameters: dict[str, Parameter] = field(default_factory=dict)
     casts: dict[str, Tensor] = field(default_factory=dict)
