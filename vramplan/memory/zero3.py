@@ -151,7 +151,9 @@ class Zero3(Engine):
             waiting = {labels.GRADIENTS: flush.oversized * self.width if flush.before is not None else 0}
             # what lies in the bucket has its format already; what did not fit is cast
             cast = flush.oversized * self.travels if self.travels != self.width else 0
-            copy = {labels.REDUCTION: cast + flush.copied * self.travels}
+            # __avg_scatter_grads: the partitions are cast back while the flat copy that they are views of is alive
+            back = shard(flush.copied, bucket.degree) * self.grad_width if self.travels != self.grad_width else 0
+            copy = {labels.REDUCTION: cast + flush.copied * self.travels + back}
             norm: Bytes = {}
             if self.job.offload_optimizer and micro.boundary:  # _offload_grad_partition_at_boundary
                 norm = {labels.NORM: 8 * min(shard(flush.largest, bucket.degree), NORM_CHUNK)}
