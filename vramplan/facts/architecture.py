@@ -60,8 +60,12 @@ class DecoderLayer:
     parts: tuple[Attention | LatentAttention | GatedMLP | PlainMLP | MixtureOfExperts | Norm, ...]
     residual: str = "sequential"
     residual_dropout: float = 0.0
+    drops_attention: bool = True
+    """Whether that dropout acts on the attention's branch too (StableLM: on the MLP's alone)."""
     residual_scaled: bool = False
     """Both branches are multiplied by a constant before they are added (Granite)."""
+    adds_in_place: bool = False
+    """The attention's branch is added to the MLP's without a new tensor (Falcon)."""
 
     @property
     def mixer(self) -> Attention | LatentAttention:
@@ -125,6 +129,10 @@ class Architecture:
     embedding_dropout: float = 0.0
     embedding_scaled: bool = False
     """The embedding output is multiplied by a constant (Gemma, Granite): one more tensor of the residual."""
+    scaled_outside: bool = False
+    """It is multiplied after the table's module has returned (Granite), not in it (Gemma)."""
+    rotary_of_kind: bool = False
+    """Sliding layers and the others have rotary tables of their own (Gemma-3)."""
     logits_softcap: bool = False
     """``softcap * tanh(logits / softcap)`` (Gemma-2): three more tensors of the logits' size."""
     logits_scaled: bool = False
@@ -140,6 +148,16 @@ class Architecture:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def windows(self) -> frozenset[int]:
+        """The sliding windows of its layers, in tokens."""
+        attentions = (layer.mixer for layer in self.layers)
+        return frozenset(
+            block.sliding_window
+            for block in attentions
+            if isinstance(block, Attention) and block.sliding_window is not None
+        )
 
     def named_tensors(self) -> Iterator[ParamTensor]:
         """Every unique parameter tensor by its full name, in registration order (a tied head's weight is left out)."""

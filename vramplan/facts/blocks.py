@@ -50,6 +50,8 @@ class Linear:
     bias: bool
     role: Role
     conv1d: bool = False
+    by_matmul: bool = False
+    """``x @ weight.T`` and the bias added after it (Falcon) instead of ``F.linear``."""
 
     def tensors(self) -> Iterator[ParamTensor]:
         shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
@@ -107,6 +109,8 @@ class Embedding:
     name: str
     num_embeddings: int
     width: int
+    each_sequence: bool = False
+    """Whether positions are looked up for each sequence on its own (OPT) and not once for the batch."""
 
     def tensors(self) -> Iterator[ParamTensor]:
         yield ParamTensor(f"{self.name}.weight", (self.num_embeddings, self.width), Role.EMBEDDING)
@@ -130,6 +134,30 @@ class Attention:
     dropout: float = 0.0
     rotary_dim: int = 0
     """Elements of each head that are rotated: ``head_dim`` for Llama, 0 for learned positions (GPT-2)."""
+    rotary: str = "whole"
+    """How positions are applied, by what it keeps:
+
+    ``whole``       ``x * cos + rotate_half(x) * sin`` (Llama)
+    ``sliced``      the same on a slice of each head, which is then joined with the rest (Phi, GPT-NeoX, Phi-3)
+    ``paired``      sliced, and each layer widens the tables to neighbouring pairs (GLM)
+    ``fp32``        whole, with fp32 tables and a cast back (OLMo)
+    ``fp32_inputs`` whole, on fp32 copies of queries and keys (Cohere)
+    """
+    fused: str = "split"
+    """How one fused projection is cut into query, key and value:
+
+    ``split``  views of one split (GPT-2, GPT-NeoX)
+    ``slices`` a slice each (Phi-3)
+    ``select`` a selection each along an axis of three (BLOOM, Falcon-RW)
+    ``index``  a slice for the queries, gathered copies for key and value (Falcon-7B)
+    ``spread`` gathered, and copied to every query head (Falcon-40B)
+    """
+    core: str = "shared"
+    """Whose code runs scores and values: ``shared`` by most families, or that of ``bloom`` or ``falcon``."""
+    order: tuple[int, int, int] = (0, 1, 2)
+    """Where query, key and value are among the projections."""
+    q_scaled: bool = False
+    """The query is multiplied by a constant before it is cut into heads (OPT)."""
     alibi: bool = False
     """Positions come in as a bias on the scores (BLOOM)."""
     softcap: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.device import Node
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job, job_from_run
@@ -83,7 +83,37 @@ def _adapts_embeddings(job: Job) -> bool:
     return any(method.adapts(table.name) for table in job.architecture.embeddings)
 
 
-COVERED_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2"})
+def _has_own_core(job: Job) -> bool:
+    mixers = (layer.mixer for layer in job.architecture.layers)
+    return any(isinstance(mixer, Attention) and mixer.core != "shared" for mixer in mixers)
+
+
+COVERED_FAMILIES = frozenset(
+    [
+        "bloom",
+        "cohere",
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "glm",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
 """Families whose blocks have been laid on the tape and compared with measurements."""
 
 
@@ -98,6 +128,8 @@ def _check_covered(job: Job, masked: bool) -> None:
         "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",
         "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
+        "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
+        f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1 and _has_own_core(job),
         "adapters on embeddings": _adapts_embeddings(job),
         "a padding mask (attention_mask: true)": masked,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,

@@ -78,8 +78,9 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             sequence_parallel=self.layout.sp,
-            lone_sequence=self.layout.sp > 1 and self.micro_batch_size == 1,
+            lone_sequence=self.micro_batch_size == 1 and (self.layout.sp > 1 or self.attention == "eager"),
             adapter_dtype=self.adapter_dtype,
+            windowed=any(window <= self.seq_len for window in self.architecture.windows),
             gathers=self.gather_limits if self.stage == 3 else None,
         )
 

@@ -57,18 +57,42 @@ def clone(x: Tensor, label: str) -> Tensor:
     return tape.attach("clone", out, [x], [], lambda node, grads: [grads[0]])
 
 
-def add(a: Tensor, b: Tensor, label: str) -> Tensor:
-    """``a + b`` of equal shapes; saves nothing, both get the same gradient."""
-    tape = a.storage.tape
-    out = tape.new(a.numel, a.dtype, label)
+def wider(a: Dtype, b: Dtype) -> Dtype:
+    """The format of a result of both (``c10/core/ScalarType.h``, ``promoteTypes``, for two float formats)."""
+    return a if a.nbytes >= b.nbytes else b
+
+
+def to_copy(x: Tensor, label: str) -> Tensor:
+    """A copy that no gradient passes through (tables, masks)."""
+    return x.storage.tape.new(x.numel, x.dtype, label)
+
+
+def add(a: Tensor, b: Tensor, label: str, in_place: bool = False) -> Tensor:
+    """``a + b`` of equal shapes: saves nothing, both get the same gradient, cast where an operand is narrower.
+
+    ``in_place``: ``a += b``, a result without bytes of its own.
+    """
+    tape, dtypes = a.storage.tape, (a.dtype, b.dtype)
+    needs = (a.requires_grad, b.requires_grad)
+    dtype = wider(*dtypes)
+    out = Tensor(a.storage, a.numel, dtype) if in_place else tape.new(a.numel, dtype, label)
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         grad = grads[0]
         if grad is None:
             return [None, None]
-        return [grad, Tensor(grad.storage, grad.numel, grad.dtype)]
+        return [_cast(grad, each) if need else None for each, need in zip(dtypes, needs, strict=True)]
 
     return tape.attach("add", out, [a, b], [], backward)
+
+
+def _cast(grad: Tensor, dtype: Dtype) -> Tensor:
+    """The gradient in its tensor's format (``engine.cpp``, ``validate_outputs``); the same bytes if it has it."""
+    if grad.dtype is dtype:
+        same = Tensor(grad.storage, grad.numel, grad.dtype)
+        same.is_view = grad.is_view
+        return same
+    return grad.storage.tape.new(grad.numel, dtype, GRADIENTS)
 
 
 def add_wider(a: Tensor, b: Tensor, label: str) -> Tensor:
@@ -92,6 +116,22 @@ def add_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
         return [grads[0], tape.new(small_numel, dtype, GRADIENTS)]
 
     return tape.attach("add", out, [x, small], [], backward)
+
+
+def add_vector(x: Tensor, vector: Parameter, label: str) -> Tensor:
+    """``x + bias``: the bias's gradient is a sum over the tokens."""
+    tape, dtypes = x.storage.tape, (x.dtype, vector.dtype)
+    out = tape.new(x.numel, wider(*dtypes), label)
+    needs = x.requires_grad, vector.requires_grad
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        if grad is None:
+            return [None, None]
+        summed = tape.new(vector.numel, dtypes[1], WEIGHT_GRADIENT) if needs[1] else None
+        return [_cast(grad, dtypes[0]) if needs[0] else None, summed]
+
+    return tape.attach("bias", out, [x, vector], [], backward)
 
 
 def unary(x: Tensor, label: str, saves: str, temporaries: int = 0, dtype: Dtype | None = None) -> Tensor:
@@ -122,19 +162,18 @@ def scaled(x: Tensor, label: str) -> Tensor:
 
 def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
     """``a * b`` of equal shapes: each is saved if the other needs a gradient."""
-    tape = a.storage.tape
-    out = tape.new(a.numel, a.dtype, label)
-    need_a, need_b = a.requires_grad, b.requires_grad
-    saved = ([b] if need_a else []) + ([a] if need_b else [])
+    tape, dtypes = a.storage.tape, (a.dtype, b.dtype)
+    dtype, numel = wider(*dtypes), a.numel
+    out = tape.new(numel, dtype, label)
+    needs = (a.requires_grad, b.requires_grad)
+    saved = ([b] if needs[0] else []) + ([a] if needs[1] else [])
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         held = [node.unpack(index) for index in range(len(node.saved))]
-        grad_a = tape.new(out_numel, out_dtype, GRADIENTS) if need_a else None
-        grad_b = tape.new(out_numel, out_dtype, GRADIENTS) if need_b else None
+        wide = [tape.new(numel, dtype, GRADIENTS) if need else None for need in needs]
         del held
-        return [grad_a, grad_b]
+        return [_cast(grad, each) if grad is not None else None for grad, each in zip(wide, dtypes, strict=True)]
 
-    out_numel, out_dtype = out.numel, out.dtype
     return tape.attach("mul", out, [a, b], saved, backward)
 
 
@@ -145,11 +184,11 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
     that of ``x`` cast (``engine.cpp``, ``validate_outputs``); the gradients are made in the order of the operands.
     """
     tape = x.storage.tape
-    numel, x_dtype, small_numel, small_dtype = x.numel, x.dtype, small.numel, small.dtype
-    dtype = small_dtype if small_dtype.nbytes > x_dtype.nbytes else x_dtype
+    dtype, numel, x_dtype = wider(x.dtype, small.dtype), x.numel, x.dtype
     out = tape.new(numel, dtype, label)
     need_x, need_small = x.requires_grad, small.requires_grad
     saved = ([small] if need_x else []) + ([x] if need_small else [])
+    small_numel, small_dtype = small.numel, small.dtype
     small_label = WEIGHT_GRADIENT if isinstance(small, Parameter) else GRADIENTS
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -159,13 +198,25 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
         if need_small and not small_first:
             wide = tape.new(numel, dtype, TEMPORARY)
         grad_small = tape.new(small_numel, small_dtype, small_label) if need_small else None
-        del wide
-        if need_x and dtype is not x_dtype:
-            grad_x = tape.new(numel, x_dtype, GRADIENTS)
-        del held
-        return [grad_x, grad_small]
+        del held, wide
+        return [_cast(grad_x, x_dtype) if grad_x is not None else None, grad_small]
 
     return tape.attach("mul", out, [x, small], saved, backward)
+
+
+def sub_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
+    """``x - small`` where ``small`` is one value a row: its gradient is the negated one, summed."""
+    tape, numel, dtype, small_numel = x.storage.tape, x.numel, x.dtype, small.numel
+    out = tape.new(numel, dtype, label)
+    need_small = small.requires_grad
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        wide = tape.new(numel, dtype, TEMPORARY) if need_small else None
+        grad_small = tape.new(small_numel, dtype, GRADIENTS) if need_small else None
+        del wide
+        return [grads[0], grad_small]
+
+    return tape.attach("sub", out, [x, small], [], backward)
 
 
 def shifted(x: Tensor, label: str) -> Tensor:
@@ -175,9 +226,15 @@ def shifted(x: Tensor, label: str) -> Tensor:
     return tape.attach("shift", out, [x], [], lambda node, grads: [grads[0]])
 
 
-def masked(x: Tensor, label: str) -> Tensor:
-    """``x + mask``: a new tensor; the gradient passes on."""
-    return shifted(x, label)
+def masked(x: Tensor, mask: Dtype, label: str) -> Tensor:
+    """``x + mask`` where the mask has that format: a new tensor; the gradient passes on."""
+    tape, source = x.storage.tape, x.dtype
+    out = tape.new(x.numel, wider(source, mask), label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [_cast(grads[0], source) if grads[0] is not None else None]
+
+    return tape.attach("mask", out, [x], [], backward)
 
 
 def square(x: Tensor, label: str) -> Tensor:
@@ -232,9 +289,9 @@ def linear(
         if need_b:
             grad_b = tape.new(b_numel, dtype, WEIGHT_GRADIENT)
         del held
-        return [grad_x, grad_w, grad_b]
+        return [grad_x, grad_b, grad_w]  # the weight's passes its transpose first
 
-    return tape.attach("linear", out, [x, weight, bias], saved, backward)
+    return tape.attach("linear", out, [x, bias, weight], saved, backward)
 
 
 def embedding(tape: Tape, weight: Parameter, out_numel: Size, dtype: Dtype, label: str) -> Tensor:
@@ -276,6 +333,20 @@ def piece(x: Tensor, numel: Size) -> Tensor:
     tape, whole, dtype = x.storage.tape, x.numel, x.dtype
     out = Tensor(x.storage, numel, dtype)
     return tape.attach("slice", out, [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
+
+
+def gathered(x: Tensor, numel: Size, label: str) -> Tensor:
+    """``x[..., [i], :]``: a copy; its backward puts the gradient into zeros of x's shape (``index_backward``)."""
+    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
+    out = tape.new(numel, dtype, label)
+    return tape.attach("index", out, [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
+
+
+def spread(x: Tensor, numel: Size, label: str) -> Tensor:
+    """An expanded view made whole (``repeat_kv``); its backward sums the copies into one tensor."""
+    tape, small, dtype = x.storage.tape, x.numel, x.dtype
+    out = tape.new(numel, dtype, label)
+    return tape.attach("expand", out, [x], [], lambda node, grads: [tape.new(small, dtype, GRADIENTS)])
 
 
 def cat(parts: list[Tensor], numel: Size, label: str) -> Tensor:
@@ -327,8 +398,11 @@ def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
     return tape.attach("dropout", out, [x], [mask], backward)
 
 
-def matmul(a: Tensor, b: Tensor, out_numel: Size, label: str) -> Tensor:
-    """A batched product of two activations (``bmm``): each saved if the other needs a gradient."""
+def matmul(a: Tensor, b: Tensor, out_numel: Size, label: str, scaled: bool = False) -> Tensor:
+    """A batched product of two activations (``bmm``): each saved if the other needs a gradient.
+
+    ``scaled``: the product is also multiplied by a number (``baddbmm``), and so is each gradient, into a new tensor.
+    """
     tape = a.storage.tape
     out = tape.new(out_numel, a.dtype, label)
     need_a, need_b = a.requires_grad, b.requires_grad
@@ -338,7 +412,11 @@ def matmul(a: Tensor, b: Tensor, out_numel: Size, label: str) -> Tensor:
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         held = [node.unpack(index) for index in range(len(node.saved))]
         grad_a = tape.new(a_numel, dtype, GRADIENTS) if need_a else None
+        if scaled and grad_a is not None:
+            grad_a = tape.new(a_numel, dtype, GRADIENTS)
         grad_b = tape.new(b_numel, dtype, GRADIENTS) if need_b else None
+        if scaled and grad_b is not None:
+            grad_b = tape.new(b_numel, dtype, GRADIENTS)
         for grad in (grad_a, grad_b):
             if grad is not None:
                 grad.is_view = True
@@ -364,8 +442,10 @@ def softmax(x: Tensor, dtype: Dtype, fused_upcast: bool, label: str) -> Tensor:
     return tape.attach("softmax", out, [x], [out], backward)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, lse: Size, label: str, backward_scratch: Size) -> Tensor:
-    """A fused attention kernel: saves q, k, v, its result and one fp32 log-sum-exp a row and head.
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, lse: Size, label: str, backward_scratch: Size, mask: Tensor | None = None
+) -> Tensor:
+    """A fused attention kernel: saves q, k, v, its result, its mask and one fp32 log-sum-exp a row and head.
 
     ``backward_scratch``: fp32 elements that the kernel's backward makes besides the three gradients.
     """
@@ -381,7 +461,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, lse: Size, label: str, back
         del held, scratch
         return results
 
-    return tape.attach("attention", out, [q, k, v], [q, k, v, out, log_sum_exp], backward)
+    return tape.attach(
+        "attention", out, [q, k, v], [q, k, v, out, log_sum_exp, *([mask] if mask is not None else [])], backward
+    )
 
 
 def log_softmax(x: Tensor, label: str) -> Tensor:

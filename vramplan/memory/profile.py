@@ -14,11 +14,13 @@ from functools import lru_cache, partial
 from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.attention import causal_mask, rotary_tables
-from vramplan.memory.blocks.context import BlockContext, Module, identity
+from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
+from vramplan.memory.blocks.core import masks
 from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
-from vramplan.memory.blocks.layer import run_layer
+from vramplan.memory.blocks.layer import RESIDUAL, run_layer
+from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
+from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.gathers import GatherLimits, Gathers
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED
 from vramplan.memory.size import ZERO, Size, add, sub
@@ -42,6 +44,8 @@ class ModelRun:
     lone_sequence: bool = False
     adapter_dtype: Dtype | None = None
     """Format of adapters where it is not that of the weights."""
+    windowed: bool = False
+    """Whether sequences reach the sliding window."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 
@@ -82,6 +86,7 @@ class _Runner:
             adapter_dtype=run.adapter_dtype,
             sequence_parallel=run.sequence_parallel,
             lone_sequence=run.lone_sequence,
+            windowed=run.windowed,
             hooks=self.gathers,
         )
         self.gradients: list[Gradient] = []
@@ -176,15 +181,18 @@ class _Runner:
         with self.tape.at("embedding"):
             requires = self.run.checkpointing and isinstance(self.run.method, LoraMethod)
             x = embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)
-        causal_mask(ctx)
-        rotary = architecture.layers[0].attention.rotary_dim
-        if rotary:
-            rotary_tables(ctx, rotary)
+        attentions = [layer.attention for layer in architecture.layers]
+        masks(ctx, attentions)
+        rotary_tables(ctx, attentions, architecture.rotary_of_kind)
         x = self._layers(x)
         with self.tape.at("head"):
             if architecture.final_norm is not None:
                 x = normalise(ctx, x, architecture.final_norm)
-        ctx.rotary = ctx.mask = None
+            if architecture.embedding_projections:
+                x = project(ctx, x, architecture.embedding_projections[0], RESIDUAL)
+        ctx.tables = Tables()
+        ctx.model_frame.clear()
+        ctx.output = None
         return x
 
     def _require_input_gradient(self, x: Tensor) -> Tensor:
@@ -217,12 +225,12 @@ class _Runner:
     def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
         ctx = self.ctx
         prefix = f"{self.run.architecture.layer_prefix}.{index}."
-        rotary, mask = ctx.rotary, ctx.mask
+        tables = ctx.tables
 
         def forward(hidden: Tensor) -> Tensor:
-            before = ctx.prefix, ctx.rotary, ctx.mask
+            before = ctx.prefix, ctx.tables
             # a second forward runs when the model's own has let go of the tables
-            ctx.prefix, ctx.rotary, ctx.mask = prefix, rotary, mask
+            ctx.prefix, ctx.tables = prefix, tables
             again = not self.tape.in_first_forward
             casts = ctx.casts
             if again:
@@ -230,8 +238,10 @@ class _Runner:
             try:
                 return ctx.call("layer", (), lambda x: run_layer(ctx, x, layer), hidden)
             finally:
-                ctx.prefix, ctx.rotary, ctx.mask = before
+                ctx.prefix, ctx.tables = before
                 ctx.casts = casts
+                ctx.frame.clear()  # recomputing can end in the middle of a module
+                ctx.returned = None
 
         with self.tape.at(f"layer {index}"):
             return self.tape.checkpoint(forward, x) if self.run.checkpointing else forward(x)

@@ -273,7 +273,8 @@ class Tape:
         waiting = _count_dependencies(root.node)
         buffers: dict[int, list[Tensor | None]] = {id(root.node): [grad]}
         del grad
-        ready = [(-root.node.order, id(root.node), root.node)]
+        ready = [(-root.node.order, 0, root.node)]
+        num_pushed = 1  # of equals the one that was ready first runs first
         del root
         while ready:
             node = heapq.heappop(ready)[2]
@@ -294,7 +295,8 @@ class Tape:
                 del out
                 waiting[id(target)] -= 1
                 if waiting[id(target)] == 0:
-                    heapq.heappush(ready, (-target.order, id(target), target))
+                    heapq.heappush(ready, (-target.order, num_pushed, target))
+                    num_pushed += 1
             self.where = where
             node.inputs = []
         self.in_first_forward = True

@@ -46,5 +46,7 @@ def _attention(fields: Fields, hidden: int) -> Attention:
             Linear("self_attention.dense", hidden, hidden, bias=True, role=Role.ATTENTION),
         ),
         dropout=fields.fraction("attention_dropout", default=0.0),
+        fused="select",
+        core="bloom",
         alibi=True,
     )

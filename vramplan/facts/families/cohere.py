@@ -23,7 +23,9 @@ def build(fields: Fields) -> Architecture:
 
 def _attention(fields: Fields, heads: Heads) -> Attention:
     bias = fields.flag("attention_bias", default=False)
-    mixer = attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias))
+    mixer = replace(
+        attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)), rotary="fp32_inputs"
+    )
     if not fields.flag("use_qk_norm", default=False):
         return mixer
     return replace(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vramplan.facts.architecture import Architecture, Attention, DecoderLayer, Embedding, Linear, Norm, Role
+from dataclasses import replace
+
+from vramplan.facts.architecture import Architecture, Attention, DecoderLayer, Embedding, Linear, Norm, PlainMLP, Role
 from vramplan.facts.families.fields import Fields
 from vramplan.facts.families.parts import norm_pair, plain_mlp, whole_multiple
 
@@ -12,19 +14,22 @@ def build(fields: Fields) -> Architecture:
     hidden = fields.required_size("hidden_size", "n_embed")
     vocab = fields.required_size("vocab_size")
     bias = fields.flag("bias", default=False)
-    mlp = plain_mlp(
-        hidden,
-        fields.optional_size("ffn_hidden_size", default=None) or 4 * hidden,
-        fields.text("activation", default="gelu"),
-        "mlp.dense_h_to_4h",
-        "mlp.dense_4h_to_h",
-        bias=bias,
+    mlp = _by_matmul(
+        plain_mlp(
+            hidden,
+            fields.optional_size("ffn_hidden_size", default=None) or 4 * hidden,
+            fields.text("activation", default="gelu"),
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+            bias=bias,
+        )
     )
     parallel = fields.flag("parallel_attn", default=True)
     layer = DecoderLayer(
         (_attention(fields, hidden, bias), mlp, *_norms(fields, hidden, parallel)),
         residual="parallel" if parallel or _is_new(fields) else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
+        adds_in_place=True,
     )
     return Architecture(
         family=fields.family,
@@ -57,13 +62,27 @@ def _attention(fields: Fields, hidden: int, bias: bool) -> Attention:
         kv_heads,
         head_dim,
         (
-            Linear("self_attention.query_key_value", hidden, hidden + 2 * kv_heads * head_dim, bias, Role.ATTENTION),
-            Linear("self_attention.dense", hidden, hidden, bias, Role.ATTENTION),
+            Linear(
+                "self_attention.query_key_value",
+                hidden,
+                hidden + 2 * kv_heads * head_dim,
+                bias,
+                Role.ATTENTION,
+                by_matmul=True,
+            ),
+            Linear("self_attention.dense", hidden, hidden, bias, Role.ATTENTION, by_matmul=True),
         ),
         dropout=fields.fraction("attention_dropout", default=0.0),
         rotary_dim=0 if alibi else head_dim,
+        fused="spread" if _is_new(fields) else "index" if fields.flag("multi_query", default=True) else "select",
+        core="falcon",
         alibi=alibi,
     )
+
+
+def _by_matmul(mlp: PlainMLP) -> PlainMLP:
+    up, down = mlp.projections
+    return replace(mlp, projections=(replace(up, by_matmul=True), replace(down, by_matmul=True)))
 
 
 def _norms(fields: Fields, hidden: int, parallel: bool) -> tuple[Norm, ...]:

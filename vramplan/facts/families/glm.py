@@ -23,6 +23,7 @@ def build(fields: Fields) -> Architecture:
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=fields.flag("attention_bias", default=True))),
         rotary_dim=int(heads.head_dim * fields.rotary_frac("partial_rotary_factor", default=0.5)),
+        rotary="paired",
     )
     intermediate = fields.required_size("intermediate_size")
     mlp = fused_gated_mlp(hidden, intermediate, fields.text("hidden_act", default="silu"))

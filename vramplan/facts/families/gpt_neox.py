@@ -53,4 +53,5 @@ def _attention(fields: Fields, hidden: int) -> Attention:
         ),
         dropout=fields.fraction("attention_dropout", default=0.0),
         rotary_dim=int(head_dim * fields.rotary_frac("rotary_pct", default=0.25)),
+        rotary="sliced",
     )

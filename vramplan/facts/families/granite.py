@@ -19,4 +19,4 @@ def build(fields: Fields) -> Architecture:
     layer = DecoderLayer((mixer, mlp, *norm_pair(hidden)), residual_scaled=True)
     layers = (layer,) * fields.required_size("num_hidden_layers")
     frame = decoder(fields, layers, hidden=hidden, default_positions=2048, default_tied=False)
-    return replace(frame, embedding_scaled=True, logits_scaled=True)
+    return replace(frame, embedding_scaled=True, scaled_outside=True, logits_scaled=True)

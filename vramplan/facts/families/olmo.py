@@ -16,6 +16,7 @@ def build(fields: Fields) -> Architecture:
     bias = fields.flag("attention_bias", default=False)
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)),
+        rotary="fp32",
         clip_qkv=fields.optional_number("clip_qkv", default=None) is not None,
     )
     norms = _norm("input_layernorm", hidden), _norm("post_attention_layernorm", hidden)

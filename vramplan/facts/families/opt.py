@@ -26,7 +26,7 @@ def build(fields: Fields) -> Architecture:
         max_positions=positions,
         embeddings=(
             Embedding(f"{prefix}.embed_tokens", vocab, narrow),
-            Embedding(f"{prefix}.embed_positions", positions + POSITION_OFFSET, hidden),
+            Embedding(f"{prefix}.embed_positions", positions + POSITION_OFFSET, hidden, each_sequence=True),
         ),
         embedding_projections=_projections(prefix, hidden, narrow),
         layers=(_layer(fields, hidden, norm_first),) * fields.required_size("num_hidden_layers"),
@@ -59,6 +59,8 @@ def _layer(fields: Fields, hidden: int, norm_first: bool) -> DecoderLayer:
             for name in ("k_proj", "v_proj", "q_proj", "out_proj")
         ),
         dropout=fields.fraction("attention_dropout", default=0.0),
+        order=(2, 0, 1),
+        q_scaled=True,
     )
     activation = fields.text("activation_function", default="relu")
     mlp = plain_mlp(hidden, fields.required_size("ffn_dim"), activation, "fc1", "fc2", bias=bias)

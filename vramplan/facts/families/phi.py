@@ -36,6 +36,7 @@ def _attention(fields: Fields, heads: Heads) -> Attention:
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=True, out_bias=True, out="dense")),
         rotary_dim=int(heads.head_dim * fields.rotary_frac("partial_rotary_factor", default=0.5)),
+        rotary="sliced",
     )
     if not fields.flag("qk_layernorm", default=False):
         return mixer

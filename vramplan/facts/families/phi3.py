@@ -32,6 +32,8 @@ def _attention(fields: Fields, heads: Heads) -> Attention:
     return replace(
         attention(fields, heads, projections),
         rotary_dim=int(heads.head_dim * fields.rotary_frac("partial_rotary_factor", default=1.0)),
+        rotary="sliced",
+        fused="slices",
         sliding_window=fields.optional_size("sliding_window", default=None),
         out_first=True,
     )

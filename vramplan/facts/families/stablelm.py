@@ -27,6 +27,7 @@ def build(fields: Fields) -> Architecture:
         (_attention(fields, heads), standard_mlp(fields, hidden), *(norms[:1] if parallel else norms)),
         residual="parallel" if parallel else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
+        drops_attention=False,
     )
     return decoder(
         fields,
@@ -42,6 +43,7 @@ def _attention(fields: Fields, heads: Heads) -> Attention:
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=fields.flag("use_qkv_bias", default=False))),
         rotary_dim=int(heads.head_dim * fields.rotary_frac("partial_rotary_factor", default=0.25)),
+        rotary="sliced",
     )
     if not fields.flag("qk_layernorm", default=False):
         return mixer

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from vramplan.facts.architecture import Linear, Norm, Role
 from vramplan.facts.dtype import Dtype
+from vramplan.memory import ops
 from vramplan.memory.size import per_token
 from vramplan.memory.tape import Node, Parameter, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
@@ -29,6 +30,17 @@ class ModuleHooks(Protocol):
     def before_backward(self, module: Module) -> None: ...
     def after_backward(self, module: Module) -> None: ...
     def whole(self, name: str) -> Tensor | None: ...
+
+
+@dataclass(slots=True)
+class Tables:
+    """What the inner model makes once for all layers, on each path: layers with a sliding window have their own."""
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    window_rotary: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    window_mask: Tensor | None = None
+    """None where the kernel is told that the mask is causal."""
 
 
 @dataclass
@@ -53,8 +65,17 @@ class BlockContext:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     casts: dict[str, Tensor] = field(default_factory=dict)
     """Autocast's cache: the low-precision copy of each trained weight, until autocast ends."""
-    rotary: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
+    windowed: bool = False
+    """Whether sequences reach the sliding window, so that fused kernels need a mask."""
+    tables: Tables = field(default_factory=lambda: Tables())
+    model_frame: list[Tensor] = field(default_factory=list)
+    """Local variables of the inner model, alive until it returns."""
+    output: Tensor | None = None
+    """Attention weights that a layer returns to the model, which holds them until the next layer returns (BLOOM)."""
+    returned: Tensor | None = None
+    """Attention weights that the caller of an attention module holds until its layer is done."""
+    frame: list[Tensor] = field(default_factory=list)
+    """Local variables of the attention module, alive until it returns."""
     hooks: ModuleHooks | None = None
     """Who listens to modules: ZeRO-3's gathers, or nobody."""
 
@@ -79,9 +100,14 @@ class BlockContext:
         return weight, bias
 
     def norm_parameters(self, norm: Norm) -> tuple[Parameter | None, Parameter | None]:
-        weight = self.parameter(f"{norm.name}.weight", norm.width) if norm.affine else None
-        bias = self.parameter(f"{norm.name}.bias", norm.width) if norm.affine and norm.bias else None
+        numel = norm.width * (norm.num_heads or 1)
+        weight = self.parameter(f"{norm.name}.weight", numel) if norm.affine else None
+        bias = self.parameter(f"{norm.name}.bias", numel) if norm.affine and norm.bias else None
         return weight, bias
+
+    def low(self, x: Tensor, label: str) -> Tensor:
+        """``x`` as autocast hands it to a matrix product."""
+        return x if self.autocast is None else ops.to(x, self.autocast, label)
 
     def adapts(self, linear: Linear) -> LoraMethod | None:
         """The adapter settings if this projection gets an adapter (PEFT's ``check_target_module_exists``)."""

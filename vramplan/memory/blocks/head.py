@@ -10,6 +10,7 @@ from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.layer import RESIDUAL
 from vramplan.memory.blocks.linear import project
+from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.size import Size, per_position
 from vramplan.memory.tape import Tensor
 
@@ -29,28 +30,42 @@ def embed(
     ``on_tokens``: a forward hook of the token table, which runs before ZeRO-3's own.
     """
     first, *positions = architecture.embeddings
-    x = _look_up(ctx, first, tokens(first.width), ids, on_tokens)
+    scaled_inside = architecture.embedding_scaled and not architecture.scaled_outside
+
+    def finish(out: Tensor) -> Tensor:
+        out = ops.scaled(out, RESIDUAL) if scaled_inside else out
+        return on_tokens(out) if on_tokens is not None else out
+
+    x = _look_up(ctx, first, tokens(first.width), ids, finish)
+    if architecture.scaled_outside:
+        x = ops.scaled(x, RESIDUAL)
     for table in positions:
-        at = _look_up(ctx, table, per_position(table.width), ids)
-        x = ops.add_broadcast(x, at, RESIDUAL)
-        del at
+        at = _positions(ctx, table, ids)
+        if architecture.embedding_projections:
+            x = project(ctx, x, architecture.embedding_projections[-1], RESIDUAL)
+        ctx.model_frame += [x, at]
+        x = ops.add(x, at, RESIDUAL) if table.each_sequence else ops.add_broadcast(x, at, RESIDUAL)
+    if architecture.embedding_norm is not None:
+        ctx.model_frame.append(x)
+        x = normalise(ctx, x, architecture.embedding_norm)
     return ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
 
 
+def _positions(ctx: BlockContext, table: Embedding, ids: Tensor) -> Tensor:
+    """Learned positions; OPT counts them along a mask of ones."""
+    if table.each_sequence:
+        ctx.model_frame += [ctx.tape.new(tokens(1), Dtype.FP32, TOKENS), ctx.tape.new(tokens(1), Dtype.INT64, TOKENS)]
+    numel = tokens(table.width) if table.each_sequence else per_position(table.width)
+    return _look_up(ctx, table, numel, ids, lambda out: out)
+
+
 def _look_up(
-    ctx: BlockContext,
-    table: Embedding,
-    numel: Size,
-    ids: Tensor,
-    hook: Callable[[Tensor], Tensor] | None = None,
+    ctx: BlockContext, table: Embedding, numel: Size, ids: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> Tensor:
     weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
-
-    def run(_: Tensor) -> Tensor:
-        out = ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL)
-        return hook(out) if hook is not None else out
-
-    return ctx.call(table.name, (weight,), run, ids)
+    return ctx.call(
+        table.name, (weight,), lambda _: finish(ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL)), ids
+    )
 
 
 def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
@@ -60,7 +75,12 @@ def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
         table = architecture.embeddings[0]
         weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
         ctx.parameters[f"{head.name}.weight"] = weight
-    return project(ctx, x, head, LOGITS)
+    scores = project(ctx, x, head, LOGITS)
+    if architecture.logits_softcap:
+        scores = ops.scaled(scores, LOGITS)
+        scores = ops.unary(scores, LOGITS, "result")
+        scores = ops.scaled(scores, LOGITS)
+    return ops.scaled(scores, LOGITS) if architecture.logits_scaled else scores
 
 
 def loss(ctx: BlockContext, scores: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vramplan.facts.architecture import DecoderLayer, GatedMLP
+from collections.abc import Callable
+
+from vramplan.facts.architecture import DecoderLayer, GatedMLP, PlainMLP
 from vramplan.memory import ops
 from vramplan.memory.blocks.attention import attend
 from vramplan.memory.blocks.context import BlockContext
@@ -14,15 +16,107 @@ RESIDUAL = "residual stream"
 
 
 def run_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
-    """``decoder_layer(x)``, pre-norm and sequential (``LlamaDecoderLayer.forward``, ``GPT2Block.forward``)."""
+    """``decoder_layer(x)`` in the layer's arrangement (``DecoderLayer.residual``)."""
+    x = _ARRANGEMENTS[layer.residual](ctx, x, layer)
+    if layer.attention.core != "shared" and ctx.tape.in_first_forward:
+        ctx.output = ctx.returned
+    ctx.returned = None
+    return x
+
+
+def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    return ctx.call("self_attn", (), lambda x: attend(ctx, x, layer.attention), x, positional=False)
+
+
+def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    mlp = layer.mlp
+    return ctx.call("mlp", (), lambda x: gated(ctx, x, mlp) if isinstance(mlp, GatedMLP) else plain(ctx, x, mlp), x)
+
+
+def _attention_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """Attention and what is done to it before it is added: dropout, a constant."""
+    x = _attention(ctx, x, layer)
+    if layer.drops_attention:
+        x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
+    return ops.scaled(x, RESIDUAL) if layer.residual_scaled else x
+
+
+def _mlp_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """The MLP and what is done to it before it is added, if it has no dropout of its own."""
+    x = _mlp(ctx, x, layer)
+    if not (isinstance(layer.mlp, PlainMLP) and layer.mlp.dropout):
+        x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
+    return ops.scaled(x, RESIDUAL) if layer.residual_scaled else x
+
+
+def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """``LlamaDecoderLayer.forward``, ``GPT2Block.forward``."""
     first, second = layer.norms
     residual = x
     x = normalise(ctx, x, first)
-    x = ctx.call("self_attn", (), lambda x: attend(ctx, x, layer.attention), x, positional=False)
-    x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
+    x = _attention_branch(ctx, x, layer)
     x = ops.add(residual, x, RESIDUAL)
     residual = x
     x = normalise(ctx, x, second)
-    mlp = layer.mlp
-    x = ctx.call("mlp", (), lambda x: gated(ctx, x, mlp) if isinstance(mlp, GatedMLP) else plain(ctx, x, mlp), x)
+    x = _mlp_branch(ctx, x, layer)
     return ops.add(residual, x, RESIDUAL)
+
+
+def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """``PhiDecoderLayer.forward`` (one norm for both), ``GPTNeoXLayer.forward`` (one for each)."""
+    first, second = layer.norms[0], layer.norms[-1]
+    normed = normalise(ctx, x, first)
+    attended = _attention_branch(ctx, normed, layer)
+    if second is not first:
+        normed = normalise(ctx, x, second)
+    mixed = _mlp_branch(ctx, normed, layer)
+    both = ops.add(mixed, attended, RESIDUAL, in_place=layer.adds_in_place)
+    return ops.add(x, both, RESIDUAL)
+
+
+def _post(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """``OPTDecoderLayer.forward`` of OPT-350m."""
+    first, second = layer.norms
+    attended = _attention_branch(ctx, x, layer)
+    x = normalise(ctx, ops.add(x, attended, RESIDUAL), first)
+    del attended
+    residual = x
+    x = _mlp_branch(ctx, x, layer)
+    return normalise(ctx, ops.add(residual, x, RESIDUAL), second)
+
+
+def _norm_after(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """``Olmo2DecoderLayer.forward``."""
+    first, second = layer.norms
+    residual = x
+    x = _attention(ctx, x, layer)
+    x = normalise(ctx, x, first)
+    x = ops.add(residual, x, RESIDUAL)
+    residual = x
+    x = _mlp(ctx, x, layer)
+    x = normalise(ctx, x, second)
+    return ops.add(residual, x, RESIDUAL)
+
+
+def _sandwich(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """``Gemma2DecoderLayer.forward``."""
+    before_attention, after_attention, before_mlp, after_mlp = layer.norms
+    residual = x
+    x = normalise(ctx, x, before_attention)
+    x = _attention(ctx, x, layer)
+    x = normalise(ctx, x, after_attention)
+    x = ops.add(residual, x, RESIDUAL)
+    residual = x
+    x = normalise(ctx, x, before_mlp)
+    x = _mlp(ctx, x, layer)
+    x = normalise(ctx, x, after_mlp)
+    return ops.add(residual, x, RESIDUAL)
+
+
+_ARRANGEMENTS: dict[str, Callable[[BlockContext, Tensor, DecoderLayer], Tensor]] = {
+    "sequential": _sequential,
+    "parallel": _parallel,
+    "post": _post,
+    "norm_after": _norm_after,
+    "sandwich": _sandwich,
+}

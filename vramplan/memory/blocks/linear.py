@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vramplan.facts.architecture import Linear
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels, ops
@@ -30,6 +32,8 @@ def _down(ctx: BlockContext, linear: Linear, method: LoraMethod) -> Parameter:
 
 def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     weight, bias = ctx.linear_parameters(linear)
+    if linear.by_matmul:
+        return ctx.call(linear.name, (weight, bias), lambda x: _matmul(ctx, x, weight, bias, linear, label), x)
     return ctx.call(
         linear.name, (weight, bias), lambda x: _product(ctx, x, weight, bias, tokens(linear.out_features), label), x
     )
@@ -42,6 +46,18 @@ def _product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | 
     cast_weight = _cast(ctx, weight, ctx.autocast)
     cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
     return ops.linear(low, cast_weight, cast_bias, out, label, zero3=ctx.hooks is not None)
+
+
+def _matmul(
+    ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, linear: Linear, label: str
+) -> Tensor:
+    """``FalconLinear.forward``: ``x @ weight.T``, then the bias. What is saved of a gathered weight is its transposed
+    view, which outlives the release."""
+    low = ctx.low(x, label)
+    cast = weight if ctx.autocast is None else _cast(ctx, weight, ctx.autocast)
+    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None else None
+    out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
+    return out if bias is None else ops.add_vector(out, bias, label)
 
 
 def _recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
@@ -66,9 +82,7 @@ def _cast(ctx: BlockContext, weight: Parameter, dtype: Dtype) -> Tensor:
 
 def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, label: str) -> Tensor:
     """``result + lora_B(lora_A(dropout(x))) * scaling`` (peft/tuners/lora/layer.py, ``Linear.forward``)."""
-    base = Linear(
-        f"{linear.name}.base_layer", linear.in_features, linear.out_features, linear.bias, linear.role, linear.conv1d
-    )
+    base = replace(linear, name=f"{linear.name}.base_layer")
     result = _dense(ctx, x, base, label)
     narrow_format = result.dtype
     x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype

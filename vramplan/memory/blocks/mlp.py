@@ -5,6 +5,7 @@ from __future__ import annotations
 from vramplan.errors import UnknownNameError
 from vramplan.facts.architecture import GatedMLP, PlainMLP
 from vramplan.memory import ops
+from vramplan.memory.blocks.bloom import bloom_gelu
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.tape import Tensor
@@ -25,6 +26,8 @@ def _activation(x: Tensor, name: str) -> Tensor:
         return ops.unary(x, MLP, "input" if name != "relu" else "result")
     if name in ("gelu_new", "gelu_fast"):
         return _gelu_new(x)
+    if name == "bloom_gelu":
+        return bloom_gelu(x, MLP)
     raise UnknownNameError("activation function", name, [*_ONE_KERNEL, "gelu_new", "gelu_fast"])
 
 

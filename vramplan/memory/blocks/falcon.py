@@ -1,0 +1,42 @@
+"""Falcon's attention, which calls the kernel itself; with ALiBi its bias is part of the mask."""
+
+from __future__ import annotations
+
+from vramplan.facts.architecture import Attention
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import ops
+from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.core import fused_core, math_core, whole_heads
+from vramplan.memory.blocks.rotary import CORE
+from vramplan.memory.size import per_score
+from vramplan.memory.tape import Tensor
+
+
+def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
+    """``FalconAttention.forward`` between its two projections."""
+    if ctx.attention != "eager":
+        if k.numel != q.numel:  # the kernel is not told of grouped heads, so the unfused path repeats them
+            return math_core(ctx, q, k, v, block)
+        return fused_core(ctx, q, k, v, block, ctx.tables.mask)
+    scores = ops.matmul(_all(ctx, q, q), _all(ctx, k, q), per_score(block.num_heads), CORE)
+    if block.alibi:
+        scores = _with_bias(ctx, scores)
+    weights = ops.softmax(ops.masked(scores, ctx.dtype, CORE), ctx.dtype, True, CORE)
+    ctx.returned = weights
+    out = ops.matmul(ctx.low(weights, CORE), _all(ctx, v, q), tokens(block.q_width), CORE)
+    return ops.clone(out, CORE)
+
+
+def _all(ctx: BlockContext, x: Tensor, q: Tensor) -> Tensor:
+    """Heads as ``torch.matmul`` wants them: the one key/value head of all queries is copied to each."""
+    x = ctx.low(x, CORE)
+    return whole_heads(ctx, x) if x.numel == q.numel else ops.spread(x, q.numel, CORE)
+
+
+def _with_bias(ctx: BlockContext, scores: Tensor) -> Tensor:
+    """Scores in fp32 plus ALiBi, scaled in place."""
+    ctx.frame.append(scores)
+    wide = ops.to(scores, Dtype.FP32, CORE)
+    biased = ops.shifted(wide, CORE)
+    ctx.frame += [wide, biased]
+    return biased
