@@ -18,6 +18,9 @@ SEQUENCE = Path(__file__).with_name("measured") / "cpu_sequence_parallel.jsonl"
 """Taken by `vramplan bench run`: Ulysses on 2 and 4 ranks. (On 8 this small a model is outweighed by the CPU kernel's
 buffers, which the estimate does not count.)"""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
+QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
+"""Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
+quantizes it then, so its ``model_load`` is not that of a checkpoint being read."""
 
 
 def covered(path=RECORDS):
@@ -59,3 +62,15 @@ def test_phases(path, stage):
                 assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.01)
             compared += 1
     assert compared
+
+
+def test_quantized_weights():
+    compared = 0
+    for record, found in covered(QUANTIZED):
+        measured = {phase.phase: phase for phase in record.measured.phases}
+        for phase in found.phases:
+            if phase.phase != "model_load":
+                assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.01)
+            assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.01)
+            compared += 1
+    assert compared == 3 * 8

@@ -11,6 +11,7 @@ from vramplan.memory.activations import forward_candidates, highest
 from vramplan.memory.job import ADAPTER_DTYPE, Job
 from vramplan.memory.moments import Bytes, Stretch, at_point, merged
 from vramplan.memory.profile import Profile, profile
+from vramplan.memory.quantized import BLOCK
 from vramplan.memory.size import Size, basis_at
 from vramplan.memory.term import Phase
 from vramplan.spec.trainable import LoraMethod
@@ -58,7 +59,7 @@ class Engine(ABC):
         params = job.parameters
         self.trained = tuple((param.name, param.numel) for param in params if param.trained)
         self.trained_numel = sum(numel for _, numel in self.trained)
-        self.frozen_numel = sum(param.numel for param in params if not param.trained)
+        self.frozen_bytes = sum(job.bytes_of(param) for param in params if not param.trained)
         self.adapter_numel = sum(param.numel for param in params if param.adapter)
 
     def walk(self) -> list[Stretch]:
@@ -82,15 +83,19 @@ class Engine(ABC):
     def load(self) -> None:
         """The model is built in the run's dtype; without a checkpoint to read, a tied head is made before it is tied
         (``post_init``)."""
-        base = (self.trained_numel + self.frozen_numel - self.adapter_numel) * self.width
+        base = (self.trained_numel - self.adapter_numel) * self.width + self.frozen_bytes
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         architecture = self.job.architecture
         twice = 0
         if architecture.tied_embeddings and self.job.keep_outputs:  # a measured run builds from the config alone
             twice = architecture.vocab_size * architecture.hidden_size * self.width
         stretch = self.open("model_load", Phase.MODEL_LOAD)
-        frozen = self.frozen_numel * self.width
+        frozen = self.frozen_bytes
         built = {labels.FROZEN: frozen, labels.WEIGHTS: base + adapters - frozen}
+        if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32
+            largest = max(param.numel for param in self.job.parameters if self.job.is_quantized(param))
+            reading = {labels.LOADING: largest * self.width + 2 * 4 * (largest // BLOCK)}
+            stretch.see("the largest weight before it is quantized", merged({labels.WEIGHTS: base}, reading))
         stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
         self._see_dora(stretch, base)
         stretch.close(built)

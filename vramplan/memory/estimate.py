@@ -122,7 +122,8 @@ def _check_covered(job: Job, masked: bool) -> None:
     method = job.method
     uncovered = {
         f"the {job.architecture.family} family": job.architecture.family not in COVERED_FAMILIES,
-        "QLoRA": method.kind == "qlora",
+        "QLoRA under ZeRO-3": method.kind == "qlora" and job.stage == 3,
+        "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
         "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
         "offload of weights without optimizer states": job.offload_param and not job.offload_optimizer,
         "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",

@@ -12,6 +12,7 @@ from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.profile import ModelRun
+from vramplan.memory.quantized import nf4_bytes
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec, ZeroSpec
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
@@ -90,6 +91,25 @@ class Job:
         (runtime/engine.py, ``_configure_distributed_model``). None: the format of the weights."""
         keeps = self.stage == 3 and isinstance(self.method, LoraMethod) and self.dtype is not ADAPTER_DTYPE
         return ADAPTER_DTYPE if keeps else None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen projections are kept in 4 bits."""
+        return isinstance(self.method, LoraMethod) and self.method.kind == "qlora"
+
+    def is_quantized(self, param: Parameter) -> bool:
+        """A weight of a projection that bitsandbytes keeps in 4 bits: all but the head's and the adapters'."""
+        return (
+            self.quantized
+            and param.in_linear
+            and not param.adapter
+            and param.name.endswith(".weight")
+            and param.name != f"{self.architecture.head.name}.weight"
+        )
+
+    def bytes_of(self, param: Parameter) -> int:
+        """What a frozen parameter takes."""
+        return nf4_bytes(param.numel) if self.is_quantized(param) else param.numel * self.dtype.nbytes
 
     @property
     def gather_limits(self) -> GatherLimits:

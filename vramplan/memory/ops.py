@@ -7,6 +7,7 @@ it; allocations come in the operator's own order. ``label`` says under which hea
 from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.quantized import BLOCK
 from vramplan.memory.size import ZERO, Size, scale
 from vramplan.memory.tape import Node, Parameter, Tape, Tensor
 
@@ -292,6 +293,30 @@ def linear(
         return [grad_x, grad_b, grad_w]  # the weight's passes its transpose first
 
     return tape.attach("linear", out, [x, bias, weight], saved, backward)
+
+
+def linear_4bit(x: Tensor, w_numel: int, out_numel: Size, label: str) -> Tensor:
+    """``bitsandbytes.matmul_4bit`` of a frozen weight: saves no activation.
+
+    Each pass writes the weight out in the compute format; forward also makes its scales twice in fp32
+    (bitsandbytes/backends/cuda/ops.py, ``_dequant_linear_fallback``, which takes more than 1,536 rows; fewer rows may
+    take a fused kernel), backward once (autograd/_functions.py, ``MatMul4Bit.backward``).
+    """
+    tape, x_numel, dtype = x.storage.tape, x.numel, x.dtype
+    scales = (w_numel // BLOCK, 0, 0, 0, 0)
+    temporary = [tape.new(scales, Dtype.FP32, TEMPORARY) for _ in range(2)]
+    temporary.append(tape.new((w_numel, 0, 0, 0, 0), dtype, TEMPORARY))
+    out = tape.new(out_numel, dtype, label)
+    del temporary
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        written = [tape.new(scales, Dtype.FP32, TEMPORARY), tape.new((w_numel, 0, 0, 0, 0), dtype, TEMPORARY)]
+        grad_x = tape.new(x_numel, dtype, GRADIENTS)
+        grad_x.is_view = True
+        del written
+        return [grad_x]
+
+    return tape.attach("linear_4bit", out, [x], [], backward)
 
 
 def embedding(tape: Tape, weight: Parameter, out_numel: Size, dtype: Dtype, label: str) -> Tensor:

@@ -44,7 +44,7 @@ class Zero12(Engine):
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
-        width, frozen = self.width, {labels.FROZEN: self.frozen_numel * self.width}
+        width, frozen = self.width, {labels.FROZEN: self.frozen_bytes}
         flat = {labels.WEIGHTS: self.flat.padded_numel * width}
         stretch.see("weights flattened", merged(frozen, flat, {labels.INIT: self.trained_numel * width}))
         clone = {labels.INIT: self.share * width}

@@ -56,6 +56,8 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
             transformers_config(run), dtype=weight_dtype(run), attn_implementation=run.attention
         )
     model.tie_weights()  # type: ignore[operator]  # left out with the initialisation
+    if run.method.kind == "qlora":
+        quantize(model)
     if isinstance(run.method, LoraMethod):
         model = add_adapters(model, run.method)
     fill_weights(model)
@@ -66,6 +68,33 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
     if run.loss == "liger":
         apply_liger(model)
     return model
+
+
+def quantize(model: torch.nn.Module) -> None:
+    """Keeps every linear but the head in 4 bits, NF4 with double quantization, as transformers loads it.
+
+    Raises:
+        SpecError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise SpecError("method.kind: qlora needs bitsandbytes; install it, or use lora") from error
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or module is head:
+            continue
+        owner, _, own = name.rpartition(".")
+        weight = module.weight.data.normal_(std=WEIGHT_STD)
+        packed = bitsandbytes.nn.Linear4bit(
+            1, 1, bias=False, compute_dtype=weight.dtype, compress_statistics=True, quant_type="nf4"
+        )
+        packed.in_features, packed.out_features, packed.bias = module.in_features, module.out_features, module.bias
+        packed.weight = bitsandbytes.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
+        ).to(weight.device)
+        setattr(model.get_submodule(owner), own, packed)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
 
 
 def add_adapters(model: torch.nn.Module, method: LoraMethod) -> torch.nn.Module:

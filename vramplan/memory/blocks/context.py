@@ -91,6 +91,10 @@ class BlockContext:
             self.parameters[full] = Parameter(self.tape, full, numel, dtype or self.dtype, trained)
         return self.parameters[full]
 
+    def quantizes(self, linear: Linear) -> bool:
+        """Whether its weight is kept in 4 bits: every linear's but the head's."""
+        return isinstance(self.method, LoraMethod) and self.method.kind == "qlora" and linear.role is not Role.HEAD
+
     def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:
         weight = self.parameter(f"{linear.name}.weight", linear.weight_numel)
         bias = self.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None

@@ -31,12 +31,23 @@ def _down(ctx: BlockContext, linear: Linear, method: LoraMethod) -> Parameter:
 
 
 def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
+    if ctx.quantizes(linear):
+        return _quantized(ctx, x, linear, label)
     weight, bias = ctx.linear_parameters(linear)
     if linear.by_matmul:
         return ctx.call(linear.name, (weight, bias), lambda x: _matmul(ctx, x, weight, bias, linear, label), x)
     return ctx.call(
         linear.name, (weight, bias), lambda x: _product(ctx, x, weight, bias, tokens(linear.out_features), label), x
     )
+
+
+def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
+    """``Linear4bit.forward``: the input in the compute format, and the result back in the input's."""
+    given = x.dtype
+    out = ops.linear_4bit(
+        ops.to(x, ctx.autocast or ctx.dtype, label), linear.weight_numel, tokens(linear.out_features), label
+    )
+    return ops.to(out, given, label)
 
 
 def _product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
@@ -84,6 +95,8 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     """``result + lora_B(lora_A(dropout(x))) * scaling`` (peft/tuners/lora/layer.py, ``Linear.forward``)."""
     base = replace(linear, name=f"{linear.name}.base_layer")
     result = _dense(ctx, x, base, label)
+    if ctx.quantizes(linear):  # peft/tuners/lora/bnb.py, Linear4bit.forward, clones it
+        result = ops.clone(result, label)
     narrow_format = result.dtype
     x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     dropped = ctx.call(

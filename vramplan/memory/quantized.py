@@ -1,0 +1,22 @@
+"""Bytes of weights in NF4 with double quantization, as bitsandbytes keeps them.
+
+Paper: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314). Code: bitsandbytes/functional.py (0.50), ``quantize_4bit`` and
+``quantize_blockwise``; which modules: transformers/integrations/bitsandbytes.py, ``replace_with_bnb_linear`` (every
+linear but the head).
+"""
+
+from __future__ import annotations
+
+BLOCK = 64
+"""Weights that share one scale (``quantize_4bit``, default ``blocksize``)."""
+NESTED_BLOCK = 256
+"""Scales that share one fp32 scale of their own (``quantize_blockwise(..., blocksize=256)``)."""
+_CODE_BYTES = 16 * 4 + 256 * 4
+"""The tables of 16 and of 256 values that each weight's state holds."""
+_OFFSET_BYTES = 4
+
+
+def nf4_bytes(numel: int) -> int:
+    """One weight: two to a byte, a scale in 8 bits for each 64, its own scale in fp32 for each 256 of those."""
+    blocks = -(-numel // BLOCK)
+    return -(-numel // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + _CODE_BYTES + _OFFSET_BYTES
