@@ -1,6 +1,7 @@
 """The real engine of one rank, run on fake tensors: every byte that would be alive at every moment.
 
 ``simulate`` is the function; calling the package is the same, so ``vramplan.simulate(run)`` reads as its siblings do.
+``simulate_jobs(map(record_request, ...))`` simulates many, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,15 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from vramplan.simulate.request import AS_RECORDED, Conditions, SimulationRequest, Simulator, simulate
+from vramplan.simulate.request import (
+    AS_RECORDED,
+    Conditions,
+    SimulationRequest,
+    Simulator,
+    record_request,
+    simulate,
+    simulate_jobs,
+)
 from vramplan.simulate.result import SimulationResult
 
 __all__ = [
@@ -18,7 +27,9 @@ __all__ = [
     "SimulationRequest",
     "SimulationResult",
     "Simulator",
+    "record_request",
     "simulate",
+    "simulate_jobs",
 ]
 
 

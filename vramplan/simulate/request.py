@@ -127,6 +127,28 @@ class Simulator:
         return SimulationResult.from_dict(json.loads(out.read_text(encoding="utf-8")))
 
 
+def record_request(run: RunSpec, *, key: str = "", steps: int = 2, skip_steps: bool = False) -> SimulationRequest:
+    """What simulates a measurement record taken on a CPU; ``run`` is the record's, with its layout in it.
+
+    ``skip_steps``: whether the record's optimizer steps were discarded (``measure/record.py``).
+    """
+    conditions = replace(AS_RECORDED, steps=steps, skip_steps=skip_steps)
+    return SimulationRequest(run, "cpu", conditions=conditions, key=key)
+
+
+def simulate_jobs(requests: Iterable[SimulationRequest], parallel: int = 1) -> Iterator[tuple[str, SimulationResult]]:
+    """Each request's ``key`` with its result, as they end; ``parallel`` at a time, each in a process of its own.
+
+    A run that the real stack refuses, or that cannot be traced, is a result whose ``error`` says why.
+
+    Raises:
+        SimulationError: a process died without a result.
+    """
+    with Simulator(parallel) as simulator:
+        for request, result in simulator.run(requests):
+            yield request.key, result
+
+
 def simulate(
     run: RunSpec,
     on: Node | DeviceType = "cuda",

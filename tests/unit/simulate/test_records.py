@@ -1,0 +1,52 @@
+"""The simulator against the real engine: bytes of its runs on the CPU, measured by a program that shares no code."""
+
+from pathlib import Path
+
+import pytest
+
+from vramplan.measure.compare import quantile
+from vramplan.measure.record import read_records, run_from_record_spec, steps_were_skipped
+from vramplan.simulate import record_request, simulate_jobs
+
+RECORDS = Path(__file__).parents[2] / "golden" / "cpu_records.jsonl"
+QUICK = ("CA000", "CA009", "CA022", "CA028", "CA045", "CA050", "CA052", "CA055", "EA003", "EA011", "EA019")
+"""Every stage, checkpointing, adapters, accumulation, and families that the estimator does not cover."""
+
+
+def simulated(records):
+    by_id = {record.id: record for record in records}
+    requests = [
+        record_request(run_from_record_spec(record.spec)[0], key=record.id, skip_steps=steps_were_skipped(record))
+        for record in records
+    ]
+    return [(by_id[key], result) for key, result in simulate_jobs(requests, parallel=2)]
+
+
+def check(pairs, median, p95):
+    errors = []
+    for record, result in pairs:
+        assert result.error is None, (record.id, result.error)
+        errors.append(abs(result.train_allocated_peak_bytes / record.measured.train_allocated_peak_bytes - 1))
+        found = {phase.phase: phase for phase in result.phases}
+        for phase in record.measured.phases:
+            peak, end = found[phase.phase].peak_bytes, found[phase.phase].end_bytes
+            assert peak == pytest.approx(phase.allocated_peak_bytes, rel=0.002), (record.id, phase.phase)
+            assert end == pytest.approx(phase.allocated_end_bytes, rel=0.002), (record.id, phase.phase)
+        assert result.numel_total == record.measured.numel_total
+        assert result.numel_trainable == record.measured.numel_trainable
+    errors.sort()
+    assert quantile(errors, 0.5) <= median
+    assert quantile(errors, 0.95) <= p95
+
+
+def test_records_of_every_kind():
+    records = [record for record in read_records(RECORDS) if record.id in QUICK]
+    assert len(records) == len(QUICK)
+    check(simulated(records), median=0.0001, p95=0.001)
+
+
+@pytest.mark.slow
+def test_every_record():
+    records = read_records(RECORDS)
+    assert len(records) == 75
+    check(simulated(records), median=0.0001, p95=0.001)
