@@ -85,7 +85,11 @@ def training_flops(work: TokenWork, *, full: bool, checkpointing: bool) -> Train
 
 def trainable_numel(run: RunSpec, architecture: Architecture) -> int:
     """Elements that the optimizer updates."""
-    return architecture.num_params if run.method.kind == "full" else adapter_numel(run, architecture)
+    method = run.method
+    if isinstance(method, LoraMethod):
+        return adapter_numel(run, architecture)
+    count = architecture.num_layers
+    return sum(tensor.numel for tensor in architecture.named_tensors() if method.trains(tensor.name, count))
 
 
 def adapter_numel(run: RunSpec, architecture: Architecture) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from vramplan.errors import ConfigError, UnknownNameError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.catalogue import all_models, find_model
+from vramplan.facts.expansion import expand_architecture
 from vramplan.facts.families import architecture_from_config
 
 
@@ -22,6 +23,8 @@ class ModelRequest(Protocol):
     def model(self) -> str: ...
     @property
     def model_config_fields(self) -> Mapping[str, Any] | None: ...
+    @property
+    def new_blocks(self) -> int: ...
 
 
 def resolve_architecture(run: ModelRequest) -> Architecture:
@@ -31,7 +34,7 @@ def resolve_architecture(run: ModelRequest) -> Architecture:
         UnknownNameError: nothing known has that name, or its family is unknown.
         ConfigError: its ``config.json`` cannot be read as that of its family.
     """
-    return architecture_from_config(resolve_config(run))
+    return expand_architecture(architecture_from_config(resolve_config(run)), run.new_blocks)
 
 
 def resolve_config(run: ModelRequest) -> Mapping[str, Any]:

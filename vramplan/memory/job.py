@@ -213,7 +213,8 @@ def _parameters(architecture: Architecture, method: Method) -> Iterator[Paramete
     linears[architecture.head.name] = architecture.head
     if isinstance(method, FullMethod):
         for tensor in architecture.named_tensors():
-            yield Parameter(tensor.name, tensor.numel, True, tensor.name.rpartition(".")[0] in linears)
+            trained = method.trains(tensor.name, architecture.num_layers)
+            yield Parameter(tensor.name, tensor.numel, trained, tensor.name.rpartition(".")[0] in linears)
         return
     pending: tuple[str, list[Parameter]] | None = None
     for tensor in architecture.named_tensors():

@@ -7,6 +7,7 @@ or fall linearly, so the highest instant is in the first or the last of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,7 +26,7 @@ from vramplan.memory.gathers import GatherLimits, Gathers
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
-from vramplan.spec.trainable import LoraMethod, Method
+from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class _Runner:
             lone_sequence=run.lone_sequence,
             windowed=run.windowed,
             hooks=self.gathers,
+            num_layers=run.architecture.num_layers,
         )
         self.gradients: list[Gradient] = []
         self.tape.on_grad = self._collect
@@ -308,14 +310,28 @@ def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> 
 def _kind(run: ModelRun, index: int) -> Hashable:
     """Layers of one kind keep the same bytes. The first layer is of its own kind: its input is also held by the
     model's forward, and with a frozen base nothing before its first adapter needs a gradient. Nor are layers with
-    different adapters of one kind."""
+    different adapters or frozen weights of one kind, or layers above and below the first that is trained."""
     method = run.method
     adapted: tuple[str, ...] = ()
+    if isinstance(method, FullMethod) and method.freezes:
+        return run.architecture.layers[index], index == 0, *_trained_in(run, method, index)
     if isinstance(method, LoraMethod):
         prefix = f"{run.architecture.layer_prefix}.{index}."
         layer = run.architecture.layers[index]
         adapted = tuple(linear.name for linear in layer.linears() if method.adapts(f"{prefix}{linear.name}"))
     return run.architecture.layers[index], index == 0, adapted
+
+
+def _trained_in(run: ModelRun, method: FullMethod, index: int) -> tuple[tuple[str, ...], bool]:
+    """The tensors of a layer that are trained, and whether its input needs a gradient."""
+    architecture = run.architecture
+    count, prefix = architecture.num_layers, f"{architecture.layer_prefix}.{index}."
+    names = tuple(tensor.name for tensor in architecture.layers[index].tensors())
+    below = itertools.takewhile(lambda each: not each.name.startswith(prefix), architecture.named_tensors())
+    return (
+        tuple(name for name in names if method.trains(f"{prefix}{name}", count)),
+        any(method.trains(tensor.name, count) for tensor in below),
+    )
 
 
 def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:

@@ -21,5 +21,7 @@ class DataSpec(UserModel):
     """The same for evaluation. None: ``eval_frac`` of the training data is held out."""
     eval_frac: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the training rows held out for evaluation when ``eval`` is None."""
+    eval_sets: dict[str, str] = Field(default_factory=dict)
+    """More held-out sets by name (such as ``general: other.jsonl``), each evaluated beside the first."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens of ``messages`` count in the loss."""

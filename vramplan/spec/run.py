@@ -9,6 +9,7 @@ from pydantic import Field
 from vramplan.spec.base import UserModel
 from vramplan.spec.data import DataSpec
 from vramplan.spec.layout import Layout
+from vramplan.spec.retain import RetainSpec
 from vramplan.spec.trainable import FullMethod, Method
 from vramplan.spec.training import TrainingSpec
 
@@ -125,6 +126,7 @@ class RunSpec(UserModel):
     hardware: HardwareSpec = HardwareSpec()
     data: DataSpec = DataSpec()
     training: TrainingSpec = TrainingSpec()
+    retain: RetainSpec = RetainSpec()
 
     @property
     def peak_lr(self) -> float:
@@ -132,3 +134,8 @@ class RunSpec(UserModel):
         if self.optimizer.lr is not None:
             return self.optimizer.lr
         return 1e-5 if self.method.kind == "full" else 2e-4
+
+    @property
+    def new_blocks(self) -> int:
+        """Blocks that are added to the model before training."""
+        return self.method.new_blocks if isinstance(self.method, FullMethod) else 0

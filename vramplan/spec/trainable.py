@@ -7,13 +7,57 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from vramplan.facts.expansion import new_block_positions
 from vramplan.spec.base import UserModel
 
 
 class FullMethod(UserModel):
-    """Every parameter is trained."""
+    """The model's own parameters are trained: all of them, unless some are frozen."""
 
     kind: Literal["full"] = "full"
+    freeze: tuple[str, ...] = ()
+    """Regular expressions: a parameter stays as it is if one of them is found in its full name."""
+    train_last_blocks: int | None = Field(default=None, ge=1)
+    """Only the last this many blocks are trained; embeddings, final norm and head stay too. None: all blocks."""
+    new_blocks: int = Field(default=0, ge=0)
+    """Blocks to add, each a copy that at first changes nothing, of which alone are trained (LLaMA-Pro, Wu et al. 2024,
+    arXiv 2401.02415)."""
+
+    @field_validator("freeze")
+    @classmethod
+    def _compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            _check_pattern(pattern)
+        return value
+
+    @property
+    def freezes(self) -> bool:
+        """Whether anything stays as it is."""
+        return bool(self.freeze or self.train_last_blocks or self.new_blocks)
+
+    def trains(self, name: str, num_layers: int) -> bool:
+        """Whether the parameter of that full name is trained in a model of ``num_layers`` blocks (new ones counted)."""
+        if any(re.search(pattern, name) for pattern in self.freeze):
+            return False
+        block = block_of(name)
+        if self.new_blocks:
+            return block in new_block_positions(num_layers - self.new_blocks, self.new_blocks)
+        if self.train_last_blocks is not None:
+            return block is not None and block >= num_layers - self.train_last_blocks
+        return True
+
+
+def block_of(name: str) -> int | None:
+    """The decoder block that a parameter's full name lies in: the first number of the name, if it has one."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
 
 
 class LoraMethod(UserModel):
@@ -37,10 +81,7 @@ class LoraMethod(UserModel):
     @classmethod
     def _compiles(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{value!r} is no regular expression ({error})") from error
+            _check_pattern(value)
         return value
 
     def adapts(self, module_name: str) -> bool:

@@ -30,6 +30,9 @@ class TrainingSpec(UserModel):
     """Optimizer steps between evaluations. None: at the end only."""
     save_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints. None: at the end only."""
+    best_on: str | None = None
+    """The held-out set (``held_out``, or a name of ``data.eval_sets``) whose lowest loss marks the best checkpoint,
+    which is kept and exported. None: the last is."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     log_every: int = Field(default=1, ge=1)
@@ -40,5 +43,7 @@ class TrainingSpec(UserModel):
     """A question that the finished, saved and reloaded model answers at the end."""
     sample_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where curves are sent, through accelerate; the packages must be installed. ``metrics.jsonl`` is always there."""
     merge_adapters: bool = False
     """Whether adapters are also merged into the weights at the end (a full model next to the adapters)."""

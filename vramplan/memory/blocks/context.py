@@ -79,15 +79,16 @@ class BlockContext:
     hooks: ModuleHooks | None = None
     """Who listens to modules: ZeRO-3's gathers, or nobody."""
 
-    @property
-    def trains_base(self) -> bool:
-        return isinstance(self.method, FullMethod)
+    num_layers: int = 0
+
+    def trains_base(self, name: str) -> bool:
+        return isinstance(self.method, FullMethod) and self.method.trains(name, self.num_layers)
 
     def parameter(self, name: str, numel: int, trainable: bool | None = None, dtype: Dtype | None = None) -> Parameter:
         """The parameter of that full name; the same object for the same name (tied weights)."""
         full = f"{self.prefix}{name}"
         if full not in self.parameters:
-            trained = self.trains_base if trainable is None else trainable
+            trained = self.trains_base(full) if trainable is None else trainable
             self.parameters[full] = Parameter(self.tape, full, numel, dtype or self.dtype, trained)
         return self.parameters[full]
 
