@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,13 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model's forward is given besides the labels."""
+        given: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        if self.attention_mask is not None:
+            given["attention_mask"] = self.attention_mask
+        return given
 
     def to(self, device: torch.device) -> Batch:
         mask = self.attention_mask

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vramplan.emit.deepspeed import CLIENT_OPTIMIZERS
@@ -9,8 +11,11 @@ from vramplan.errors import SpecError
 from vramplan.spec.run import RunSpec
 
 
-def client_optimizer(run: RunSpec, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The optimizer to hand to ``deepspeed.initialize``; None where its config names it."""
+def client_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer | None:
+    """The optimizer to hand to ``deepspeed.initialize``; None where its config names it.
+
+    ``params``: parameters, or groups of them as torch's optimizers take.
+    """
     kind = run.optimizer.kind
     if kind not in CLIENT_OPTIMIZERS:
         return None

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vramplan.data.batch import Batch
+from vramplan.data.batch import IGNORED, Batch
 from vramplan.emit.deepspeed import managed_accumulation
 from vramplan.errors import LegalityError
 from vramplan.rank.optimizer import client_optimizer
+from vramplan.retain.base_model import BaseModel
+from vramplan.retain.kl import kl_to_base
 from vramplan.spec.run import RunSpec
 from vramplan.train.loss import batch_loss, takes_num_targets
+from vramplan.train.retention import anchored_penalties, trained_groups
 
 
 def join_group(run: RunSpec) -> torch.device:
@@ -46,19 +49,24 @@ def join_group(run: RunSpec) -> torch.device:
 class TrainEngine:
     """One rank's engine. Every rank makes the same calls in the same order."""
 
-    def __init__(self, run: RunSpec, module: Any, config: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, run: RunSpec, module: Any, config: dict[str, Any], device: torch.device, reference: Any | None = None
+    ) -> None:
         import deepspeed
 
-        trained = [param for param in module.parameters() if param.requires_grad]
+        self.run = run
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.penalties = anchored_penalties(run, module, self.rank, self.world_size)
+        trained = trained_groups(run, module)
         # Built before initialize, which may cast the module: the loss reads no dtype.
         self._divides_sum = takes_num_targets(module)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, model_parameters=trained, optimizer=client_optimizer(run, trained), config=config
         )
-        self.run = run
-        self.device = device
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.base = BaseModel(self.deepspeed, reference) if run.retain.kl is not None else None
+        self._sampling = False
         self._managed = managed_accumulation(run)
         self._half_without_zero = run.precision in ("bf16", "fp16") and not run.zero.stage
         if self._half_without_zero:
@@ -74,7 +82,40 @@ class TrainEngine:
         its backward."""
         if self._managed and self.module.training:
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        return batch_loss(self.deepspeed, batch, num_targets, divides_sum=self._divides_sum)
+        training = self.module.training
+        if self.penalties is not None and training and not self._sampling:
+            self.penalties.gradient_scale = self.world_size * self.loss_scale() if is_last else 0.0
+            self.penalties.penalty = 0.0
+        if self.base is None or not training or self._sampling:
+            return batch_loss(self.deepspeed, batch, num_targets, divides_sum=self._divides_sum)
+        assert self.run.retain.kl is not None
+        base_logits = self.base.logits(batch.inputs())
+        return batch_loss(
+            self.deepspeed,
+            batch,
+            num_targets,
+            divides_sum=self._divides_sum,
+            extra=lambda logits: self._kl(logits, base_logits, batch, num_targets),
+        )
+
+    def _kl(self, logits: torch.Tensor, base_logits: torch.Tensor, batch: Batch, num_targets: int) -> torch.Tensor:
+        assert self.run.retain.kl is not None
+        counted = torch.zeros_like(batch.labels, dtype=torch.bool)
+        counted[:, :-1] = batch.labels[:, 1:] != IGNORED  # a token's logits predict the next one
+        return kl_to_base(logits, base_logits, counted) * (self.run.retain.kl.weight / num_targets)
+
+    @contextmanager
+    def sampling_fisher(self) -> Iterator[None]:
+        """Inside, backwards are samples for the Fisher diagonal and reach no optimizer."""
+        self._sampling = True
+        try:
+            yield
+        finally:
+            self._sampling = False
+
+    def retention_bytes(self) -> int:
+        """Bytes that methods against forgetting keep on this rank."""
+        return sum(each.state_bytes() for each in (self.penalties, self.base) if each is not None)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of one part of the loss."""
@@ -84,7 +125,7 @@ class TrainEngine:
     def step(self, lr: float) -> None:
         """Reduces, clips and applies the gradients at rate ``lr``."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_share", 1.0)
         self.deepspeed.step()
 
     @contextmanager
@@ -112,6 +153,12 @@ class TrainEngine:
         stacked = torch.stack([value.detach().to(torch.float64) for value in values])
         dist.all_reduce(stacked)
         return [float(value) for value in stacked]
+
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before backward, besides the ranks: more than 1 for fp16 only."""
+        if self._half_without_zero:
+            return self._missing_loss_scale()
+        return float(self.deepspeed.optimizer.loss_scale) if self.run.precision == "fp16" else 1.0
 
     def _missing_loss_scale(self) -> float:
         """1, but for fp16 without ZeRO: DeepSpeed 0.19.8 divides the gradients by its loss scale in the step

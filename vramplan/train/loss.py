@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,23 +11,29 @@ import torch
 from vramplan.data.batch import IGNORED, Batch
 
 
-def batch_loss(model: Any, batch: Batch, num_targets: int, *, divides_sum: bool) -> torch.Tensor:
+def batch_loss(
+    model: Any,
+    batch: Batch,
+    num_targets: int,
+    *,
+    divides_sum: bool,
+    extra: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """This micro-batch's part of the loss: sum of its tokens' negative log-likelihood / ``num_targets``.
 
     With ``num_targets`` that of the global batch, parts add up over micro-batches and ranks to the mean over all its
-    tokens, so neither changes the loss. ``divides_sum``: what ``takes_num_targets`` says of the model. The model's
-    output, and with it the logits, is let go on return.
+    tokens, so neither changes the loss. ``divides_sum``: what ``takes_num_targets`` says of the model. ``extra``: what is
+    added to it, from the logits. The model's output, and with it the logits, is let go on return.
     """
-    inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "use_cache": False}
-    if batch.attention_mask is not None:
-        inputs["attention_mask"] = batch.attention_mask
+    inputs = {**batch.inputs(), "labels": batch.labels}
     if divides_sum:
         # transformers divides the sum by this instead of taking a mean (loss/loss_utils.py, fixed_cross_entropy)
-        loss: torch.Tensor = model(**inputs, num_items_in_batch=num_targets).loss
-        return loss
-    own_targets = (batch.labels[:, 1:] != IGNORED).sum()
-    mean: torch.Tensor = model(**inputs).loss
-    return mean * own_targets / num_targets
+        output = model(**inputs, num_items_in_batch=num_targets)
+        loss: torch.Tensor = output.loss
+    else:
+        output = model(**inputs)
+        loss = output.loss * (batch.labels[:, 1:] != IGNORED).sum() / num_targets
+    return loss if extra is None else loss + extra(output.logits)
 
 
 def takes_num_targets(module: Any) -> bool:

@@ -33,7 +33,7 @@ def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedM
     if run.method.kind == "qlora":
         raise LegalityError("method.kind: qlora cannot be trained here yet: use lora or full")
     zero3 = _announce_zero3(run, config)
-    module = _pretrained(run, directory)
+    module = pretrained(run, directory)
     module.config.use_cache = False
     if isinstance(run.method, LoraMethod):
         seed_initial_weights(run.training.seed)
@@ -66,7 +66,7 @@ def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
     return sum(numel for numel, _ in sizes), sum(numel for numel, trained in sizes if trained)
 
 
-def _pretrained(run: RunSpec, directory: Path) -> Any:
+def pretrained(run: RunSpec, directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:

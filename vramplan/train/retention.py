@@ -1,0 +1,106 @@
+"""What keeps the model from forgetting, tied to the engine: penalties, rates by layer, the Fisher diagonal, a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vramplan.data.batch import collate, padded_length
+from vramplan.data.encode import Sample, encode_rows
+from vramplan.data.source import read_rows
+from vramplan.errors import LegalityError, SpecError
+from vramplan.retain.anchored import AnchoredPenalties
+from vramplan.retain.layer_lr import rate_groups
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+
+if TYPE_CHECKING:
+    from vramplan.train.engine import TrainEngine
+
+
+def check_retention(run: RunSpec) -> None:
+    """Raises:
+    LegalityError: methods that do not go together.
+    SpecError: a held-out set is named that is not given.
+    """
+    retain = run.retain
+    if retain.kl is not None and run.loss == "liger":
+        raise LegalityError("retain.kl needs the logits, which loss liger never makes: use loss hf, or l2sp or ewc")
+    if retain.interpolate and isinstance(run.method, LoraMethod) and run.method.use_dora:
+        raise LegalityError("retain.interpolate cannot scale DoRA's adapters: set method.use_dora false, or drop it")
+    names = {"held_out", *run.data.eval_sets}
+    wanted = {"training.best_on": run.training.best_on}
+    if retain.early_stop is not None:
+        wanted["retain.early_stop.set"] = retain.early_stop.set
+    for key, name in wanted.items():
+        if name is not None and name not in names:
+            raise SpecError(f"{key} is {name!r} but the held-out sets are {', '.join(sorted(names))}: see data.eval_sets")
+
+
+def anchored_penalties(run: RunSpec, module: Any, rank: int, world_size: int) -> AnchoredPenalties | None:
+    """The springs that the run asks for; None where it asks for none."""
+    l2sp, ewc = run.retain.l2sp, run.retain.ewc
+    if l2sp is None and ewc is None:
+        return None
+    return AnchoredPenalties(
+        module, rank, world_size, l2sp.weight if l2sp is not None else 0.0, ewc.weight if ewc is not None else 0.0
+    )
+
+
+def trained_groups(run: RunSpec, module: Any) -> list[Any]:
+    """What the optimizer is given: the trained parameters, in groups where rates differ."""
+    trained = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+    if run.retain.layer_lr_decay == 1.0:
+        return [param for _, param in trained]
+    num_layers = module.config.get_text_config().num_hidden_layers
+    return rate_groups(trained, num_layers, run.retain.layer_lr_decay)
+
+
+def general_samples(run: RunSpec, tokenizer: Any) -> list[Sample]:
+    """What the Fisher diagonal is estimated from; nothing without EWC."""
+    ewc = run.retain.ewc
+    if ewc is None:
+        return []
+    return encode_rows(read_rows(ewc.data), tokenizer, run.seq_len, run.data.train_on)[: ewc.samples]
+
+
+def start_penalties(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> None:
+    """Anchors the weights as they are and estimates the Fisher diagonal; every rank calls, before resuming."""
+    if engine.penalties is None:
+        return
+    engine.penalties.anchor()
+    if engine.run.retain.ewc is None:
+        return
+    run, world_size = engine.run, engine.world_size
+    with engine.sampling_fisher():
+        for start in range(0, len(samples), world_size):
+            index = start + engine.rank  # a rank that has run out computes one along and counts nothing
+            sample = samples[min(index, len(samples) - 1)]
+            batch = collate([sample], padded_length([sample], run.seq_len), pad_id, with_mask=run.attention_mask)
+            engine.penalties.begin_sample(world_size * engine.loss_scale(), counts=index < len(samples))
+            engine.backward(engine.forward(batch.to(engine.device), sample.num_targets, is_last=False))
+    engine.penalties.end_samples()
+
+
+def reference_model(run: RunSpec, directory: Path, config: dict[str, Any], device: Any) -> Any | None:
+    """A frozen copy of the base model for KL; None where it is not needed (adapters can be switched off).
+
+    Under ZeRO-3 it is an engine of its own, which keeps this rank's part of each weight.
+    """
+    if run.retain.kl is None or isinstance(run.method, LoraMethod):
+        return None
+    from vramplan.train.model import pretrained
+
+    module = pretrained(run, directory)
+    if run.zero.stage != 3:
+        return module.to(device)
+    import deepspeed
+
+    kept = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "torch_autocast")
+    frozen = {name: value for name, value in config.items() if name in kept}
+    frozen["zero_optimization"] = {
+        name: value for name, value in config["zero_optimization"].items() if name != "offload_optimizer"
+    }
+    engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=frozen)
+    return engine
