@@ -106,7 +106,7 @@ def _write_index(target: Path) -> None:
     files = sorted(target.glob("*.safetensors"))
     if len(files) == 1 and files[0].name == "model.safetensors":
         return
-    where = {}
+    where: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="pt") as opened:
             where |= dict.fromkeys(opened.keys(), path.name)

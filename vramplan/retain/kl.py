@@ -14,7 +14,7 @@ def kl_to_base(logits: torch.Tensor, base_logits: torch.Tensor, counted: torch.T
     """``sum over counted tokens of KL(p_base || p) = sum_v p_base(v) (log p_base(v) - log p(v))``, in nats.
 
     ``logits`` and ``base_logits``: (batch, length, vocabulary); ``counted``: (batch, length), bool. The gradient,
-    ``p - p_base``, is made with the value, ``CHUNK_TOKENS`` tokens at a time: what is kept is one tensor like ``logits``.
+    ``p - p_base``, is made with the value, ``CHUNK_TOKENS`` tokens at a time: one tensor like ``logits`` is kept.
     """
     divergence: torch.Tensor = _KlToBase.apply(logits, base_logits, counted)  # type: ignore[no-untyped-call]
     return divergence

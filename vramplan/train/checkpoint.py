@@ -67,15 +67,18 @@ class Resumed:
     passed_over: tuple[str, ...]
 
 
-def save_checkpoint(engine: TrainEngine, directory: Path, state: RunState, keep: int) -> Path:
-    """Writes a checkpoint of all ranks and publishes it; then drops all but the newest ``keep``.
+def save_checkpoint(
+    engine: TrainEngine, directory: Path, state: RunState, keep: int, keep_step: int | None = None
+) -> Path:
+    """Writes a checkpoint of all ranks and publishes it; then drops all but the newest ``keep`` and that of
+    ``keep_step``.
 
     A crash at any moment leaves the earlier ones whole: only a finished directory gets its name.
 
     Raises:
         CheckpointError: it cannot be written (a full disk); the earlier ones stay.
     """
-    target = directory / f"{_PREFIX}{state.step:08d}"
+    target = directory / _name(state.step)
     partial = directory / f"{_PARTIAL}{target.name}"
     if engine.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -90,7 +93,7 @@ def save_checkpoint(engine: TrainEngine, directory: Path, state: RunState, keep:
         ) from error
     if engine.rank == 0:
         _publish(partial, target)
-        _prune(directory, keep)
+        _prune(directory, keep, keep_step)
     dist.barrier()
     return target
 
@@ -116,6 +119,24 @@ def resume(engine: TrainEngine, directory: Path, expected: RunState) -> Resumed 
     if passed_over:
         raise CheckpointError(f"no whole checkpoint in {directory}: " + "; ".join(passed_over))
     return None
+
+
+def load_step(engine: TrainEngine, directory: Path, step: int) -> Path:
+    """Loads the checkpoint of one step; gives its directory.
+
+    Raises:
+        CheckpointError: it is not there or not whole.
+    """
+    path = directory / _name(step)
+    damage = find_damage(path) if path.is_dir() else "there is no such directory"
+    if damage is not None:
+        raise CheckpointError(f"{path}: {damage}")
+    _load(engine, path)
+    return path
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08d}"
 
 
 def published(directory: Path) -> list[Path]:
@@ -172,10 +193,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(directory: Path, keep: int) -> None:
+def _prune(directory: Path, keep: int, keep_step: int | None = None) -> None:
     """By one rank alone, so it looks at sizes only: contents are read by all ranks together, at a resume."""
     complete = [path for path in published(directory) if find_missing_bytes(path) is None]
-    stale = [path for path in published(directory) if path not in complete[:keep]]
+    kept = {path.name for path in complete[:keep]} | ({_name(keep_step)} if keep_step is not None else set())
+    stale = [path for path in published(directory) if path.name not in kept]
     for path in (*stale, *directory.glob(f"{_PARTIAL}*")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,14 @@ from vramplan.data.sampler import epoch_of, global_batch, micro_batches, rank_sl
 from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
 from vramplan.spec.run import RunSpec
-from vramplan.train.checkpoint import RunState, save_checkpoint
+from vramplan.train.checkpoint import RunState, load_step, save_checkpoint
 from vramplan.train.engine import TrainEngine
 from vramplan.train.evaluate import evaluate
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.schedule import learning_rate
 from vramplan.train.seeds import seed_micro_batch
+from vramplan.train.watch import HELD_OUT, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,20 @@ class Loop:
         phases: Phases,
         memory: Memory,
         pad_id: int,
+        eval_sets: Mapping[str, Sequence[Sample]] | None = None,
     ) -> None:
         self.engine, self.data, self.run_dir = engine, data, run_dir
         self.metrics, self.phases, self.memory = metrics, phases, memory
         self.run: RunSpec = engine.run
         self.total_steps = total_steps(engine.run, len(data.train))
         self._pad_id = pad_id
+        self.watch = Watch(engine.run)
+        self.steps_done = 0
+        self.stopped = False
+        """Whether early stopping has ended the run."""
+        self._sets = {name: samples for name, samples in (eval_sets or {}).items() if samples}
+        if data.held_out:
+            self._sets[HELD_OUT] = data.held_out
 
     def step(self, step: int) -> StepResult:
         """Optimizer step ``step`` (from 0).
@@ -88,33 +97,65 @@ class Loop:
         self._report(step, batch, result)
         return result
 
+    def before_training(self) -> None:
+        """What the base model makes of the named held-out sets: what retention is measured against."""
+        if self.run.data.eval_sets or self.run.retain.early_stop is not None:
+            self.evaluate(0)
+
     def between_steps(self, steps_done: int) -> None:
         """Evaluation and checkpoint, where they are due after ``steps_done`` steps."""
-        is_last = steps_done == self.total_steps
+        self.steps_done = steps_done
+        is_last, is_best = steps_done == self.total_steps, False
         training = self.run.training
-        if self.data.held_out and (is_last or _due(steps_done, training.eval_every)):
+        if self._sets and (is_last or _due(steps_done, training.eval_every)):
             self.evaluate(steps_done)
-        if is_last or _due(steps_done, training.save_every):
+            is_best = self.watch.best_step == steps_done
+            self.stopped = self.watch.must_stop
+        if is_last or is_best or self.stopped or _due(steps_done, training.save_every):
             self.save(steps_done)
+        if self.stopped and not is_last:
+            early = self.run.retain.early_stop
+            self.metrics.event(
+                "note", text=f"stopped after step {steps_done}: retain.early_stop on {early and early.set}"
+            )
+
+    def return_to_best(self) -> None:
+        """Loads the checkpoint that ``training.best_on`` asks for, if it is not where the run ended."""
+        best = self.watch.best_step
+        if best is not None and best != self.steps_done:
+            path = load_step(self.engine, self.run_dir.checkpoints, best)
+            self.metrics.event("note", text=f"the best checkpoint, of step {best}, is exported ({path})")
 
     def evaluate(self, steps_done: int) -> None:
+        """The loss on every held-out set."""
+        for name, samples in self._sets.items():
+            self._evaluate(steps_done, name, samples)
+
+    def _evaluate(self, steps_done: int, name: str, samples: Sequence[Sample]) -> None:
         with self.phases.phase("evaluation", steps_done):
-            evaluation = evaluate(self.engine, self.data.held_out, self._pad_id)
+            evaluation = evaluate(self.engine, samples, self._pad_id)
         perplexity = evaluation.perplexity
+        self.watch.add(name, steps_done, evaluation.loss)
         self.metrics.event(
             "evaluation",
             step=steps_done,
+            set=name,
             loss=evaluation.loss,
             perplexity=perplexity,
             num_targets=evaluation.num_targets,
         )
-        self.metrics.scalars(steps_done, eval__loss=evaluation.loss, eval__perplexity=perplexity)
+        prefix = "eval" if name == HELD_OUT else f"eval_{name}"
+        self.metrics.scalars(steps_done, **{f"{prefix}__loss": evaluation.loss, f"{prefix}__perplexity": perplexity})
 
     def save(self, steps_done: int) -> None:
         started = time.perf_counter()
         with self.phases.phase("save", steps_done):
             path = save_checkpoint(
-                self.engine, self.run_dir.checkpoints, self.state(steps_done), self.run.training.keep_checkpoints
+                self.engine,
+                self.run_dir.checkpoints,
+                self.state(steps_done),
+                self.run.training.keep_checkpoints,
+                keep_step=self.watch.best_step,
             )
         self.metrics.event("checkpoint", step=steps_done, path=str(path), seconds=time.perf_counter() - started)
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vramplan.errors import ConfigError, LegalityError, SpecError
+from vramplan.measure.run_dir import RunDir
 from vramplan.rank.model import add_adapters, apply_liger, weight_dtype
+from vramplan.retain.expand import expand_model_directory
+from vramplan.retain.freeze import freeze
 from vramplan.spec.run import RunSpec
-from vramplan.spec.trainable import LoraMethod
+from vramplan.spec.trainable import FullMethod
+from vramplan.train.export import replaced_directory
 from vramplan.train.seeds import seed_initial_weights
 
 
@@ -30,12 +35,17 @@ def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedM
         ConfigError: transformers cannot build the model.
         LegalityError: a method that the trainer does not run.
     """
-    if run.method.kind == "qlora":
-        raise LegalityError("method.kind: qlora cannot be trained here yet: use lora or full")
+    if run.method.kind == "qlora" and run.zero.stage == 3:
+        raise LegalityError(
+            "method.kind: qlora cannot be trained under ZeRO-3, which would split packed weights: use 2"
+        )
     zero3 = _announce_zero3(run, config)
     module = pretrained(run, directory)
     module.config.use_cache = False
-    if isinstance(run.method, LoraMethod):
+    if isinstance(run.method, FullMethod):
+        if run.method.freezes:
+            freeze(module, run.method)
+    else:
         seed_initial_weights(run.training.seed)
         module = add_adapters(module, run.method)
     if run.activation_checkpointing == "full":
@@ -43,6 +53,22 @@ def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedM
     if run.loss == "liger":
         apply_liger(module)
     return LoadedModel(module, zero3)
+
+
+def start_directory(run: RunSpec, directory: Path, run_dir: RunDir, rank: int) -> Path:
+    """The model that training starts from: the base, or a copy of it with new blocks, made once; every rank calls.
+
+    Raises:
+        ConfigError: the family's blocks are not known.
+    """
+    if not run.new_blocks:
+        return directory
+    target = run_dir.root / "expanded"
+    if rank == 0 and not target.exists():
+        with replaced_directory(target) as temporary:
+            expand_model_directory(directory, temporary, run.new_blocks)
+    dist.barrier()
+    return target
 
 
 def check_fit_of_tokenizer(run: RunSpec, config: Any, tokenizer: Any) -> None:
@@ -76,10 +102,30 @@ def pretrained(run: RunSpec, directory: Path) -> Any:
             attn_implementation=run.attention,
             use_safetensors=True,
             trust_remote_code=run.training.trust_remote_code,
+            **_quantized(run),
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{directory}: cannot be loaded as a causal language model ({reason})") from error
+
+
+def _quantized(run: RunSpec) -> dict[str, Any]:
+    """QLoRA's 4-bit weights: NormalFloat, scales quantized again (Dettmers et al. 2023, arXiv 2305.14314)."""
+    if run.method.kind != "qlora":
+        return {}
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SpecError("method.kind: qlora needs bitsandbytes; install it, or use lora")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=weight_dtype(run),
+    )
+    return {"quantization_config": config}
 
 
 def _announce_zero3(run: RunSpec, config: dict[str, Any]) -> object | None:

@@ -10,20 +10,24 @@ from typing import Any
 import torch.distributed as dist
 
 from vramplan.data.dataset import RunData, load_data
+from vramplan.data.encode import Sample, encode_rows
+from vramplan.data.source import read_rows
 from vramplan.emit.deepspeed import ds_config
 from vramplan.errors import ConfigError
 from vramplan.facts.resolve import read_config
 from vramplan.measure.run_dir import RunDir, write_json
 from vramplan.search.plan import Plan
+from vramplan.train.card import write_model_card
 from vramplan.train.checkpoint import Resumed, resume
 from vramplan.train.engine import TrainEngine, join_group
 from vramplan.train.export import export
 from vramplan.train.loop import Loop
 from vramplan.train.metrics import Memory, Metrics
-from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_model
+from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_model, start_directory
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 from vramplan.train.record import highest_of_ranks, versions, write_record
+from vramplan.train.retention import check_retention, general_samples, reference_model, start_penalties
 from vramplan.train.status import RankStatus
 
 
@@ -36,6 +40,10 @@ class Inputs:
     """Fields of the model's ``config.json``."""
     tokenizer: Any
     data: RunData
+    eval_sets: dict[str, list[Sample]]
+    """``data.eval_sets``, encoded."""
+    general: list[Sample]
+    """What EWC's Fisher diagonal is estimated from."""
 
 
 def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) -> None:
@@ -58,24 +66,34 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     if rank == 0:
         write_json(run_dir.ds_config, config)
     phases, metrics, memory = Phases(status, device), Metrics(run_dir, rank), Memory(device)
+    start = start_directory(run, inputs.directory, run_dir, rank)
     with phases.phase("model_load"):
-        loaded = load_model(run, inputs.directory, config)
+        loaded = load_model(run, start, config)
     with phases.phase("engine_init"):
-        engine = TrainEngine(run, loaded.module, config, device)
-    loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, _pad_id(inputs.tokenizer))
+        reference = reference_model(run, inputs.directory, config, device)
+        engine = TrainEngine(run, loaded.module, config, device, reference)
+    pad_id = _pad_id(inputs.tokenizer)
+    if engine.penalties is not None:
+        with phases.phase("retention"):
+            start_penalties(engine, inputs.general, pad_id)
+    loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
     first_step = _resume(loop, resuming)
     _announce(loop, inputs.data, first_step)
-    seconds_per_step = _steps(loop, first_step, plan, inputs.config)
+    seconds_per_step = _steps(loop, first_step, plan, dict(read_config(start / "config.json")))
+    loop.return_to_best()
     status.mark("export")
     base_name = public_name(run, inputs.directory)
     exported = export(engine, run_dir, inputs.tokenizer, base_name)
-    metrics.event("end", step=loop.total_steps, exported=str(exported), seconds_per_step=seconds_per_step)
+    if rank == 0:
+        write_model_card(run, run_dir, exported, base_name)
+    metrics.event("end", step=loop.steps_done, exported=str(exported), seconds_per_step=seconds_per_step)
     metrics.close()
     status.mark("end")
 
 
 def _read_inputs(plan: Plan) -> Inputs:
     run = plan.run
+    check_retention(run)
     directory = model_directory(run)
     tokenizer = load_tokenizer(directory, run)
     config = dict(read_config(directory / "config.json"))
@@ -86,7 +104,12 @@ def _read_inputs(plan: Plan) -> Inputs:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory}/config.json: transformers cannot read it ({error})") from error
     check_fit_of_tokenizer(run, parsed, tokenizer)
-    return Inputs(directory, config, tokenizer, load_data(run, tokenizer))
+    data = load_data(run, tokenizer)
+    eval_sets = {
+        name: encode_rows(read_rows(source), tokenizer, run.seq_len, run.data.train_on)
+        for name, source in run.data.eval_sets.items()
+    }
+    return Inputs(directory, config, tokenizer, data, eval_sets, general_samples(run, tokenizer))
 
 
 def _resume(loop: Loop, resuming: bool) -> int:
@@ -103,6 +126,7 @@ def _resume(loop: Loop, resuming: bool) -> int:
         loop.metrics.event("note", text=text)
     loop.metrics.event("resumed", step=found.step, path=str(found.path))
     loop.phases.stop_measuring()  # the record is of a run's first steps
+    loop.watch.reread(loop.run_dir.metrics, found.step)
     return found.step
 
 
@@ -125,12 +149,16 @@ def _announce(loop: Loop, data: RunData, first_step: int) -> None:
 def _steps(loop: Loop, first_step: int, plan: Plan, config: dict[str, Any]) -> float:
     """Runs the remaining steps; the mean seconds of those that were not measured (or of all, if all were)."""
     seconds: list[float] = []
+    if first_step == 0:
+        loop.before_training()
     for step in range(first_step, loop.total_steps):
         seconds.append(loop.step(step).seconds)
         done = step + 1
         if loop.phases.measuring and done == min(PROBED_STEPS, loop.total_steps):
             _finish_measuring(loop, plan, config, seconds)
         loop.between_steps(done)
+        if loop.stopped:
+            break
     unmeasured = seconds[PROBED_STEPS:] if first_step == 0 else seconds
     counted = unmeasured or seconds
     return sum(counted) / max(1, len(counted))

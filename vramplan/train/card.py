@@ -1,0 +1,64 @@
+"""The model card of what was trained: the run's own facts, in the form that the hub reads (YAML, then Markdown)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vramplan.measure.run_dir import RunDir, read_events
+from vramplan.spec.run import RunSpec
+from vramplan.train.watch import HELD_OUT
+from vramplan.version import __version__
+
+
+def write_model_card(run: RunSpec, run_dir: RunDir, directory: Path, base_name: str) -> None:
+    """Writes ``README.md`` beside the weights, over the template that PEFT puts there."""
+    (directory / "README.md").write_text(model_card(run, read_events(run_dir.metrics), base_name), encoding="utf-8")
+
+
+def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str) -> str:
+    """The card's text from a run's spec and events."""
+    front = {"base_model": base_name, "tags": ["vramplan", run.method.kind], "pipeline_tag": "text-generation"}
+    if run.method.kind != "full":
+        front["library_name"] = "peft"
+    asked = run.model_dump(mode="json", exclude_defaults=True, exclude={"hardware", "model_config_fields", "layout"})
+    steps = [event for event in events if event["event"] == "step"]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({run.method.kind})",
+        f"Trained with vramplan {__version__} for {steps[-1]['step'] if steps else 0} optimizer steps.",
+        _evaluations(events),
+        f"## What was asked\n\n```yaml\n{yaml.safe_dump(asked, sort_keys=False)}```",
+        _versions(events),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _evaluations(events: list[dict[str, Any]]) -> str:
+    """A table of every held-out set: perplexity at the first and at the last evaluation."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "evaluation":
+            rows.setdefault(event.get("set", HELD_OUT), []).append(event)
+    if not rows:
+        return ""
+    lines = [
+        "## Evaluation",
+        "",
+        "| held-out set | perplexity at step | perplexity at the end |",
+        "| --- | --- | --- |",
+    ]
+    for name, found in rows.items():
+        first, last = found[0], found[-1]
+        lines.append(f"| {name} | {first['perplexity']:.3f} ({first['step']}) | {last['perplexity']:.3f} |")
+    return "\n".join(lines)
+
+
+def _versions(events: list[dict[str, Any]]) -> str:
+    started = [event for event in events if event["event"] == "start"]
+    if not started:
+        return ""
+    versions = started[-1]["versions"]
+    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
