@@ -17,7 +17,7 @@ def freeze(module: Any, method: FullMethod) -> None:
     num_layers = module.config.get_text_config().num_hidden_layers
     if method.train_last_blocks is not None and method.train_last_blocks > num_layers:
         raise SpecError(
-            f"method.train_last_blocks {method.train_last_blocks} is more than the {num_layers} blocks there are: lower it"
+            f"method.train_last_blocks {method.train_last_blocks} is more than the {num_layers} blocks: lower it"
         )
     for name, param in module.named_parameters():
         param.requires_grad_(method.trains(name, num_layers))

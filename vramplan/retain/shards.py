@@ -1,4 +1,4 @@
-"""Which elements of a trained parameter a rank looks after, so that what is kept of each is kept once over all ranks."""
+"""Which elements of a trained parameter a rank looks after, so that its state is kept once over all ranks."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _evaluations(events: list[dict[str, Any]]) -> str:
     lines = [
         "## Evaluation",
         "",
-        "| held-out set | perplexity at step | perplexity at the end |",
+        "| held-out set | first perplexity (at step) | last |",
         "| --- | --- | --- |",
     ]
     for name, found in rows.items():

@@ -22,8 +22,8 @@ def batch_loss(
     """This micro-batch's part of the loss: sum of its tokens' negative log-likelihood / ``num_targets``.
 
     With ``num_targets`` that of the global batch, parts add up over micro-batches and ranks to the mean over all its
-    tokens, so neither changes the loss. ``divides_sum``: what ``takes_num_targets`` says of the model. ``extra``: what is
-    added to it, from the logits. The model's output, and with it the logits, is let go on return.
+    tokens, so neither changes the loss. ``divides_sum``: what ``takes_num_targets`` says of the model. ``extra``: what
+    is added to it, from the logits. The model's output, and with it the logits, is let go on return.
     """
     inputs = {**batch.inputs(), "labels": batch.labels}
     if divides_sum:

@@ -36,9 +36,7 @@ def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedM
         LegalityError: a method that the trainer does not run.
     """
     if run.method.kind == "qlora" and run.zero.stage == 3:
-        raise LegalityError(
-            "method.kind: qlora cannot be trained under ZeRO-3, which would split packed weights: use 2"
-        )
+        raise LegalityError("method.kind: qlora does not train under ZeRO-3, which would split packed weights: use 2")
     zero3 = _announce_zero3(run, config)
     module = pretrained(run, directory)
     module.config.use_cache = False
@@ -93,6 +91,11 @@ def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
 
 
 def pretrained(run: RunSpec, directory: Path) -> Any:
+    """The model of a directory in the precision's dtype; inside ZeRO-3's context each rank gets its share.
+
+    Raises:
+        ConfigError: transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM
 
     try:

@@ -35,9 +35,7 @@ def check_retention(run: RunSpec) -> None:
         wanted["retain.early_stop.set"] = retain.early_stop.set
     for key, name in wanted.items():
         if name is not None and name not in names:
-            raise SpecError(
-                f"{key} is {name!r} but the held-out sets are {', '.join(sorted(names))}: see data.eval_sets"
-            )
+            raise SpecError(f"{key} is {name!r}, but held-out sets are {', '.join(sorted(names))} (data.eval_sets)")
 
 
 def anchored_penalties(run: RunSpec, module: Any, rank: int, world_size: int) -> AnchoredPenalties | None:
