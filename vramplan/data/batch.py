@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vramplan.data.encode import Sample
+from vramplan.data.sample import Sample
 
 IGNORED = -100
 """Label of a token that is not in the loss (torch's ``ignore_index``)."""
@@ -25,6 +25,11 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None = None
+    """(batch, length), int64, restarting with every document of a pack: transformers then lets no document attend to
+    another (masking_utils.py, ``find_packed_sequence_indices``; flash attention reads lengths from them)."""
+    weights: torch.Tensor | None = None
+    """(batch, length), fp32: what each target counts in the loss; None: 1."""
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is given besides the labels."""
@@ -34,30 +39,59 @@ class Batch:
         return given
 
     def to(self, device: torch.device) -> Batch:
-        mask = self.attention_mask
+        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.labels.to(device, non_blocking=True),
-            None if mask is None else mask.to(device, non_blocking=True),
+            moved(self.attention_mask),
+            moved(self.position_ids),
+            moved(self.weights),
         )
 
 
-def collate(samples: Sequence[Sample], length: int, pad_id: int, *, with_mask: bool = False) -> Batch:
-    """The samples padded to ``length`` tokens each."""
+def collate(
+    samples: Sequence[Sample], length: int, pad_id: int, *, with_mask: bool = False, with_weights: bool = False
+) -> Batch:
+    """The samples padded to ``length`` tokens each; positions are given where a sample is a pack."""
     shape = (len(samples), length)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.int64)
     for row, sample in enumerate(samples):
+        size = sample.num_tokens
         ids = torch.from_numpy(sample.ids)
-        input_ids[row, : len(ids)] = ids
-        labels[row, : len(ids)] = ids.masked_fill(~torch.from_numpy(sample.trained), IGNORED)
-        mask[row, : len(ids)] = 1
+        input_ids[row, :size] = ids if sample.shown is None else torch.from_numpy(sample.shown)
+        labels[row, :size] = ids.masked_fill(~torch.from_numpy(sample.trained), IGNORED)
+        mask[row, :size] = 1
     labels[:, 0] = IGNORED  # nothing precedes the first token
-    return Batch(input_ids, labels, mask if with_mask else None)
+    return Batch(
+        input_ids,
+        labels,
+        mask if with_mask else None,
+        _positions(samples, length) if any(sample.doc_lengths for sample in samples) else None,
+        _weights(samples, length) if with_weights else None,
+    )
 
 
 def padded_length(samples: Sequence[Sample], seq_len: int, multiple: int = 8) -> int:
     """The longest sample's length, rounded up to a ``multiple`` that matrix units like, at most ``seq_len``."""
     longest = max(sample.num_tokens for sample in samples)
     return min(seq_len, -(-longest // multiple) * multiple)
+
+
+def _positions(samples: Sequence[Sample], length: int) -> torch.Tensor:
+    """Padding is a document of its own."""
+    positions = torch.arange(length).repeat(len(samples), 1)
+    for row, sample in enumerate(samples):
+        positions[row, : sample.num_tokens] = torch.from_numpy(sample.positions)
+        positions[row, sample.num_tokens :] -= sample.num_tokens
+    return positions
+
+
+def _weights(samples: Sequence[Sample], length: int) -> torch.Tensor:
+    weights = torch.zeros((len(samples), length), dtype=torch.float32)
+    for row, sample in enumerate(samples):
+        weights[row, : sample.num_tokens] = torch.from_numpy(sample.weights)
+    return weights

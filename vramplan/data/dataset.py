@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vramplan.data.encode import Sample, encode_rows
-from vramplan.data.row import Conversation
+from vramplan.data.encode import Encoding, iter_samples
+from vramplan.data.fim import fim_of
+from vramplan.data.lengths import Lengths, measure_lengths
+from vramplan.data.mixture import Part, Stream, counts_text, make_parts
+from vramplan.data.packing import pack
+from vramplan.data.row import Conversation, Row
+from vramplan.data.sample import Sample
 from vramplan.data.sampler import permutation
-from vramplan.data.source import read_rows
+from vramplan.data.store import Joined, Picked, keep_samples
+from vramplan.data.tables import iter_rows
 from vramplan.data.template import ensure_template
 from vramplan.errors import DataError
+from vramplan.spec.data import DataSpec, SourceSpec, as_source
 from vramplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -27,8 +32,12 @@ _HOLDOUT_EPOCH = 2**31
 class RunData:
     """Samples to train on and to evaluate on; ``notes``: sentences that the user should read."""
 
-    train: tuple[Sample, ...]
-    held_out: tuple[Sample, ...]
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+    stream: Stream
+    lengths: Lengths
+    is_weighted: bool = False
+    """Whether a source has weights of its rows."""
     notes: tuple[str, ...] = ()
 
 
@@ -38,40 +47,115 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     Raises:
         DataError: a row is malformed, or the held-out part takes every row.
     """
-    spec, notes = run.data, []
-    rows = read_rows(spec.train)
-    if isinstance(rows[0], Conversation) and ensure_template(tokenizer):
-        notes.append("the tokenizer has no chat template: turns are written as <|role|>, content, end of sequence")
-    samples = encode_rows(rows, tokenizer, run.seq_len, spec.train_on)
-    notes += _cut_note(samples, run.seq_len)
+    reader = Reader(run, tokenizer)
+    spec, seed = run.data, run.training.seed
+    read = [reader.samples(source) for source in spec.train_sources]
+    replay = [] if spec.replay is None else [reader.samples(spec.replay)]
     if spec.eval is not None:
-        named = encode_rows(read_rows(spec.eval), tokenizer, run.seq_len, spec.train_on)
-        return RunData(tuple(samples), tuple(named), tuple(notes))
-    train, held_out = split(samples, spec.eval_frac, run.training.seed)
-    return RunData(train, held_out, tuple(notes))
+        train, held_out = read, reader.samples(as_source(spec.eval))
+    else:
+        train, held_out = _split_all(read, spec.eval_frac, seed)
+    units: list[Sequence[Sample]] = [reader.packed(samples) for samples in (*train, *replay)]
+    stream = Stream(_parts(spec, [len(samples) for samples in units]), seed)
+    lengths = measure_lengths(units, held_out, run.seq_len)
+    notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
+    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), notes)
 
 
-def split(samples: Sequence[Sample], eval_frac: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+class Reader:
+    """Reads sources with one tokenizer and gathers what the user should know of them."""
+
+    def __init__(self, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.run, self.tokenizer = run, tokenizer
+        self._notes: dict[str, None] = {}
+        self._encoding = encoding_of(run, tokenizer)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    def samples(self, source: SourceSpec) -> Sequence[Sample]:
+        """The source's samples, in memory or on disk."""
+        rows = self._with_template(iter_rows(source))
+        samples = keep_samples(iter_samples(rows, self.tokenizer, self._encoding), self.run.data.keep)
+        if not len(samples):
+            raise DataError(f"{source.path}: holds nothing to learn (its text is a single token)")
+        self._note_cuts(samples)
+        return samples
+
+    def packed(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """The sequences of the samples: packs of them where packing is on."""
+        return samples if self.run.data.packing == "none" else pack(samples, self.run.seq_len)
+
+    def _with_template(self, rows: Iterator[Row]) -> Iterator[Row]:
+        for row in rows:
+            if isinstance(row, Conversation) and ensure_template(self.tokenizer):
+                self._notes[
+                    "the tokenizer has no chat template: turns are written as <|role|>, content, end of sequence"
+                ] = None
+            yield row
+
+    def _note_cuts(self, samples: Sequence[Sample]) -> None:
+        cut = [sample.num_tokens + sample.num_cut for sample in samples if sample.num_cut]
+        if cut:
+            self._notes[
+                f"{len(cut)} of {len(samples)} rows were cut to seq_len {self.run.seq_len}; "
+                f"the longest has {max(cut)} tokens"
+            ] = None
+
+
+def encoding_of(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+    """How this run's rows become samples."""
+    spec = run.data
+    return Encoding(
+        run.seq_len,
+        spec.train_on,
+        by_document=spec.packing != "none" or _is_weighted(spec),
+        fim=None if spec.fim is None else fim_of(spec.fim, tokenizer),
+        prompt_templates=spec.augment.prompt_templates,
+        seed=run.training.seed,
+    )
+
+
+def split(samples: Sequence[Sample], eval_frac: float, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """(training, held-out) samples: ``eval_frac`` of them, at least one, drawn by the seed; both keep their order.
 
     Raises:
         DataError: nothing would be left to train on.
     """
     if eval_frac == 0:
-        return tuple(samples), ()
+        return samples, ()
     num_held_out = max(1, round(eval_frac * len(samples)))
     if num_held_out >= len(samples):
         raise DataError(
             f"data.eval_frac {eval_frac} holds out all of {len(samples)} samples: lower it, or name data.eval"
         )
     chosen = set(permutation(seed, _HOLDOUT_EPOCH, len(samples))[:num_held_out].tolist())
-    train = tuple(sample for index, sample in enumerate(samples) if index not in chosen)
-    return train, tuple(sample for index, sample in enumerate(samples) if index in chosen)
+    kept = [index for index in range(len(samples)) if index not in chosen]
+    return Picked(samples, kept), Picked(samples, sorted(chosen))
 
 
-def _cut_note(samples: Sequence[Sample], seq_len: int) -> list[str]:
-    num_cut = sum(sample.num_cut > 0 for sample in samples)
-    if not num_cut:
-        return []
-    longest = int(np.max([sample.num_tokens + sample.num_cut for sample in samples]))
-    return [f"{num_cut} of {len(samples)} rows were cut to seq_len {seq_len}; the longest has {longest} tokens"]
+def _split_all(
+    sources: Sequence[Sequence[Sample]], eval_frac: float, seed: int
+) -> tuple[list[Sequence[Sample]], Sequence[Sample]]:
+    parts = [split(samples, eval_frac, seed) for samples in sources]
+    return [train for train, _ in parts], _one([held_out for _, held_out in parts])
+
+
+def _one(sequences: Sequence[Sequence[Sample]]) -> Sequence[Sample]:
+    return sequences[0] if len(sequences) == 1 else Joined(sequences)
+
+
+def _is_weighted(spec: DataSpec) -> bool:
+    return any(source.weight_column is not None for source in spec.sources)
+
+
+def _parts(spec: DataSpec, sizes: list[int]) -> tuple[Part, ...]:
+    sources, num_sources = spec.train_sources, len(spec.train_sources)
+    weights = [source.weight for source in sources if source.weight is not None]
+    replay = None if spec.replay is None else (spec.replay.label, sizes[-1], spec.replay.share)
+    return make_parts([source.label for source in sources], sizes[:num_sources], weights or None, replay)
+
+
+def _mixture_note(stream: Stream) -> list[str]:
+    return [f"mixture: {counts_text(stream.parts)}"] if len(stream.parts) > 1 else []

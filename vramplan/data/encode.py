@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vramplan.data.fim import Fim, fim_samples
 from vramplan.data.row import Completion, Conversation, Row, Text
+from vramplan.data.sample import Sample
 from vramplan.data.template import Rendered, render
 from vramplan.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TrainOn = Literal["assistant", "all"]
+TrainOn = Literal["assistant", "all", "last"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """One sequence: ``ids`` (int64) and ``trained`` (bool), of equal length; ``where`` names its row.
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How rows become samples of at most ``seq_len`` tokens."""
 
-    ``trained[i]`` says that token ``i`` counts as a target, predicted from the tokens before it.
-    """
-
-    where: str
-    ids: NDArray[np.int64]
-    trained: NDArray[np.bool_]
-    num_cut: int = 0
-    """Tokens that did not fit into the sequence length."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.ids)
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens in the loss: the first of a sequence is never predicted."""
-        return int(self.trained[1:].sum())
+    seq_len: int
+    train_on: TrainOn = "assistant"
+    by_document: bool = False
+    """Raw text: every document is a sample of its own (cut where it is longer), instead of all laid end to end."""
+    fim: Fim | None = None
+    prompt_templates: tuple[str, ...] = ()
+    seed: int = 0
+    """Decides prompt templates and fill-in-the-middle."""
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int, train_on: TrainOn = "assistant"
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, seq_len: int, train_on: TrainOn = "assistant"
 ) -> list[Sample]:
+    """As ``iter_samples``, with nothing but the length and the mask chosen."""
+    return list(iter_samples(rows, tokenizer, Encoding(seq_len, train_on)))
+
+
+def iter_samples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[Sample]:
     """Samples of at most ``seq_len`` tokens: one a conversation or completion; raw text is cut into full sequences.
 
     Raises:
@@ -52,23 +52,35 @@ def encode_rows(
     """
     if not tokenizer.is_fast:
         raise DataError("the tokenizer does not say which characters a token stands for; a fast tokenizer is needed")
-    if isinstance(rows[0], Text):
-        return list(_text_samples([row for row in rows if isinstance(row, Text)], tokenizer, seq_len))
-    return [_encode_row(row, tokenizer, seq_len, train_on) for row in rows]
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        return
+    every = chain([first], iterator)
+    if isinstance(first, Text):
+        yield from _text_samples((row for row in every if isinstance(row, Text)), tokenizer, encoding)
+    else:
+        for row in every:
+            yield _encode_row(row, tokenizer, encoding)
 
 
-def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, seq_len: int, train_on: TrainOn) -> Sample:
+def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Sample:
+    seq_len, template = encoding.seq_len, _template_of(row, encoding)
     if isinstance(row, Conversation):
-        ids, trained = _encode_spans(render(row, tokenizer), tokenizer, special=False)
+        rendered = render(_with_first_prompt(row, template), tokenizer)
+        if encoding.train_on == "last":
+            rendered = Rendered(rendered.text, rendered.spans[-1:])
+        ids, trained = _encode_spans(rendered, tokenizer, special=False)
     elif isinstance(row, Completion):
-        text = row.prompt + row.completion
-        rendered = Rendered(text, ((len(row.prompt), len(text)),))
+        prompt = template.replace("{prompt}", row.prompt)
+        text = prompt + row.completion
+        rendered = Rendered(text, ((len(prompt), len(text)),))
         ids, trained = _with_end(*_encode_spans(rendered, tokenizer, special=True), tokenizer)
     else:
         raise TypeError(f"{type(row).__name__} is encoded by blocks")
-    if train_on == "all":
+    if encoding.train_on == "all":
         trained = np.ones_like(trained)
-    sample = Sample(row.where, ids[:seq_len], trained[:seq_len], max(0, len(ids) - seq_len))
+    sample = Sample(row.where, ids[:seq_len], trained[:seq_len], max(0, len(ids) - seq_len), row.weight)
     if not sample.num_targets:
         needed = int(np.argmax(trained)) + 1 if trained.any() else len(ids)
         raise DataError(
@@ -76,6 +88,27 @@ def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, seq_len: int, trai
             f"raise seq_len or drop the row"
         )
     return sample
+
+
+def _template_of(row: Row, encoding: Encoding) -> str:
+    templates = encoding.prompt_templates
+    return templates[draw(encoding.seed, row.where) % len(templates)] if templates else "{prompt}"
+
+
+def _with_first_prompt(row: Conversation, template: str) -> Conversation:
+    """The conversation with its first user turn put into the template."""
+    turns = list(row.messages)
+    for number, message in enumerate(turns):
+        if message["role"] == "user":
+            turns[number] = {**message, "content": template.replace("{prompt}", message["content"])}
+            break
+    return Conversation(row.where, tuple(turns), row.weight)
+
+
+def draw(seed: int, *parts: object) -> int:
+    """63 random bits that depend on nothing else, equal on every machine."""
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _encode_spans(
@@ -103,21 +136,36 @@ def _with_end(
     return np.append(ids, end), np.append(trained, True)
 
 
-def _text_samples(rows: Sequence[Text], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[Sample]:
-    """Documents, each closed by the end-of-sequence token, laid end to end and cut into sequences of ``seq_len``."""
-    ids, where = _joined(rows, tokenizer)
-    for start in range(0, len(ids), seq_len):
-        block = ids[start : start + seq_len]
-        if len(block) > 1:  # a single token predicts nothing
-            yield Sample(where[start], block, np.ones(len(block), dtype=np.bool_))
+def _text_samples(rows: Iterator[Text], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[Sample]:
+    if encoding.fim is not None:
+        for row in rows:
+            yield from fim_samples(
+                row, tokenizer, encoding.seq_len, encoding.fim, draw(encoding.seed, "fim", row.where)
+            )
+    elif encoding.by_document:
+        for row in rows:
+            yield from _blocks(iter([row]), tokenizer, encoding.seq_len)
+    else:
+        yield from _blocks(rows, tokenizer, encoding.seq_len)
 
 
-def _joined(rows: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], list[str]]:
+def _blocks(rows: Iterator[Text], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Iterator[Sample]:
+    """Documents, each closed by the end-of-sequence token, laid end to end and cut into sequences of ``seq_len``;
+    a sequence is named after, and weighs as, the document that it begins in."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    where: list[str] = []
+    waiting: list[int] = []
+    origin: list[Text] = []
     for row in rows:
         tokens = tokenizer(row.text, add_special_tokens=False)["input_ids"] + end
-        ids += tokens
-        where += [row.where] * len(tokens)
-    return np.asarray(ids, dtype=np.int64), where
+        waiting += tokens
+        origin += [row] * len(tokens)
+        full = len(waiting) - len(waiting) % seq_len
+        for start in range(0, full, seq_len):
+            yield _block(origin[start], waiting[start : start + seq_len])
+        del waiting[:full], origin[:full]
+    if len(waiting) > 1:  # a single token predicts nothing
+        yield _block(origin[0], waiting)
+
+
+def _block(row: Text, ids: list[int]) -> Sample:
+    return Sample(row.where, np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.bool_), weight=row.weight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ class Conversation:
     where: str
     messages: tuple[dict[str, str], ...]
     """Each with ``role`` and ``content``, as chat templates want them."""
+    weight: float = 1.0
+    """How much its tokens count in the loss, as in every kind of row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Completion:
     where: str
     prompt: str
     completion: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,80 +38,44 @@ class Text:
 
     where: str
     text: str
+    weight: float = 1.0
 
 
 Row = Conversation | Completion | Text
 
 
-def parse_row(line: str, where: str) -> Row:
-    """The row that one line of a JSONL file holds; keys beside those of its form are left unread.
+def parse_json(line: str, where: str) -> dict[str, Any]:
+    """The object that one line of a JSONL file holds.
 
     Raises:
-        DataError: the line is not JSON, not an object, of no known form, or a value of it is malformed.
+        DataError: the line is not JSON or not an object.
     """
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: is not valid JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(fields, dict):
-        raise DataError(f"{where}: is JSON, but {_kind(fields)} instead of an object")
-    forms = [parse for keys, parse in _FORMS if all(key in fields for key in keys)]
-    if not forms:
-        found = f"only {', '.join(map(repr, fields))}" if fields else "no key"
-        raise DataError(f"{where}: needs 'messages', or 'prompt' and 'completion', or 'text'; it has {found}")
-    if len(forms) > 1:
-        raise DataError(f"{where}: mixes two forms; keep one of 'messages', 'prompt' with 'completion', 'text'")
-    return forms[0](fields, where)
+        raise DataError(f"{where}: is JSON, but {kind_of(fields)} instead of an object")
+    return fields
 
 
-def _conversation(fields: dict[str, Any], where: str) -> Row:
-    turns = fields["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: 'messages' must be a list of turns, not {_kind(turns)}")
-    messages = tuple(_message(turn, number, where) for number, turn in enumerate(turns, start=1))
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: 'messages' has no assistant turn, so there is nothing to learn from it")
-    late = [number for number, message in enumerate(messages, start=1) if message["role"] == "system" and number > 1]
-    if late:
-        raise DataError(f"{where}: turn {late[0]} of 'messages' is a system turn, which may only come first")
-    return Conversation(where, messages)
+def text_of(fields: dict[str, Any], key: str, where: str) -> str:
+    """The text under ``key``.
 
-
-def _message(turn: Any, number: int, where: str) -> dict[str, str]:
-    if not isinstance(turn, dict):
-        raise DataError(f"{where}: turn {number} of 'messages' must be an object, not {_kind(turn)}")
-    role = turn.get("role")
-    if role not in ROLES:
-        raise DataError(f"{where}: turn {number} of 'messages' has role {role!r}; it must be {' or '.join(ROLES)}")
-    return {"role": role, "content": _text(turn, "content", f"{where}: turn {number} of 'messages'")}
-
-
-def _completion(fields: dict[str, Any], where: str) -> Row:
-    return Completion(where, _text(fields, "prompt", where), _text(fields, "completion", where))
-
-
-def _plain_text(fields: dict[str, Any], where: str) -> Row:
-    return Text(where, _text(fields, "text", where))
-
-
-def _text(fields: dict[str, Any], key: str, where: str) -> str:
+    Raises:
+        DataError: it is no text, or empty.
+    """
     value = fields.get(key)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be text, not {_kind(value)}")
+        raise DataError(f"{where}: {key!r} must be text, not {kind_of(value)}")
     if not value.strip():
         raise DataError(f"{where}: {key!r} is empty")
     return value
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """A value's type in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     if value in ([], {}):
         return "an empty list" if value == [] else "an empty object"
     return names.get(type(value), "nothing")
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], str], Row]], ...] = (
-    (("messages",), _conversation),
-    (("prompt", "completion"), _completion),
-    (("text",), _plain_text),
-)

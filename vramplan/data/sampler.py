@@ -60,8 +60,10 @@ def _sample_at(seed: int, position: int, num_samples: int) -> int:
     return int(permutation(seed, epoch, num_samples)[offset])
 
 
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, num_samples: int) -> NDArray[np.int64]:
-    """The order of one epoch. RandomState's streams are frozen across numpy's versions (NEP 19), Generator's not."""
-    state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+@lru_cache(maxsize=16)
+def permutation(seed: int, epoch: int, num_samples: int, source: int = 0) -> NDArray[np.int64]:
+    """The order of one epoch of one source. RandomState's streams are frozen across numpy's versions (NEP 19),
+    Generator's not."""
+    entropy = [seed, epoch, source] if source else [seed, epoch]
+    state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
     return state.permutation(num_samples)

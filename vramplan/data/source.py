@@ -1,80 +1,171 @@
-"""Where rows come from: a JSONL file, a text file, or one of the data sets that come with the package.
+"""Where rows come from: JSONL and text files, directories, globs, and the data sets that come with the package.
 
-Reading validates every row and imports no torch, so that bad data is said before a process is started.
+Reading validates every row and imports no torch, so that bad data is said before a process is started. Tables and hub
+data sets are read by ``datasets`` in ``tables.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from vramplan.data.row import Row, Text, parse_row
+from vramplan.data.forms import ANY_SOURCE, parse_row
+from vramplan.data.row import Row, Text
 from vramplan.errors import DataError, UnknownNameError
+from vramplan.spec.data import SourceSpec, as_source
 
 BUILTIN_PREFIX = "builtin:"
+HUB_PREFIX = "hub:"
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
+TABLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet")
 
 
-def read_rows(source: str) -> list[Row]:
-    """Every row of ``source``, in order; all of one form.
+def read_rows(source: str | SourceSpec) -> list[Row]:
+    """Every row of ``source`` (no table), in order; all of one kind.
 
     Raises:
         DataError: the source cannot be read or a row is malformed; the text names file, line and what is wrong.
         UnknownNameError: there is no built-in data set of that name.
     """
-    rows = list(_builtin_rows(source) if source.startswith(BUILTIN_PREFIX) else _file_rows(Path(source).expanduser()))
-    if not rows:
-        raise DataError(f"{source}: holds no rows")
-    _check_one_form(rows)
-    return rows
+    spec = as_source(source)
+    return list(checked_rows(spec, plain_rows(spec)))
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def check_rows(source: SourceSpec) -> None:
+    """Reads what can be read without the training stack, for its errors; of tables only that they are there."""
+    if source.path.startswith(HUB_PREFIX):
+        return
+    if source.path.startswith(BUILTIN_PREFIX) or not any(map(is_table, source_files(source.path))):
+        for _ in checked_rows(source, plain_rows(source)):
+            pass
+
+
+def plain_rows(source: SourceSpec) -> Iterator[Row]:
+    """Rows of a built-in data set or of JSONL and text files.
+
+    Raises:
+        DataError, UnknownNameError: as in ``read_rows``.
+    """
+    if source.path.startswith(BUILTIN_PREFIX):
+        yield from _builtin_rows(source)
+        return
+    for path in source_files(source.path):
+        yield from file_rows(path, source)
+
+
+def checked_rows(source: SourceSpec, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows as they come.
+
+    Raises:
+        DataError: there is none, or two are of different kinds.
+    """
+    first: Row | None = None
+    for row in rows:
+        if first is None:
+            first = row
+        elif type(row) is not type(first):
+            raise DataError(
+                f"{row.where}: is a {type(row).__name__.lower()} row, but {first.where} is a "
+                f"{type(first).__name__.lower()} row; a file must keep to one form"
+            )
+        yield row
+    if first is None:
+        raise DataError(f"{source.path}: holds no rows")
+
+
+def source_files(name: str) -> list[Path]:
+    """The files that a path, a directory (of files of known kinds, at any depth) or a glob names, sorted.
+
+    Raises:
+        DataError: nothing is there, or a file is of no known kind.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_known(file))
+        if not found:
+            raise DataError(f"{path}: the directory holds no file whose name ends in one of {_KNOWN}")
+        return found
+    if not path.exists() and glob.has_magic(name):
+        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if not found:
+            raise DataError(f"{name}: no file matches it")
+        return [_known(file) for file in found]
+    return [_known(path)]
+
+
+def is_table(path: Path) -> bool:
+    """Whether ``datasets`` must read the file."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def file_rows(path: Path, source: SourceSpec = ANY_SOURCE) -> Iterator[Row]:
+    """Rows of one JSONL or text file (a text file is one document).
+
+    Raises:
+        DataError: it cannot be read or a row is malformed.
+    """
+    if is_table(path):
+        raise DataError(f"{path}: is a table, which only the trainer reads; give a .jsonl or a text file here")
     if path.suffix.lower() in TEXT_SUFFIXES:
-        text = _read_text(path)
-        return iter([Text(str(path), text)] if text.strip() else [])
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        return _jsonl_rows(_read_text(path), str(path))
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file (data.train and data.eval take a path or builtin:NAME)")
-    known = ", ".join(JSONL_SUFFIXES + TEXT_SUFFIXES)
-    raise DataError(f"{path}: is of no known kind; its name must end in one of {known}")
+        text = b"".join(_read_lines(path)).decode("utf-8-sig")
+        if text.strip():
+            yield Text(str(path), text)
+        return
+    for number, line in enumerate(_read_lines(path), start=1):
+        # cut at newlines only: U+2028 and its like are allowed inside JSON texts, and str.splitlines cuts there
+        if line.strip():
+            yield parse_row(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"{path} line {number}", source)
 
 
-def _read_text(path: Path) -> str:
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """Lines of UTF-8, one in memory at a time."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path} line {number}: is not UTF-8 text") from error
+                yield line
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line}: is not UTF-8 text") from error
 
 
-def _jsonl_rows(text: str, name: str) -> Iterator[Row]:
-    # split at newlines only: U+2028 and its like are allowed inside JSON texts, and str.splitlines cuts there
+def _known(path: Path) -> Path:
+    if _is_known(path):
+        return path
+    if not path.exists():
+        raise DataError(
+            f"{path}: there is no such file (data.train and data.eval take a path, a glob, hub:NAME or builtin:NAME)"
+        )
+    raise DataError(f"{path}: is of no known kind; its name must end in one of {_KNOWN}")
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix.lower() in JSONL_SUFFIXES + TEXT_SUFFIXES + TABLE_SUFFIXES
+
+
+_KNOWN = ", ".join(JSONL_SUFFIXES + TEXT_SUFFIXES + TABLE_SUFFIXES)
+
+
+def _builtin_rows(source: SourceSpec) -> Iterator[Row]:
+    name = source.path.removeprefix(BUILTIN_PREFIX)
+    if name not in _BUILTIN:
+        raise UnknownNameError("built-in data set", source.path, (BUILTIN_PREFIX + known for known in _BUILTIN))
+    return _BUILTIN[name](source)
+
+
+def _arithmetic(source: SourceSpec) -> Iterator[Row]:
+    text = resources.files("vramplan.data").joinpath("builtin/arithmetic.jsonl").read_text(encoding="utf-8")
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield parse_row(line, f"{name} line {number}")
+            yield parse_row(line, f"builtin:arithmetic line {number}", source)
 
 
-def _builtin_rows(source: str) -> Iterator[Row]:
-    name = source.removeprefix(BUILTIN_PREFIX)
-    if name not in _BUILTIN:
-        raise UnknownNameError("built-in data set", source, (BUILTIN_PREFIX + known for known in _BUILTIN))
-    return _BUILTIN[name]()
-
-
-def _arithmetic() -> Iterator[Row]:
-    text = resources.files("vramplan.data").joinpath("builtin/arithmetic.jsonl").read_text(encoding="utf-8")
-    return _jsonl_rows(text, "builtin:arithmetic")
-
-
-def _python_reference() -> Iterator[Row]:
+def _python_reference(source: SourceSpec) -> Iterator[Row]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -85,13 +176,3 @@ def _python_reference() -> Iterator[Row]:
 
 
 _BUILTIN = {"arithmetic": _arithmetic, "python-reference": _python_reference}
-
-
-def _check_one_form(rows: list[Row]) -> None:
-    first = rows[0]
-    for row in rows:
-        if type(row) is not type(first):
-            raise DataError(
-                f"{row.where}: is a {type(row).__name__.lower()} row, but {first.where} is a "
-                f"{type(first).__name__.lower()} row; a file must keep to one form"
-            )

@@ -111,7 +111,7 @@ def _path(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
         if fields:
             path.append(key)
             types = [member for kind in fields for member in _members(_annotation(kind, key))]
-        elif part == loc[-1] and _fields(types[0]) and not _is_type_label(key):
+        elif part == loc[-1] and any(map(_fields, types)) and not _is_type_label(key):
             path.append(key)
     return path
 

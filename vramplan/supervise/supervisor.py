@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vramplan.data.source import read_rows
+from vramplan.data.source import check_rows
 from vramplan.emit.launch import launch_command, launch_environment, local_launcher
 from vramplan.errors import RunFailedError, SpecError
 from vramplan.measure.run_dir import RunDir
@@ -41,9 +41,8 @@ def check_before_launch(plan: Plan) -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")
-    for source in (plan.run.data.train, plan.run.data.eval):
-        if source is not None:
-            read_rows(source)
+    for source in plan.run.data.sources:
+        check_rows(source)
 
 
 def run_plan(

@@ -77,7 +77,7 @@ class TrainEngine:
         """The model inside (PEFT's wrapper where adapters are trained)."""
         return self.deepspeed.module
 
-    def forward(self, batch: Batch, num_targets: int, *, is_last: bool = True) -> torch.Tensor:
+    def forward(self, batch: Batch, target_weight: float, *, is_last: bool = True) -> torch.Tensor:
         """This micro-batch's part of the global batch's loss (a scalar with its graph); ``is_last``: the step follows
         its backward."""
         if self._managed and self.module.training:
@@ -87,15 +87,15 @@ class TrainEngine:
             self.penalties.gradient_scale = self.world_size * self.loss_scale() if is_last else 0.0
             self.penalties.penalty = 0.0
         if self.base is None or not training or self._sampling:
-            return batch_loss(self.deepspeed, batch, num_targets, divides_sum=self._divides_sum)
+            return batch_loss(self.deepspeed, batch, target_weight, divides_sum=self._divides_sum)
         assert self.run.retain.kl is not None
         base_logits = self.base.logits(batch.inputs())
         return batch_loss(
             self.deepspeed,
             batch,
-            num_targets,
+            target_weight,
             divides_sum=self._divides_sum,
-            extra=lambda logits: self._kl(logits, base_logits, batch, num_targets),
+            extra=lambda logits: self._kl(logits, base_logits, batch, target_weight),
         )
 
     def _kl(self, logits: torch.Tensor, base_logits: torch.Tensor, batch: Batch, num_targets: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vramplan.data.batch import Batch, collate, padded_length
-from vramplan.data.encode import Sample
+from vramplan.data.sample import Sample
 from vramplan.data.sampler import micro_batches
 from vramplan.train.engine import TrainEngine
 
@@ -31,7 +31,7 @@ def evaluate(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Eva
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with engine.evaluating():
         for batch, counts in _batches(engine, samples, pad_id):
-            summed_nll = engine.forward(batch.to(engine.device), num_targets=1)
+            summed_nll = engine.forward(batch.to(engine.device), target_weight=1)
             if counts:
                 total += summed_nll
     num_targets = sum(sample.num_targets for sample in samples)

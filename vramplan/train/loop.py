@@ -12,8 +12,9 @@ import torch
 
 from vramplan.data.batch import collate, padded_length
 from vramplan.data.dataset import RunData
-from vramplan.data.encode import Sample
-from vramplan.data.sampler import epoch_of, global_batch, micro_batches, rank_slice, steps_of_epochs
+from vramplan.data.mixture import Stream
+from vramplan.data.sample import Sample
+from vramplan.data.sampler import micro_batches, rank_slice
 from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
 from vramplan.spec.run import RunSpec
@@ -35,6 +36,8 @@ class GlobalBatch:
     length: int
     """Tokens to which every sequence of the step is padded, on every rank and in every micro-batch."""
     num_targets: int
+    target_weight: float
+    """Sum of the targets' weights; ``num_targets`` where nothing is weighted."""
     num_tokens: int
     """Without padding."""
 
@@ -65,7 +68,7 @@ class Loop:
         self.engine, self.data, self.run_dir = engine, data, run_dir
         self.metrics, self.phases, self.memory = metrics, phases, memory
         self.run: RunSpec = engine.run
-        self.total_steps = total_steps(engine.run, len(data.train))
+        self.total_steps = total_steps(engine.run, data.stream)
         self._pad_id = pad_id
         self.watch = Watch(engine.run)
         self.steps_done = 0
@@ -177,10 +180,16 @@ class Loop:
         for micro, chunk in enumerate(chunks):
             seed_micro_batch(self.run.training.seed, step, micro, engine.rank)
             samples = [self.data.train[index] for index in chunk]
-            tensors = collate(samples, batch.length, self._pad_id, with_mask=self.run.attention_mask).to(engine.device)
+            tensors = collate(
+                samples,
+                batch.length,
+                self._pad_id,
+                with_mask=self.run.attention_mask,
+                with_weights=self.data.is_weighted,
+            ).to(engine.device)
             prefix = f"step{step + 1}.micro{micro + 1}"
             with phases.phase(f"{prefix}.forward", step + 1, micro + 1):
-                loss = engine.forward(tensors, batch.num_targets, is_last=micro + 1 == len(chunks))
+                loss = engine.forward(tensors, batch.target_weight, is_last=micro + 1 == len(chunks))
             with phases.phase(f"{prefix}.backward", step + 1, micro + 1):
                 engine.backward(loss)
             total += loss.detach()
@@ -196,12 +205,15 @@ class Loop:
 
     def _global_batch(self, step: int) -> GlobalBatch:
         train = self.data.train
-        ids = global_batch(self.run.training.seed, step, len(train), batch_size(self.run, self.engine.world_size))
+        ids = self.data.stream.batch(step, batch_size(self.run, self.engine.world_size))
         samples = [train[index] for index in ids]
         # The measured steps are as long as the plan says, so memory's peak is met at once and not by a late long batch.
         length = self.run.seq_len if step < PROBED_STEPS else padded_length(samples, self.run.seq_len)
         num_tokens = sum(sample.num_tokens for sample in samples)
-        return GlobalBatch(ids, length, sum(sample.num_targets for sample in samples), num_tokens)
+        num_targets = sum(sample.num_targets for sample in samples)
+        target_weight = sum(sample.target_weight for sample in samples) if self.data.is_weighted else num_targets
+        target_weight = target_weight or 1  # rows that all weigh 0 give no gradient
+        return GlobalBatch(ids, length, num_targets, target_weight, num_tokens)
 
     def _report(self, step: int, batch: GlobalBatch, result: StepResult) -> None:
         done, training = step + 1, self.run.training
@@ -212,7 +224,7 @@ class Loop:
             "step",
             step=done,
             total_steps=self.total_steps,
-            epoch=epoch_of(step, len(self.data.train), len(batch.ids)),
+            epoch=self.data.stream.epoch_of(step, len(batch.ids)),
             loss=result.loss,
             lr=result.lr,
             grad_norm=grad_norm,
@@ -233,12 +245,12 @@ class Loop:
         )
 
 
-def total_steps(run: RunSpec, num_samples: int) -> int:
+def total_steps(run: RunSpec, stream: Stream) -> int:
     """Optimizer steps of the whole run."""
     if run.training.max_steps is not None:
         return run.training.max_steps
     world_size = run.layout.world_size if run.layout is not None else 1
-    return steps_of_epochs(run.training.epochs, num_samples, batch_size(run, world_size))
+    return stream.steps_of_epochs(run.training.epochs, batch_size(run, world_size))
 
 
 def batch_size(run: RunSpec, dp_degree: int) -> int:

@@ -14,26 +14,43 @@ from vramplan.data.batch import IGNORED, Batch
 def batch_loss(
     model: Any,
     batch: Batch,
-    num_targets: int,
+    target_weight: float,
     *,
     divides_sum: bool,
     extra: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """This micro-batch's part of the loss: sum of its tokens' negative log-likelihood / ``num_targets``.
+    """This micro-batch's part of the loss: sum of its tokens' (weighted) negative log-likelihood / ``target_weight``.
 
-    With ``num_targets`` that of the global batch, parts add up over micro-batches and ranks to the mean over all its
-    tokens, so neither changes the loss. ``divides_sum``: what ``takes_num_targets`` says of the model. ``extra``: what
-    is added to it, from the logits. The model's output, and with it the logits, is let go on return.
+    With ``target_weight`` the sum of the global batch's weights (its number of targets where they weigh 1), parts add
+    up over micro-batches and ranks to the mean over all its tokens, so neither changes the loss. ``divides_sum``: what
+    ``takes_num_targets`` says of the model. ``extra``: what is added to it, from the logits. The model's output, and
+    with it the logits, is let go on return.
     """
-    inputs = {**batch.inputs(), "labels": batch.labels}
-    if divides_sum:
-        # transformers divides the sum by this instead of taking a mean (loss/loss_utils.py, fixed_cross_entropy)
-        output = model(**inputs, num_items_in_batch=num_targets)
-        loss: torch.Tensor = output.loss
-    else:
+    inputs = batch.inputs()
+    if batch.weights is not None:
         output = model(**inputs)
-        loss = output.loss * (batch.labels[:, 1:] != IGNORED).sum() / num_targets
+        loss: torch.Tensor = (token_nll(output.logits, batch.labels) * batch.weights).sum() / target_weight
+    elif divides_sum:
+        # transformers divides the sum by this instead of taking a mean (loss/loss_utils.py, fixed_cross_entropy)
+        output = model(**inputs, labels=batch.labels, num_items_in_batch=target_weight)
+        loss = output.loss
+    else:
+        output = model(**inputs, labels=batch.labels)
+        loss = output.loss * (batch.labels[:, 1:] != IGNORED).sum() / target_weight
     return loss if extra is None else loss + extra(output.logits)
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target (batch, length), fp32, at the target's own place; 0 where there is none.
+
+    In fp32 and with the labels shifted instead of the logits, as transformers' loss (loss/loss_utils.py), so it takes
+    the same memory.
+    """
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    nll = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
+    return torch.nn.functional.pad(nll, (1, 0))[:, :-1]
 
 
 def takes_num_targets(module: Any) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from vramplan.data.batch import IGNORED, collate, padded_length
-from vramplan.data.encode import Sample
+from vramplan.data.sample import Sample
 
 
 def sample(ids: list[int], trained: list[bool]) -> Sample:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from vramplan.data.row import Completion, Conversation, Text, parse_row
+from vramplan.data.forms import parse_row
+from vramplan.data.row import Completion, Conversation, Text
 from vramplan.data.source import read_rows
 from vramplan.errors import DataError, UnknownNameError
 
@@ -24,7 +25,7 @@ def test_each_form_is_recognised_and_other_keys_are_left_alone():
         ("{", "is not valid JSON"),
         ("[1]", "is JSON, but a list instead of an object"),
         ("{}", "it has no key"),
-        ('{"question": "x"}', "needs 'messages', or 'prompt' and 'completion', or 'text'; it has only 'question'"),
+        ('{"question": "x"}', "or 'prompt' and 'completion', or 'text'; it has only 'question'"),
         ('{"prompt": "x"}', "it has only 'prompt'"),
         ('{"text": "x", "prompt": "p", "completion": "c"}', "mixes two forms"),
         ('{"messages": []}', "must be a list of turns, not an empty list"),
@@ -75,7 +76,7 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
         ("rows.jsonl", "\n", "holds no rows"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: is not UTF-8 text"),
         ("rows.jsonl", '{"text": "a"}\n{"prompt": "p", "completion": "c"}\n', "line 2: is a completion row, but "),
-        ("rows.parquet", "x", "is of no known kind"),
+        ("rows.xls", "x", "is of no known kind"),
         ("empty.txt", " ", "holds no rows"),
     ],
 )
