@@ -37,6 +37,7 @@ SUBCOMMANDS = (
     Subcommand("train", "Run a plan on DeepSpeed."),
     Subcommand("compare", "Lay predicted memory beside measured memory, record by record."),
     Subcommand("bench", "Measure memory for real: run jobs, find the largest micro-batch, list live tensors."),
+    Subcommand("data", "See what a run is trained on: sources, lengths, and exactly which tokens."),
     Subcommand("models", "List the catalogue of models."),
     Subcommand("gpus", "List the catalogue of GPUs."),
     Subcommand("doctor", "Check this machine: versions, GPUs, memory, DeepSpeed, and what will hurt."),

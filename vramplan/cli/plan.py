@@ -33,8 +33,9 @@ def plan(
     Writes plan.yaml, ds_config.json, launch.sh, and refused.md with the reason against every faster candidate.
     """
     from vramplan.cli.output import show, show_json
+    from vramplan.supervise.data_process import planned_for_data
 
-    run = asked_run(model, options)
+    run, sentence = planned_for_data(asked_run(model, options))
     chosen = make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
     chosen = replace(chosen, versions=installed_versions())
     files = write_plan_dir(chosen, output)
@@ -44,4 +45,6 @@ def plan(
         show_json({**plan_to_dict(chosen), "files": [str(path) for path in files]})
         return
     show(render_plan(chosen))
+    if sentence is not None:
+        show(sentence)
     show(f"\nwritten: {', '.join(str(path) for path in files)}\nnext: vramplan train {files[0]}")

@@ -86,7 +86,9 @@ def _make_plan(run: RunSpec) -> Plan:
     from vramplan.facts.resolve import resolve_architecture
     from vramplan.report.plan_dir import installed_versions
     from vramplan.search.planner import make_plan
+    from vramplan.supervise.data_process import planned_for_data
 
+    run, _ = planned_for_data(run)
     plan = make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
     return replace(plan, versions=installed_versions())
 

