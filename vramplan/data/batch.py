@@ -36,6 +36,8 @@ class Batch:
         given: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
         if self.attention_mask is not None:
             given["attention_mask"] = self.attention_mask
+        if self.position_ids is not None:
+            given["position_ids"] = self.position_ids
         return given
 
     def to(self, device: torch.device) -> Batch:

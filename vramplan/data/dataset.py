@@ -62,6 +62,15 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), notes)
 
 
+def read_samples(path: str, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """One more set, such as a named held-out one, read and masked as the run's own data, unpacked.
+
+    Raises:
+        DataError: as ``load_data``.
+    """
+    return list(Reader(run, tokenizer).samples(SourceSpec(path=path)))
+
+
 class Reader:
     """Reads sources with one tokenizer and gathers what the user should know of them."""
 

@@ -98,11 +98,11 @@ class TrainEngine:
             extra=lambda logits: self._kl(logits, base_logits, batch, target_weight),
         )
 
-    def _kl(self, logits: torch.Tensor, base_logits: torch.Tensor, batch: Batch, num_targets: int) -> torch.Tensor:
+    def _kl(self, logits: torch.Tensor, base_logits: torch.Tensor, batch: Batch, target_weight: float) -> torch.Tensor:
         assert self.run.retain.kl is not None
         counted = torch.zeros_like(batch.labels, dtype=torch.bool)
         counted[:, :-1] = batch.labels[:, 1:] != IGNORED  # a token's logits predict the next one
-        return kl_to_base(logits, base_logits, counted) * (self.run.retain.kl.weight / num_targets)
+        return kl_to_base(logits, base_logits, counted) * (self.run.retain.kl.weight / target_weight)
 
     @contextmanager
     def sampling_fisher(self) -> Iterator[None]:

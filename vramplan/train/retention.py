@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.data.batch import collate, padded_length
-from vramplan.data.encode import Sample, encode_rows
-from vramplan.data.source import read_rows
+from vramplan.data.dataset import read_samples
+from vramplan.data.sample import Sample
 from vramplan.errors import LegalityError, SpecError
 from vramplan.retain.anchored import AnchoredPenalties
 from vramplan.retain.layer_lr import rate_groups
@@ -62,7 +62,7 @@ def general_samples(run: RunSpec, tokenizer: Any) -> list[Sample]:
     ewc = run.retain.ewc
     if ewc is None:
         return []
-    return encode_rows(read_rows(ewc.data), tokenizer, run.seq_len, run.data.train_on)[: ewc.samples]
+    return read_samples(ewc.data, run, tokenizer)[: ewc.samples]
 
 
 def start_penalties(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> None:

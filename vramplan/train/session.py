@@ -9,9 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vramplan.data.dataset import RunData, load_data
-from vramplan.data.encode import Sample, encode_rows
-from vramplan.data.source import read_rows
+from vramplan.data.dataset import RunData, load_data, read_samples
+from vramplan.data.sample import Sample
 from vramplan.emit.deepspeed import ds_config
 from vramplan.errors import ConfigError
 from vramplan.facts.resolve import read_config
@@ -105,10 +104,7 @@ def _read_inputs(plan: Plan) -> Inputs:
         raise ConfigError(f"{directory}/config.json: transformers cannot read it ({error})") from error
     check_fit_of_tokenizer(run, parsed, tokenizer)
     data = load_data(run, tokenizer)
-    eval_sets = {
-        name: encode_rows(read_rows(source), tokenizer, run.seq_len, run.data.train_on)
-        for name, source in run.data.eval_sets.items()
-    }
+    eval_sets = {name: read_samples(source, run, tokenizer) for name, source in run.data.eval_sets.items()}
     return Inputs(directory, config, tokenizer, data, eval_sets, general_samples(run, tokenizer))
 
 
