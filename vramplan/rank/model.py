@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,10 +35,33 @@ def transformers_config(run: RunSpec) -> Any:
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ConfigError(f"{run.model}: config.json has no model_type")
+    if has_own_code(model_type, fields):
+        return _config_of_own_code(run)
     try:
         config = AutoConfig.for_model(model_type, **fields)
     except ValueError as error:
         raise ConfigError(f"{run.model}: transformers does not know the model type {model_type!r}") from error
+    config.use_cache = False
+    return config
+
+
+def has_own_code(model_type: str, fields: Mapping[str, Any]) -> bool:
+    """Whether only Python files that come with the model know its type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type not in CONFIG_MAPPING and "auto_map" in fields
+
+
+def _config_of_own_code(run: RunSpec) -> Any:
+    """The config object that the model's own code makes; raises SpecError unless the user lets it run."""
+    from transformers import AutoConfig
+
+    if not run.training.trust_remote_code:
+        raise SpecError(
+            f"{run.model}: the model comes with Python code of its own, which is run only with --trust-remote-code "
+            "(training.trust_remote_code: true)"
+        )
+    config = AutoConfig.from_pretrained(run.model, trust_remote_code=True)
     config.use_cache = False
     return config
 
@@ -53,7 +77,10 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
 
     with _partitioned_from_the_start(run, ds_config), no_init_weights():
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            transformers_config(run), dtype=weight_dtype(run), attn_implementation=run.attention
+            transformers_config(run),
+            dtype=weight_dtype(run),
+            attn_implementation=run.attention,
+            trust_remote_code=run.training.trust_remote_code,
         )
     model.tie_weights()  # type: ignore[operator]  # left out with the initialisation
     if run.method.kind == "qlora":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch._subclasses import FakeTensorMode
 
-from vramplan.errors import SimulationError
+from vramplan.errors import SimulationError, VramplanError
 from vramplan.rank.group import join_fake_group
 from vramplan.rank.play import RankPlayer
 from vramplan.simulate.accumulate import sole_use_counts
@@ -80,6 +80,9 @@ def _tracker_of(device_type: str) -> tuple[Tracker, str]:
 
 
 def _explain(error: Exception, tracker: Tracker) -> SimulationError:
+    """One sentence: the phase, the module and the operator (torch's text names it); what a user can mend, as it is."""
+    if isinstance(error, VramplanError):
+        return SimulationError(str(error))
     where = tracker.failed_in or "DeepSpeed's engine"
     first = str(error).strip().splitlines() or [""]
     explained = SimulationError(

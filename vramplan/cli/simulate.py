@@ -1,0 +1,57 @@
+"""``vramplan simulate``: the real engine of one rank on fake tensors, every byte that would be alive."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vramplan.cli.options import RunOptions, asked_run, with_run_options
+from vramplan.errors import SimulationError
+from vramplan.simulate.asked import close_run, node_to_simulate
+from vramplan.simulate.request import simulate_jobs
+from vramplan.spec.load import merge, run_from_mapping
+
+
+@with_run_options
+def simulate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A catalogue name, a hub id, a local directory, a SPEC.yaml or a plan.yaml.",
+            show_default=False,
+        ),
+    ],
+    options: RunOptions,
+    cap: Annotated[
+        str | None,
+        typer.Option("--cap", help="Bytes of a GPU that one rank may use, such as 24GiB.", show_default=False),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Run the real model, adapters and DeepSpeed engine of one rank without hardware, and show every byte.
+
+    What is left open is chosen as `fit` does. Exit code: 0 it fits, 1 it does not, 2 the input is wrong or the run
+    cannot be traced to its end (what was traced is shown).
+    """
+    from vramplan.cli.output import show, show_json
+    from vramplan.report.simulated import render_simulation, simulation_to_dict
+
+    run = asked_run(model, options)
+    if trust_remote_code:
+        run = run_from_mapping(merge(run.model_dump(exclude_unset=True), {"training": {"trust_remote_code": True}}))
+    closed = close_run(run, node_to_simulate(run, cap))
+    ((_, found),) = simulate_jobs([closed.request()])
+    if found.error is not None and not any(phase.peak_bytes for phase in found.phases):
+        raise SimulationError(found.error)
+    if json:
+        show_json(simulation_to_dict(closed, found))
+    else:
+        show(render_simulation(closed, found))
+    if found.error is not None:
+        raise SimulationError(found.error)
+    raise typer.Exit(0 if found.fits else 1)
