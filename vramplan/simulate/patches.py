@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramplan.simulate.cuda_attention import cuda_attention
+from vramplan.simulate.many_ranks import few_views
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.tracker import Tracker
 
@@ -30,6 +31,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str) -> Itera
     import transformers.modeling_utils as modeling_utils
 
     with ExitStack() as stack:
+        stack.enter_context(few_views())
 
         def put(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, value))

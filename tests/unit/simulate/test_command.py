@@ -1,0 +1,124 @@
+"""``vramplan simulate`` as a user calls it: JSON, report, exit codes, sentences."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+}
+CLOSED = ("--seq-len", "128", "--micro-batch", "2", "--zero", "2", "--offload", "none", "--checkpointing", "none")
+
+
+def vramplan(*words):
+    return subprocess.run([sys.executable, "-m", "vramplan", *words], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    return str(tmp_path)
+
+
+def test_json_has_the_keys_of_fit_and_its_own(model):
+    done = vramplan("simulate", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    fitted = json.loads(vramplan("fit", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json").stdout)
+    assert set(fitted) <= set(found)
+    assert set(fitted["plan"]) - {"step_time_s", "tokens_per_s", "margin_frac"} <= set(found["plan"])
+    assert found["fits"] is True
+    assert found["params_total"] == fitted["params_total"]
+    assert sum(found["categories"].values()) == found["allocated_peak_bytes_per_rank"]
+    assert sum(term["bytes"] for term in found["terms"]) == found["used_peak_bytes_per_rank"]
+    assert found["allocated_peak_bytes_per_rank"] == max(phase["peak_bytes"] for phase in found["phases"])
+    assert all(phase["reserved_peak_bytes"] >= phase["peak_bytes"] for phase in found["phases"])
+    assert found["allocated_peak_bytes_per_rank"] == pytest.approx(fitted["allocated_peak_bytes_per_rank"], rel=0.01)
+    assert found["largest_live"][0]["frame"]
+
+
+def test_the_first_allocation_that_fails_is_named(model):
+    done = vramplan("simulate", model, *CLOSED, "--cap", "1000MiB", "--set", "zero.reduce_bucket_size=100000000")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("DOES NOT FIT")
+    assert "the allocation of " in done.stdout
+    assert "stage_1_and_2.py" in done.stdout
+
+
+def test_code_that_comes_with_a_model_runs_only_when_allowed(tmp_path):
+    marker = tmp_path / "ran"
+    fields = {**TINY, "model_type": "homemade", "architectures": ["HomeModel"]}
+    fields["auto_map"] = {"AutoConfig": "home.HomeConfig", "AutoModelForCausalLM": "home.HomeModel"}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    (tmp_path / "home.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class HomeConfig(LlamaConfig):\n    model_type = 'homemade'\n"
+        "class HomeModel(LlamaForCausalLM):\n    config_class = HomeConfig\n",
+        encoding="utf-8",
+    )
+    refused = vramplan("simulate", str(tmp_path), *CLOSED, "--cap", "8GiB")
+    assert refused.returncode == 2
+    assert "--trust-remote-code" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not marker.exists()
+    allowed = vramplan("simulate", str(tmp_path), *CLOSED, "--cap", "8GiB", "--trust-remote-code", "--json")
+    assert allowed.returncode == 0, allowed.stderr
+    assert marker.exists()
+    assert json.loads(allowed.stdout)["phases"][-1]["phase"] == "step2.micro1.optimizer_step"
+
+
+def test_what_cannot_be_traced_is_named_and_earlier_phases_are_kept(tmp_path):
+    fields = {**TINY, "model_type": "homemade", "architectures": ["HomeModel"]}
+    fields["auto_map"] = {"AutoConfig": "odd.HomeConfig", "AutoModelForCausalLM": "odd.HomeModel"}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    (tmp_path / "odd.py").write_text(
+        "import torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class HomeConfig(LlamaConfig):\n    model_type = 'homemade'\n"
+        "class Odd(torch.nn.Module):\n"
+        "    def forward(self, x, *args, **kwargs):\n"
+        "        return x[x.sum(-1) > 0]\n"
+        "class HomeModel(LlamaForCausalLM):\n"
+        "    config_class = HomeConfig\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.model.layers[1].mlp = Odd()\n",
+        encoding="utf-8",
+    )
+    words = ("simulate", str(tmp_path), *CLOSED, "--cap", "8GiB", "--trust-remote-code", "--json")
+    done = vramplan(*words)
+    assert done.returncode == 2
+    assert "model.layers.1.mlp" in done.stderr
+    assert "aten.nonzero" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] is None
+    assert [phase["phase"] for phase in found["phases"]][:2] == ["model_load", "engine_init"]
+    assert found["phases"][1]["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("meta-lama/Llama-3.1-8B",), "did you mean"),
+        (("meta-llama/Llama-3.1-8B", "--cap", "much"), "--cap"),
+        (("meta-llama/Llama-3.1-8B", "--cap", "0"), "more than 0"),
+        (("absent.yaml",), "absent.yaml"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, said):
+    done = vramplan("simulate", *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
