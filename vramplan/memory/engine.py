@@ -12,6 +12,7 @@ from vramplan.memory.job import ADAPTER_DTYPE, Job
 from vramplan.memory.moments import Bytes, Stretch, at_point, merged
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK
+from vramplan.memory.retention import kept_bytes, kl_instant_bytes, logits_bytes, passing_bytes, reference_bytes
 from vramplan.memory.size import Size, basis_at
 from vramplan.memory.term import Phase
 from vramplan.spec.trainable import LoraMethod
@@ -54,6 +55,7 @@ class Engine(ABC):
         self.resident: Bytes = {}
         self.stretches: list[Stretch] = []
         self.outputs: Bytes = {}
+        self.kept, self.reference = kept_bytes(job), reference_bytes(job)
         self.steps_skipped = False
         """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
         params = job.parameters
@@ -76,7 +78,16 @@ class Engine(ABC):
         return self.stretches
 
     def open(self, record_phase: str, phase: Phase, step: int = 1) -> Stretch:
-        stretch = Stretch(record_phase, phase, step == 1, host_apart=self.job.device != "cpu")
+        loading = phase in (Phase.MODEL_LOAD, Phase.ENGINE_INIT)
+        held = self.reference if phase is Phase.ENGINE_INIT else {} if loading else self.kept
+        stretch = Stretch(
+            record_phase,
+            phase,
+            step == 1,
+            host_apart=self.job.device != "cpu",
+            held=held,
+            passing=passing_bytes(self.job, phase),
+        )
         self.stretches.append(stretch)
         return stretch
 
@@ -131,7 +142,16 @@ class Engine(ABC):
         point = highest(forward_candidates(self.job.model_run), self.basis)
         assert point is not None
         stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
-        stretch.close(merged(self.resident, at_point(self.profile.forward_end, self.basis)))
+        self.end_forward(stretch, self.profile)
+
+    def end_forward(self, stretch: Stretch, found: Profile) -> None:
+        """The instants after the model's own loss."""
+        end = merged(self.resident, at_point(found.forward_end, self.basis))
+        instant = kl_instant_bytes(self.job)
+        if instant:
+            stretch.see("KL to the base", merged(end, instant))
+            end = merged(end, {labels.KL: logits_bytes(self.job)})
+        stretch.close(end)
 
     def after_backward(self) -> Bytes:
         """What of the micro-batch outlives its backward: tokens, and the outputs where the loop keeps them."""

@@ -14,6 +14,7 @@ from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.profile import ModelRun
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.spec.layout import Layout
+from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
@@ -61,6 +62,7 @@ class Job:
     offload_optimizer: bool
     offload_param: bool
     clipping: bool
+    retain: RetainSpec
 
     @property
     def degree(self) -> int:
@@ -189,6 +191,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
         clipping=run.training.max_grad_norm > 0,
+        retain=run.retain,
     )
 
 

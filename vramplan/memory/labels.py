@@ -42,6 +42,11 @@ HOST_STAGING = f"{HOST}staging buffers"
 HOST_ACCUMULATED = f"{HOST}accumulated gradients"
 HOST_PINNED = f"{HOST}rounding of pinned blocks"
 GATHER_BUFFER = "gather buffer"
+ANCHORS = "starting weights"
+FISHER = "Fisher diagonal"
+REFERENCE = "frozen copy of the base"
+KL = "KL to the base"
+PULL = "penalty scratch"
 PERSISTENT = "persistent weights"
 LOADING = "copies during loading"
 OUTPUTS = "logits"
@@ -92,6 +97,15 @@ LABELS: dict[str, Label] = {
         Category.PARAMETER, "ZeRO-3: tensors of at most stage3_param_persistence_threshold elements, whole"
     ),
     LOADING: Label(Category.PARAMETER, "weights held twice while the model is built"),
+    ANCHORS: Label(
+        Category.PARAMETER, "width x trained elements / ranks, each tensor rounded up (L2-SP, EWC)", Basis.EXACT
+    ),
+    FISHER: Label(Category.PARAMETER, "4 B x trained elements / ranks, each tensor rounded up (EWC)", Basis.EXACT),
+    REFERENCE: Label(Category.PARAMETER, "width x elements; / ranks under ZeRO-3 (KL without adapters)", Basis.EXACT),
+    KL: Label(
+        Category.LOGITS, "logits of the base, the gradient made with the value, 256 tokens in fp32 (retain/kl.py)"
+    ),
+    PULL: Label(Category.TEMPORARY, "5 x 4 B x the rank's slice of the largest trained tensor (retain/anchored.py)"),
     SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),
     "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),
     "loss": Label(Category.LOGITS, "fp32 logits and log-softmax: tokens x vocabulary x 4 B each (ForCausalLMLoss)"),

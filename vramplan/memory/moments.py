@@ -57,6 +57,10 @@ class Stretch:
     """Whether the host's memory is not the device's (on the CPU it is)."""
     host: Bytes = field(default_factory=dict)
     """The host's bytes at their highest."""
+    held: Bytes = field(default_factory=dict)
+    """What is alive throughout the phase and after it, besides what each instant says."""
+    passing: Bytes = field(default_factory=dict)
+    """What is alive throughout the phase, but not at its end."""
 
     def _on_device(self, parts: Bytes) -> Bytes:
         """The device's part of a state; the host's is noted."""
@@ -69,14 +73,18 @@ class Stretch:
 
     def see(self, name: str, parts: Bytes) -> None:
         """An instant at which ``parts`` are alive."""
+        self._see(name, merged(parts, self.held, self.passing))
+
+    def _see(self, name: str, parts: Bytes) -> None:
         parts = self._on_device(parts)
         num_bytes = total(parts)
         if num_bytes > self.best_bytes:
             self.best, self.best_bytes = (name, parts), num_bytes
 
     def close(self, end: Bytes) -> None:
+        end = merged(end, self.held)
         self.end = self._on_device(end)
-        self.see("end", end)
+        self._see("end", end)
 
     def moment(self) -> Moment:
         name, parts = self.best

@@ -130,7 +130,7 @@ class Zero3(Engine):
         stretch = self.open(micro.phase("forward"), Phase.FORWARD, micro.step)
         found = self._profile_of(micro)
         self._see_points(stretch, found.forward)
-        stretch.close(merged(self.resident, at_point(found.forward_end, self.basis)))
+        self.end_forward(stretch, found)
 
     def _see_points(self, stretch: Stretch, points: tuple[Point, ...]) -> None:
         point = max(points, key=lambda each: evaluate(each.total, self.basis))

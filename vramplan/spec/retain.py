@@ -11,7 +11,7 @@ class EwcSpec(UserModel):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796): a spring on each weight, as stiff as
     the weight mattered for general text."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=0.01, gt=0)
     """Strength. The Fisher diagonal is scaled to a mean of 1, so that this compares with ``l2sp.weight``."""
     data: str
     """A general sample, in any form that ``data.train`` may have."""
@@ -22,7 +22,7 @@ class EwcSpec(UserModel):
 class L2SpSpec(UserModel):
     """L2-SP (Li et al. 2018, arXiv 1802.01483): decay towards the starting point instead of towards zero."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=0.01, gt=0)
     """Strength: half of it times the squared distance is added to the loss."""
 
 

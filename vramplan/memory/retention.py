@@ -1,0 +1,71 @@
+"""Bytes of methods against forgetting: starting weights, Fisher diagonal, a frozen copy, the KL term's tensors."""
+
+from __future__ import annotations
+
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import labels
+from vramplan.memory.job import Job, parameters
+from vramplan.memory.moments import Bytes, merged
+from vramplan.memory.term import Phase
+from vramplan.spec.layout import shard
+from vramplan.spec.trainable import LoraMethod
+
+KL_CHUNK_TOKENS = 256
+"""Tokens whose probabilities the KL term has in fp32 at once (``retain/kl.py``)."""
+_KL_TEMPORARIES = 5
+"""fp32 tensors of a chunk: two log-softmaxes, the base's probabilities, their difference, its product."""
+_PULL_TEMPORARIES = 5
+"""fp32 tensors of one parameter's slice while its penalty is added (``retain/anchored.py``)."""
+
+
+def kept_bytes(job: Job) -> Bytes:
+    """What methods keep on one rank from before the first step to the end (``state_bytes`` of their hooks)."""
+    kept: Bytes = {}
+    shares = _trained_shares(job)
+    if job.retain.ewc is not None or job.retain.l2sp is not None:
+        kept[labels.ANCHORS] = sum(share * width for share, width in shares)
+    if job.retain.ewc is not None:
+        kept[labels.FISHER] = sum(share for share, _ in shares) * Dtype.FP32.nbytes
+    return merged(kept, reference_bytes(job))
+
+
+def reference_bytes(job: Job) -> Bytes:
+    """The frozen copy that KL needs where no adapters can be switched off; split under ZeRO-3."""
+    if job.retain.kl is None or isinstance(job.method, LoraMethod):
+        return {}
+    sizes = (param.numel for param in parameters(job.architecture, job.method))
+    degree = job.degree if job.stage == 3 else 1
+    return {labels.REFERENCE: sum(shard(numel, degree) for numel in sizes) * job.dtype.nbytes}
+
+
+def passing_bytes(job: Job, phase: Phase) -> Bytes:
+    """What is alive only within a phase: the base's logits in forward, the KL's gradient and a penalty in backward."""
+    passing: Bytes = {}
+    if job.retain.kl is not None and phase in (Phase.FORWARD, Phase.BACKWARD):
+        passing[labels.KL] = logits_bytes(job)
+    if phase is Phase.BACKWARD and (job.retain.ewc is not None or job.retain.l2sp is not None):
+        largest = max((share for share, _ in _trained_shares(job)), default=0)
+        passing[labels.PULL] = _PULL_TEMPORARIES * Dtype.FP32.nbytes * largest
+    return passing
+
+
+def kl_instant_bytes(job: Job) -> Bytes:
+    """While the KL term is computed: logits and its gradient, beside the base's logits, and a chunk in fp32."""
+    if job.retain.kl is None:
+        return {}
+    tokens = min(KL_CHUNK_TOKENS, job.micro_batch_size * job.seq_len)
+    chunk = _KL_TEMPORARIES * tokens * job.architecture.vocab_size * Dtype.FP32.nbytes
+    return {labels.KL: 2 * logits_bytes(job) + chunk}
+
+
+def logits_bytes(job: Job) -> int:
+    """One tensor of logits of a micro-batch."""
+    width = (job.autocast or job.dtype).nbytes
+    return job.micro_batch_size * job.seq_len * job.architecture.vocab_size * width
+
+
+def _trained_shares(job: Job) -> list[tuple[int, int]]:
+    """(elements of this rank, bytes of one) of each trained parameter: every method's state is split over all ranks."""
+    width = (job.adapter_dtype or job.dtype).nbytes
+    trained = (param for param in parameters(job.architecture, job.method) if param.trained)
+    return [(shard(param.numel, job.degree), width) for param in trained]
