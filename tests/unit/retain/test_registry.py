@@ -1,0 +1,60 @@
+"""One row a method: a file with formula and paper, fields that are understood, terms that the ledger shows."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import vramplan
+from vramplan.facts.device import Device, Node
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory.estimate import estimate
+from vramplan.retain.registry import METHODS
+from vramplan.spec.load import merge, run_from_mapping
+
+RETENTION = {term for method in METHODS for term in method.terms}
+BASE = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "seq_len": 64,
+    "micro_batch_size": 1,
+    "grad_accum_steps": 1,
+    "activation_checkpointing": "none",
+    "zero": {"stage": 2},
+}
+NODE = Node(Device("CPU", "cpu", 2**36, 2**36), gpus_per_node=2)
+
+
+def shown(fields) -> set[str]:
+    run = run_from_mapping(merge(BASE, fields))
+    found = estimate(run, NODE, resolve_architecture(run))
+    return {term.name for moment in found.moments for term in moment.terms}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.module)
+def test_every_method_has_its_paper_and_its_terms(method):
+    module = importlib.import_module(f"vramplan.retain.{method.module}")
+    assert "arXiv" in module.__doc__ or "Prechelt" in module.__doc__
+    assert shown(method.fields) & RETENTION == set(method.terms)
+
+
+def test_methods_combine():
+    together = {}
+    for method in METHODS:
+        if method.adapters:
+            together = merge(together, method.fields)
+    assert shown(together) >= RETENTION
+    adapters = shown(merge(together, {"method": {"kind": "lora"}}))
+    assert RETENTION - adapters == {"frozen copy of the base"}  # adapters are switched off instead
+
+
+def test_without_any_the_ledger_has_none_of_their_terms():
+    assert not shown({}) & RETENTION
+
+
+def test_freezing_shrinks_what_is_trained():
+    full, last = (
+        vramplan.estimate(BASE, NODE),
+        vramplan.estimate({**BASE, "method": {"kind": "full", "train_last_blocks": 2}}, NODE),
+    )
+    assert last.allocated_peak_bytes < full.allocated_peak_bytes
