@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from vramplan.memory.profile import ModelRun, Profile, profile
-from vramplan.memory.size import Size, add, const, dominates, evaluate
+from vramplan.memory.size import Size, add, const, dominates
 from vramplan.memory.tape import Point
 
 
@@ -48,14 +48,3 @@ def backward_candidates(
 def first_gradient_index(found: Profile) -> int:
     """How many allocations of backward come before the first parameter gradient is delivered."""
     return found.gradients[0].at.index if found.gradients else len(found.backward)
-
-
-def highest(candidates: tuple[tuple[Size, Point], ...], basis: Size) -> Point | None:
-    """The candidate with the most bytes at a batch."""
-    best: Point | None = None
-    most = -1
-    for size, point in candidates:
-        num_bytes = evaluate(size, basis)
-        if num_bytes > most:
-            best, most = point, num_bytes
-    return best

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
-from vramplan.memory.activations import forward_candidates, highest
+from vramplan.memory.activations import forward_candidates
 from vramplan.memory.job import ADAPTER_DTYPE, Job
-from vramplan.memory.moments import Bytes, Stretch, at_point, merged
+from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK
 from vramplan.memory.retention import kept_bytes, kl_instant_bytes, logits_bytes, passing_bytes, reference_bytes
-from vramplan.memory.size import Size, basis_at
 from vramplan.memory.term import Phase
 from vramplan.spec.trainable import LoraMethod
 
@@ -51,10 +50,9 @@ class Engine(ABC):
         self.job = job
         self.rank = rank
         self.width = job.dtype.nbytes
-        self.basis: Size = basis_at(job.micro_batch_size, job.seq_len // job.layout.sp)
-        self.resident: Bytes = {}
+        self.resident = Bytes()
         self.stretches: list[Stretch] = []
-        self.outputs: Bytes = {}
+        self.outputs = Bytes()
         self.kept, self.reference = kept_bytes(job), reference_bytes(job)
         self.steps_skipped = False
         """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
@@ -106,11 +104,11 @@ class Engine(ABC):
         if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32
             largest = max(param.numel for param in self.job.parameters if self.job.is_quantized(param))
             reading = {labels.LOADING: largest * self.width + 2 * 4 * (largest // BLOCK)}
-            stretch.see("the largest weight before it is quantized", merged({labels.WEIGHTS: base}, reading))
+            stretch.see("the largest weight before it is quantized", {labels.WEIGHTS: base}, reading)
         stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
         self._see_dora(stretch, base)
         stretch.close(built)
-        self.resident = built
+        self.resident = merged(built)
 
     def _see_dora(self, stretch: Stretch, base: int) -> None:
         """Each magnitude starts as a norm of ``weight + scaling * B @ A`` (peft/tuners/lora/dora.py, ``update_layer``):
@@ -138,26 +136,25 @@ class Engine(ABC):
 
     def forward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("forward"), Phase.FORWARD, micro.step)
-        self.outputs = {}
-        point = highest(forward_candidates(self.job.model_run), self.basis)
-        assert point is not None
-        stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
+        self.outputs = Bytes()
+        for _, point in forward_candidates(self.job.model_run):
+            stretch.see(point.where, self.resident, at_point(point))
         self.end_forward(stretch, self.profile)
 
     def end_forward(self, stretch: Stretch, found: Profile) -> None:
         """The instants after the model's own loss."""
-        end = merged(self.resident, at_point(found.forward_end, self.basis))
+        end = merged(self.resident, at_point(found.forward_end))
         instant = kl_instant_bytes(self.job)
         if instant:
-            stretch.see("KL to the base", merged(end, instant))
+            stretch.see("KL to the base", end, instant)
             end = merged(end, {labels.KL: logits_bytes(self.job)})
         stretch.close(end)
 
     def after_backward(self) -> Bytes:
         """What of the micro-batch outlives its backward: tokens, and the outputs where the loop keeps them."""
-        return at_point(self.profile.backward_end, self.basis)
+        return at_point(self.profile.backward_end)
 
-    def pinned_rounding(self, *blocks: int) -> Bytes:
+    def pinned_rounding(self, *blocks: int) -> Parts:
         """What pinning adds to blocks of the host's memory; nothing on the CPU, where nothing is pinned."""
         if self.job.device == "cpu":
             return {}

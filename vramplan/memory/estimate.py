@@ -5,17 +5,15 @@ from __future__ import annotations
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.device import Node
-from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import term
 from vramplan.memory.ledger import Estimate
-from vramplan.memory.moments import Stretch, total
+from vramplan.memory.moments import Stretch
 from vramplan.memory.overhead import overhead
 from vramplan.memory.partition import ranks_that_differ
+from vramplan.memory.size import Size, evaluate
 from vramplan.memory.term import Place, Term
-from vramplan.memory.zero0 import Zero0
-from vramplan.memory.zero3 import Zero3
-from vramplan.memory.zero12 import Zero12
+from vramplan.memory.walked import Moments, walk
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -44,35 +42,30 @@ def estimate(
     """
     job = job_from_run(run, node, architecture, weights_halved)
     _check_covered(job, run.attention_mask)
-    ranks = [rank] if rank is not None else ranks_that_differ(job)
-    walks = [_engine(job, each, steps_skipped).walk() for each in ranks]
-    stretches = max(walks, key=_peak_bytes)
-    peak_bytes = _peak_bytes(stretches)
+    basis, shapeless = job.basis, job.shapeless
+    ranks = [rank] if rank is not None else ranks_that_differ(shapeless)
+    walks = [walk(shapeless, each, steps_skipped) for each in ranks]
+    worst = walks[0] if len(walks) == 1 else max(walks, key=lambda walked: walked.peak_bytes(basis))
+    phases = tuple(stretch.phase_bytes(basis) for stretch in worst.stretches)
     return Estimate(
-        moments=tuple(stretch.moment() for stretch in stretches),
-        phases=tuple(stretch.phase_bytes() for stretch in stretches),
-        overhead=overhead(node.device, node.world_size, peak_bytes),
-        host_terms=_host_terms(stretches),
+        moments=Moments(worst.stretches, basis),
+        phases=phases,
+        overhead=overhead(node.device, node.world_size, max(phase.peak_bytes for phase in phases)),
+        host_terms=_host_terms(worst.stretches, basis),
         capacity_bytes=node.capacity_bytes,
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
     )
 
 
-def _peak_bytes(stretches: list[Stretch]) -> int:
-    return max(stretch.best_bytes for stretch in stretches)
-
-
-def _host_terms(stretches: list[Stretch]) -> tuple[Term, ...]:
+def _host_terms(stretches: tuple[Stretch, ...], basis: Size) -> tuple[Term, ...]:
     """The host's bytes of one rank at their highest."""
-    most = max(stretches, key=lambda stretch: total(stretch.host)).host
-    return tuple(term(name, size, Place.HOST) for name, size in most.items() if size)
-
-
-def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
-    if job.stage == 0:
-        return Zero0(job, rank)
-    return Zero12(job, rank) if job.stage in (1, 2) else Zero3(job, rank, steps_skipped)
+    states = [state for stretch in stretches for state in stretch.host]
+    if not states:
+        return ()
+    most = max(states, key=lambda state: evaluate(state.size, basis))
+    sizes = {name: evaluate(size, basis) for name, size in most.parts.items()}
+    return tuple(term(name, size, Place.HOST) for name, size in sizes.items() if size)
 
 
 def _adapts_embeddings(job: Job) -> bool:

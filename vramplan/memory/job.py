@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from vramplan.errors import SpecError
@@ -13,6 +13,7 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.profile import ModelRun
 from vramplan.memory.quantized import nf4_bytes
+from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
@@ -93,6 +94,18 @@ class Job:
         (runtime/engine.py, ``_configure_distributed_model``). None: the format of the weights."""
         keeps = self.stage == 3 and isinstance(self.method, LoraMethod) and self.dtype is not ADAPTER_DTYPE
         return ADAPTER_DTYPE if keeps else None
+
+    @property
+    def shapeless(self) -> Job:
+        """The job of every batch that makes the same instants: what of micro-batch and sequence decides more than
+        sizes is whether there is one sequence, and which sliding windows are shorter than it."""
+        reached = max((window for window in self.architecture.windows if window <= self.seq_len), default=0)
+        return replace(self, micro_batch_size=1 if self.model_run.lone_sequence else 2, seq_len=reached)
+
+    @property
+    def basis(self) -> Size:
+        """The values of the size polynomials at this batch, of one rank's tokens."""
+        return basis_at(self.micro_batch_size, self.seq_len // self.layout.sp)
 
     @property
     def quantized(self) -> bool:

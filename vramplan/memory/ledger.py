@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vramplan.memory.term import Moment, Term
@@ -24,7 +25,8 @@ class Estimate:
     (what the driver reports: reserved, context, communicators, workspaces).
     """
 
-    moments: tuple[Moment, ...]
+    moments: Sequence[Moment]
+    """The highest instant of each phase, in the order of ``phases``."""
     phases: tuple[PhaseBytes, ...]
     """In order: model_load, engine_init, then forward, backward, optimizer_step of each micro-batch of two steps."""
     overhead: tuple[Term, ...]
@@ -38,11 +40,12 @@ class Estimate:
     @property
     def peak(self) -> Moment:
         """The moment with the most bytes of all moments the run passes."""
-        return max(self.moments, key=lambda moment: moment.num_bytes)
+        peaks = [phase.peak_bytes for phase in self.phases]
+        return self.moments[peaks.index(max(peaks))]
 
     @property
     def allocated_peak_bytes(self) -> int:
-        return self.peak.num_bytes
+        return max(phase.peak_bytes for phase in self.phases)
 
     @property
     def used_peak_bytes(self) -> int:

@@ -1,97 +1,169 @@
-"""Instants of a run as headings and bytes, and the phases that they belong to."""
+"""Instants of a run as headings and bytes, and the phases that they belong to.
+
+Bytes are polynomials of the batch (``memory/size.py``): a run is walked once, and its instants answer every
+micro-batch and sequence length.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from vramplan.memory.labels import HOST, term
 from vramplan.memory.ledger import PhaseBytes
-from vramplan.memory.size import Size, evaluate
+from vramplan.memory.size import ZERO, Size, add, const, dominates, evaluate, sub
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Moment, Phase
 
-Bytes = dict[str, int]
+Parts = Mapping[str, Size | int]
+"""Headings with polynomials, or with plain bytes that do not depend on the batch."""
 
 
-def total(parts: Bytes) -> int:
-    """All bytes of a state."""
-    return sum(parts.values())
+class Bytes(dict[str, Size]):
+    """Headings and polynomials of what is alive together; keeps its sums, since most states are only compared."""
+
+    __slots__ = ("_sums",)
+
+    def __init__(self, parts: Mapping[str, Size] = MappingProxyType({}), sums: tuple[Size, Size] | None = None) -> None:
+        super().__init__(parts)
+        self._sums = sums
+
+    @property
+    def sums(self) -> tuple[Size, Size]:
+        """The device's bytes and the host's."""
+        if self._sums is None:
+            self._sums = _sums(self)
+        return self._sums
+
+    def without(self, *names: str) -> Bytes:
+        """The rest, when these headings are let go of."""
+        return Bytes({name: size for name, size in self.items() if name not in names})
 
 
-def merged(*many: Bytes) -> Bytes:
-    """Headings and bytes of several states that are alive together."""
-    result: Bytes = {}
+def _sums(parts: Parts) -> tuple[Size, Size]:
+    device = host = ZERO
+    for name, each in parts.items():
+        size = const(each) if isinstance(each, int) else each
+        if name.startswith(HOST):
+            host = add(host, size)
+        else:
+            device = add(device, size)
+    return device, host
+
+
+def _sum(many: tuple[Parts, ...]) -> tuple[Size, Size]:
+    device = host = ZERO
     for parts in many:
-        for name, num_bytes in parts.items():
-            result[name] = result.get(name, 0) + num_bytes
-    return result
+        if not parts:
+            continue
+        some, other = parts.sums if isinstance(parts, Bytes) else _sums(parts)
+        device, host = add(device, some), add(host, other) if other is not ZERO else host
+    return device, host
 
 
-def at_point(point: Point, basis: Size) -> Bytes:
-    """What is alive at a point of the tape for a given batch."""
-    return {label: evaluate(size, basis) for label, size in point.by_label.items()}
+def merged(*many: Parts) -> Bytes:
+    """Headings and bytes of several states that are alive together."""
+    result: dict[str, Size] = {}
+    for parts in many:
+        for name, each in parts.items():
+            size = const(each) if isinstance(each, int) else each
+            result[name] = add(result[name], size) if name in result else size
+    return Bytes(result, _sum(many))
+
+
+def at_point(point: Point) -> Bytes:
+    """What is alive at a point of the tape."""
+    return Bytes(point.by_label, (point.total, ZERO))
 
 
 def without_gradient(alive: Bytes, num_bytes: int) -> Bytes:
     """What is left when the gradient in hand has been moved into the bucket."""
     name = "gradient of the weight in hand"
-    held = min(alive.get(name, 0), num_bytes)
-    rest = {**alive, name: alive.get(name, 0) - held}
+    held = min(alive.get(name, ZERO)[0], num_bytes)
+    rest = dict(alive)
+    rest[name] = sub(alive.get(name, ZERO), const(held))
     if held < num_bytes:  # a tied weight's gradients were summed under another heading
         other = "activation gradients"
-        rest[other] = max(0, rest.get(other, 0) - (num_bytes - held))
-    return rest
+        left = alive.get(other, ZERO)
+        rest[other] = sub(left, const(min(left[0], num_bytes - held)))
+    return Bytes(rest)
+
+
+@dataclass(slots=True)
+class Instant:
+    """A state that can be the highest of its phase for some batch."""
+
+    name: str
+    size: Size
+    many: tuple[Parts, ...]
+    place: str
+    """``device`` or ``host`` where only that part of the state is meant, else empty."""
+
+    @property
+    def parts(self) -> Bytes:
+        """What is alive, by heading."""
+        every = merged(*self.many)
+        if not self.place:
+            return every
+        return Bytes({name: size for name, size in every.items() if name.startswith(HOST) == (self.place == "host")})
 
 
 @dataclass
 class Stretch:
-    """One phase of a record while it is being filled: its highest instant so far, and what is alive at its end."""
+    """One phase of a record: the instants that can be its highest, and what is alive at its end."""
 
     record_phase: str
     phase: Phase
     first_step: bool
-    best: tuple[str, Bytes] = ("", {})
-    best_bytes: int = -1
-    end: Bytes = field(default_factory=dict)
     host_apart: bool = False
     """Whether the host's memory is not the device's (on the CPU it is)."""
-    host: Bytes = field(default_factory=dict)
-    """The host's bytes at their highest."""
-    held: Bytes = field(default_factory=dict)
+    held: Parts = field(default_factory=Bytes)
     """What is alive throughout the phase and after it, besides what each instant says."""
-    passing: Bytes = field(default_factory=dict)
+    passing: Parts = field(default_factory=Bytes)
     """What is alive throughout the phase, but not at its end."""
+    instants: list[Instant] = field(default_factory=list)
+    host: list[Instant] = field(default_factory=list)
+    """The host's states that can be highest, where it is apart."""
+    end: Size = ZERO
 
-    def _on_device(self, parts: Bytes) -> Bytes:
-        """The device's part of a state; the host's is noted."""
-        on_host = {name: size for name, size in parts.items() if name.startswith(HOST)}
-        if not self.host_apart or not on_host:
-            return dict(parts)  # the engine goes on changing its own
-        if total(on_host) > total(self.host):
-            self.host = on_host
-        return {name: size for name, size in parts.items() if name not in on_host}
+    def see(self, name: str, *many: Parts) -> None:
+        """An instant at which ``many`` are alive together."""
+        self._see(name, *many, self.held, self.passing)
 
-    def see(self, name: str, parts: Bytes) -> None:
-        """An instant at which ``parts`` are alive."""
-        self._see(name, merged(parts, self.held, self.passing))
+    def _see(self, name: str, *many: Parts) -> None:
+        device, host = _sum(many)
+        if not self.host_apart:
+            _note(self.instants, Instant(name, add(device, host), many, ""))
+            return
+        _note(self.instants, Instant(name, device, many, "device"))
+        if host != ZERO:
+            _note(self.host, Instant(name, host, many, "host"))
 
-    def _see(self, name: str, parts: Bytes) -> None:
-        parts = self._on_device(parts)
-        num_bytes = total(parts)
-        if num_bytes > self.best_bytes:
-            self.best, self.best_bytes = (name, parts), num_bytes
+    def close(self, *end: Parts) -> None:
+        self._see("end", *end, self.held)
+        device, host = _sum((*end, self.held))
+        self.end = device if self.host_apart else add(device, host)
 
-    def close(self, end: Bytes) -> None:
-        end = merged(end, self.held)
-        self.end = self._on_device(end)
-        self._see("end", end)
+    def highest(self, basis: Size) -> Instant:
+        """The instant with the most bytes at a batch; the first of equals."""
+        return max(self.instants, key=lambda instant: evaluate(instant.size, basis))
 
-    def moment(self) -> Moment:
-        name, parts = self.best
-        terms = tuple(
-            sorted((term(key, value) for key, value in parts.items() if value), key=lambda each: -each.num_bytes)
-        )
-        return Moment(f"{self.record_phase}: {name}", self.phase, terms, self.first_step)
+    def moment(self, basis: Size) -> Moment:
+        """The highest instant with its terms, largest first."""
+        instant = self.highest(basis)
+        terms = (term(label, evaluate(size, basis)) for label, size in instant.parts.items())
+        ordered = sorted((each for each in terms if each.num_bytes), key=lambda each: -each.num_bytes)
+        return Moment(f"{self.record_phase}: {instant.name}", self.phase, tuple(ordered), self.first_step)
 
-    def phase_bytes(self) -> PhaseBytes:
-        return PhaseBytes(self.record_phase, self.best_bytes, total(self.end))
+    def phase_bytes(self, basis: Size) -> PhaseBytes:
+        peak_bytes = max(evaluate(instant.size, basis) for instant in self.instants)
+        return PhaseBytes(self.record_phase, peak_bytes, evaluate(self.end, basis))
+
+
+def _note(instants: list[Instant], new: Instant) -> None:
+    """Keep a state unless another is at least as high for every batch."""
+    if any(dominates(other.size, new.size) for other in instants):
+        return
+    instants[:] = [other for other in instants if not dominates(new.size, other.size)]
+    instants.append(new)

@@ -23,10 +23,8 @@ class Flat:
     offsets: dict[str, tuple[int, int]]
     numel: int
     degree: int
-
-    @property
-    def partition_numel(self) -> int:
-        return shard(self.numel, START_ALIGNMENT * self.degree) * START_ALIGNMENT
+    partition_numel: int
+    """Elements of one rank's part."""
 
     @property
     def padded_numel(self) -> int:
@@ -36,6 +34,12 @@ class Flat:
         """The ranks whose partitions hold elements ``start`` to ``end`` (exclusive)."""
         return range(start // self.partition_numel, -(-end // self.partition_numel))
 
+    def owned(self, rank: int) -> dict[str, int]:
+        """The parameters that lie in the rank's partition at least in part, with the elements that do."""
+        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
+        cut = {name: min(end, high) - max(start, low) for name, (start, end) in self.offsets.items()}
+        return {name: numel for name, numel in cut.items() if numel > 0}
+
     def owned_by(self, name: str, rank: int) -> int:
         """Elements of the parameter that lie in the rank's partition."""
         start, end = self.offsets[name]
@@ -43,6 +47,7 @@ class Flat:
         return max(0, min(end, high) - max(start, low))
 
 
+@lru_cache(maxsize=256)
 def flat_group(params: tuple[tuple[str, int], ...], degree: int) -> Flat:
     """The flat buffer of parameters ``(name, numel)`` in the optimizer's order."""
     offsets: dict[str, tuple[int, int]] = {}
@@ -50,7 +55,7 @@ def flat_group(params: tuple[tuple[str, int], ...], degree: int) -> Flat:
     for name, numel in params:
         offsets[name] = (position, position + numel)
         position += numel
-    return Flat(offsets, position, degree)
+    return Flat(offsets, position, degree, shard(position, START_ALIGNMENT * degree) * START_ALIGNMENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,10 @@ def _ranks_that_differ(
     best: dict[tuple[int, ...], int] = {}
     for rank in range(degree):
         best.setdefault((touched[rank], slices[rank], early[rank], freed[rank]), rank)
-    kept = [key for key in best if not any(other != key and _covers(other, key) for other in best)]
+    kept: list[tuple[int, ...]] = []
+    for key in sorted(best, reverse=True):  # none after it can cover one
+        if not any(_covers(other, key) for other in kept):
+            kept.append(key)
     return sorted(best[key] for key in kept)
 
 

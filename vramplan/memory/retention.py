@@ -5,7 +5,8 @@ from __future__ import annotations
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.job import Job, parameters
-from vramplan.memory.moments import Bytes, merged
+from vramplan.memory.moments import Bytes, Parts, merged
+from vramplan.memory.size import Size, add, const, per_token, scale
 from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
 from vramplan.spec.trainable import LoraMethod
@@ -20,7 +21,7 @@ _PULL_TEMPORARIES = 5
 
 def kept_bytes(job: Job) -> Bytes:
     """What methods keep on one rank from before the first step to the end (``state_bytes`` of their hooks)."""
-    kept: Bytes = {}
+    kept: dict[str, Size | int] = {}
     shares = _trained_shares(job)
     if job.retain.ewc is not None or job.retain.l2sp is not None:
         kept[labels.ANCHORS] = sum(share * width for share, width in shares)
@@ -29,7 +30,7 @@ def kept_bytes(job: Job) -> Bytes:
     return merged(kept, reference_bytes(job))
 
 
-def reference_bytes(job: Job) -> Bytes:
+def reference_bytes(job: Job) -> Parts:
     """The frozen copy that KL needs where no adapters can be switched off; split under ZeRO-3."""
     if job.retain.kl is None or isinstance(job.method, LoraMethod):
         return {}
@@ -38,9 +39,9 @@ def reference_bytes(job: Job) -> Bytes:
     return {labels.REFERENCE: sum(shard(numel, degree) for numel in sizes) * job.dtype.nbytes}
 
 
-def passing_bytes(job: Job, phase: Phase) -> Bytes:
+def passing_bytes(job: Job, phase: Phase) -> Parts:
     """What is alive only within a phase: the base's logits in forward, the KL's gradient and a penalty in backward."""
-    passing: Bytes = {}
+    passing: dict[str, Size | int] = {}
     if job.retain.kl is not None and phase in (Phase.FORWARD, Phase.BACKWARD):
         passing[labels.KL] = logits_bytes(job)
     if phase is Phase.BACKWARD and (job.retain.ewc is not None or job.retain.l2sp is not None):
@@ -49,19 +50,18 @@ def passing_bytes(job: Job, phase: Phase) -> Bytes:
     return passing
 
 
-def kl_instant_bytes(job: Job) -> Bytes:
+def kl_instant_bytes(job: Job) -> Parts:
     """While the KL term is computed: logits and its gradient, beside the base's logits, and a chunk in fp32."""
     if job.retain.kl is None:
         return {}
-    tokens = min(KL_CHUNK_TOKENS, job.micro_batch_size * job.seq_len)
-    chunk = _KL_TEMPORARIES * tokens * job.architecture.vocab_size * Dtype.FP32.nbytes
-    return {labels.KL: 2 * logits_bytes(job) + chunk}
+    chunk = _KL_TEMPORARIES * KL_CHUNK_TOKENS * job.architecture.vocab_size * Dtype.FP32.nbytes
+    return {labels.KL: add(scale(logits_bytes(job), 2), const(chunk))}
 
 
-def logits_bytes(job: Job) -> int:
+def logits_bytes(job: Job) -> Size:
     """One tensor of logits of a micro-batch."""
     width = (job.autocast or job.dtype).nbytes
-    return job.micro_batch_size * job.seq_len * job.architecture.vocab_size * width
+    return per_token(job.architecture.vocab_size * width)
 
 
 def _trained_shares(job: Job) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.memory import labels
-from vramplan.memory.activations import backward_candidates, highest
+from vramplan.memory.activations import backward_candidates
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch, at_point, merged
@@ -29,27 +29,26 @@ class Zero0(Engine):
         self.resident = merged(frozen, weights)
         if self.low:
             copies = {labels.INIT: 2 * self.trained_numel * self.width}  # clones, then their flat copy
-            stretch.see("weights flattened", merged(self.resident, copies))
+            stretch.see("weights flattened", self.resident, copies)
             master = {labels.MASTER: self.trained_numel * self.master_bytes}
             states = {labels.MOMENTS: self.trained_numel * self.optimizer.state}
             trial = {labels.INIT: self.trained_numel * (self.master_bytes + self.optimizer.scratch)}
-            stretch.see("a first step with zero gradients", merged(self.resident, master, states, trial))
+            stretch.see("a first step with zero gradients", self.resident, master, states, trial)
             self.resident = merged(self.resident, master, states)
         stretch.close(self.resident)
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
         for group in backward_candidates(self.job.model_run, self.width if micro.first else 0):
-            point = highest(group, self.basis)
-            if point is not None:
+            for _, point in group:
                 kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
-                stretch.see(point.where, merged(self.resident, kept, at_point(point, self.basis)))
+                stretch.see(point.where, self.resident, kept, at_point(point))
         self.outputs = self.after_backward()
         if micro.first:
             self.resident = merged(self.resident, {labels.GRADIENTS: self.width * self.trained_numel})
         if micro.boundary:
             self._reduce(stretch)
-        stretch.close(merged(self.resident, self.outputs))
+        stretch.close(self.resident, self.outputs)
 
     def _reduce(self, stretch: Stretch) -> None:
         """``buffered_allreduce_fallback``: gradients are flattened, at least ``REDUCE_NUMEL`` elements at a time."""
@@ -59,25 +58,25 @@ class Zero0(Engine):
             if numel > REDUCE_NUMEL:
                 most, numel = max(most, numel), 0
         copy = {labels.REDUCTION: max(most, numel) * self.width}
-        stretch.see("gradient reduction", merged(self.resident, self.outputs, copy))
+        stretch.see("gradient reduction", self.resident, self.outputs, copy)
 
     def step(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
         if not micro.boundary:
-            stretch.close(merged(self.resident, self.outputs))
+            stretch.close(self.resident, self.outputs)
             return
         base = merged(self.resident, self.outputs)
         scratch = {labels.STEP_SCRATCH: self.trained_numel * self.optimizer.scratch}
         if self.low:
             copies = {labels.FLAT_GRAD: 2 * self.trained_numel * self.master_bytes}  # cast one by one, then flattened
-            stretch.see("gradients cast and flattened", merged(base, copies))
-            self.resident.pop(labels.GRADIENTS, None)
+            stretch.see("gradients cast and flattened", base, copies)
+            self.resident = self.resident.without(labels.GRADIENTS)
             flat = {labels.FLAT_GRAD: self.trained_numel * self.master_bytes}
-            stretch.see("optimizer update", merged(self.resident, self.outputs, flat, scratch))
+            stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
         else:
             if micro.step == 1:
                 states = {labels.MOMENTS: self.trained_numel * self.optimizer.state}
                 self.resident = merged(self.resident, states)
-            stretch.see("optimizer update", merged(self.resident, self.outputs, scratch))
-            self.resident.pop(labels.GRADIENTS, None)
-        stretch.close(merged(self.resident, self.outputs))
+            stretch.see("optimizer update", self.resident, self.outputs, scratch)
+            self.resident = self.resident.without(labels.GRADIENTS)
+        stretch.close(self.resident, self.outputs)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from vramplan.memory import labels
-from vramplan.memory.activations import backward_candidates, highest
+from vramplan.memory.activations import backward_candidates, undominated
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
-from vramplan.memory.moments import Bytes, Stretch, at_point, merged, without_gradient
+from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.partition import Flush, flat_group, flushes
-from vramplan.memory.size import evaluate
+from vramplan.memory.size import add, const
 from vramplan.memory.term import Phase
 
 
@@ -22,14 +22,15 @@ class Zero12(Engine):
         self.share = self.flat.partition_numel
         self.contiguous = job.zero.contiguous_gradients
         self.bucket_bytes = self._bucket_bytes()
-        owned = [name for name, _ in self.trained if self.flat.owned_by(name, rank)]
+        owned = self.flat.owned(rank)
         sizes = dict(self.trained)
         self.partition_bytes = self.width * sum(sizes[name] for name in owned)
         self.num_owned = len(owned)
-        self.largest_owned = max((self.flat.owned_by(name, rank) for name in owned), default=0)
+        self.largest_owned = max(owned.values(), default=0)
         self.optimizer = optimizer_bytes(job.optimizer, job.device)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
+        self._reducing: list[Instant] | None = None
 
     def _bucket_bytes(self) -> int:
         """Buffers of ``setup_buckets``: one a communication dtype, two each where reduction overlaps backward."""
@@ -46,17 +47,17 @@ class Zero12(Engine):
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
         width, frozen = self.width, {labels.FROZEN: self.frozen_bytes}
         flat = {labels.WEIGHTS: self.flat.padded_numel * width}
-        stretch.see("weights flattened", merged(frozen, flat, {labels.INIT: self.trained_numel * width}))
+        stretch.see("weights flattened", frozen, flat, {labels.INIT: self.trained_numel * width})
         clone = {labels.INIT: self.share * width}
         if self.offloads:
             self.resident = merged(frozen, flat, self._offloaded())
-            stretch.see("master weights cast", merged(frozen, flat, clone))
+            stretch.see("master weights cast", frozen, flat, clone)
             stretch.close(self.resident)
             return
         master = {labels.MASTER: self.share * self.master_bytes}
-        stretch.see("master weights cast", merged(frozen, flat, master, clone))
+        stretch.see("master weights cast", frozen, flat, master, clone)
         probe = {labels.INIT: self.share * self.master_bytes}
-        stretch.see("a gradient partition is tried", merged(frozen, flat, master, probe))
+        stretch.see("a gradient partition is tried", frozen, flat, master, probe)
         self.resident = merged(frozen, flat, master)
         stretch.close(self.resident)
 
@@ -71,7 +72,7 @@ class Zero12(Engine):
         }
         return merged(parts, self.pinned_rounding(master, master, low, temporary))
 
-    def _partition(self) -> Bytes:
+    def _partition(self) -> dict[str, int]:
         """The rank's reduced gradients on the device; with offload they go to the host at once."""
         return {} if self.offloads else {labels.GRAD_PARTITION: self.partition_bytes}
 
@@ -89,58 +90,67 @@ class Zero12(Engine):
         early, late = backward_candidates(self.job.model_run, self.width if micro.first else 0)
         bucket = {labels.BUCKET: self.bucket_bytes}
         for group, extra in ((early, {}), (late, bucket if micro.first else {})):
-            point = highest(group, self.basis)
-            if point is not None:
+            for _, point in group:
                 kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
-                stretch.see(point.where, merged(self.resident, extra, kept, at_point(point, self.basis)))
+                stretch.see(point.where, self.resident, extra, kept, at_point(point))
         rest = self.after_backward()
         grads = {labels.GRADIENTS: self.width * self.trained_numel}
-        self.resident.pop(labels.BUCKET, None)
-        self.resident.pop(labels.GRADIENTS, None)
+        self.resident = self.resident.without(labels.BUCKET)
+        self.resident = self.resident.without(labels.GRADIENTS)
         if not micro.boundary:
             self.resident = merged(self.resident, grads, bucket)
         else:
             self._reduce_all(stretch, merged(self.resident, rest), bucket)
             self.resident = merged(self.resident, self._partition())
         self.outputs = rest
-        stretch.close(merged(self.resident, rest))
+        stretch.close(self.resident, rest)
 
-    def _reduce_all(self, stretch: Stretch, base: Bytes, bucket: Bytes) -> None:
+    def _reduce_all(self, stretch: Stretch, base: Bytes, bucket: Parts) -> None:
         """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
         order = tuple(name for name, _ in self.trained)
         left = self.trained_numel * self.width
-        stretch.see("before reduction", merged(base, bucket, {labels.GRADIENTS: left}))
-        filled: Bytes = {}
+        instants: list[tuple[int, str, int, int, int]] = [(left, "before reduction", left, 0, 0)]
+        partition = sum(self._partition().values())
+        filled = 0
         for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size):
             moves = self.contiguous and flush.numel <= self.job.zero.reduce_bucket_size
             left -= flush.numel * self.width if moves else 0
-            copy = {labels.REDUCTION: flush.numel * self.width if flush.copies else 0}
-            stretch.see("gradient reduction", merged(base, bucket, filled, copy, {labels.GRADIENTS: left}))
+            copy = flush.numel * self.width if flush.copies else 0
+            instants.append((left + filled + copy, "gradient reduction", left, filled, copy))
             if self.contiguous and self.rank in flush.ranks:
-                filled = self._partition()
+                filled = partition
                 # a gradient that bypassed the bucket is let go of once it is in the partition, else at the end
                 left -= 0 if moves else flush.numel * self.width
-            stretch.see("gradient partition filled", merged(base, bucket, filled, {labels.GRADIENTS: left}))
+            instants.append((left + filled, "gradient partition filled", left, filled, 0))
+        # they differ by plain bytes, so the highest is highest for every batch
+        _, name, left, filled, copy = max(instants, key=lambda each: each[0])
+        parts = {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, labels.REDUCTION: copy}
+        stretch.see(name, base, bucket, parts)
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 2: each gradient moves into the bucket; full buckets are reduced on the way."""
-        run = self.job.model_run
-        early, late = backward_candidates(run, 0)
-        bucket = {labels.BUCKET: self.bucket_bytes}
-        point = highest(early, self.basis)
-        if point is not None:
-            stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
-        filled_from = self._see_flushes(stretch, bucket)
-        point = highest(late, self.basis)
-        if point is not None:
-            stretch.see(point.where, merged(self.resident, bucket, at_point(point, self.basis)))
-        if filled_from is not None:
-            after = tuple(each for each in late if each[1].index >= filled_from)
-            point = highest(after, self.basis)
-            if point is not None:
-                filled = self._partition()
-                stretch.see(point.where, merged(self.resident, bucket, filled, at_point(point, self.basis)))
+        early, _ = backward_candidates(self.job.model_run, 0)
+        for _, point in early:
+            stretch.see(point.where, self.resident, at_point(point))
+        if self._reducing is None:
+            self._reducing = self._reduction_instants()
+        base = merged(self.resident, {labels.BUCKET: self.bucket_bytes})
+        for instant in self._reducing:
+            stretch.see(instant.name, base, *instant.many)
         self._end_of_reduction(stretch, micro)
+
+    def _reduction_instants(self) -> list[Instant]:
+        """Instants from the first gradient on that can be highest, without what is resident: each micro-batch's."""
+        found = Stretch("", Phase.BACKWARD, False)
+        _, late = backward_candidates(self.job.model_run, 0)
+        filled_from = self._see_flushes(found)
+        for _, point in late:
+            found.see(point.where, at_point(point))
+        if filled_from is not None:
+            after = [(point.total, point) for point in self.profile.backward if point.index >= filled_from]
+            for _, point in undominated(after):
+                found.see(point.where, self._partition(), at_point(point))
+        return found.instants
 
     def _backward_holding(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 2 without a contiguous bucket: gradients stay ``param.grad`` until as many as a bucket holds are
@@ -154,11 +164,11 @@ class Zero12(Engine):
             until = len(found.backward) if flush.before is None else gradients[last].at.index
             self._see_held(stretch, start, until, owned - held_from)
             kept = owned + flush.numel
-            alive = at_point(gradients[last].at, self.basis)
+            alive = at_point(gradients[last].at)
             if flush.before is None:
                 alive = without_gradient(alive, gradients[last].numel * self.width)
             parts = {labels.GRADIENTS: kept * self.width, labels.REDUCTION: flush.numel * self.width}
-            stretch.see("gradient reduction", merged(self.resident, alive, parts))
+            stretch.see("gradient reduction", self.resident, alive, parts)
             end = len(order) if flush.before is None else flush.before
             owned = sum(each.numel for each in gradients[:end] if self.flat.owned_by(each.name, self.rank))
             held_from, start = sum(each.numel for each in gradients[:end]), until
@@ -170,36 +180,38 @@ class Zero12(Engine):
         if not points:
             return
         width = self.width
-        most = max(points, key=lambda each: evaluate(each.total, self.basis) + width * each.grad_numel)
-        held = {labels.GRADIENTS: width * (most.grad_numel + offset_numel)}
-        stretch.see(most.where, merged(self.resident, held, at_point(most, self.basis)))
+        for _, point in undominated([(add(each.total, const(width * each.grad_numel)), each) for each in points]):
+            held = {labels.GRADIENTS: width * (point.grad_numel + offset_numel)}
+            stretch.see(point.where, self.resident, held, at_point(point))
 
-    def _see_flushes(self, stretch: Stretch, bucket: Bytes) -> int | None:
+    def _see_flushes(self, stretch: Stretch) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
         job, gradients = self.job, self.profile.gradients
         order = tuple(gradient.name for gradient in gradients)
-        filled: Bytes = {}
+        filled: dict[str, int] = {}
         filled_from: int | None = None
         for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size):
             last = len(gradients) - 1 if flush.before is None else flush.before
             gradient = gradients[last]
-            alive = at_point(gradient.at, self.basis)
+            alive = at_point(gradient.at)
             if flush.numel > job.zero.reduce_bucket_size:
-                alive = self._with_oversized(stretch, flush, merged(bucket, filled), alive)
+                alive = self._with_oversized(stretch, flush, filled, alive)
             elif flush.before is None:  # the last gradient has moved into the bucket
                 alive = without_gradient(alive, gradient.numel * self.width)
-            copy = {labels.REDUCTION: self._copy_bytes(flush)}
-            stretch.see("gradient reduction", merged(self.resident, bucket, filled, copy, alive))
+            before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
             if self.rank in flush.ranks and self.offloads:  # set_norm_for_param_grad_in_gpu
                 norm = {labels.NORM: 8 * self.largest_owned}
-                stretch.see("gradient norm", merged(self.resident, bucket, norm, alive))
+                stretch.see("gradient norm", norm, alive)
             elif self.rank in flush.ranks and not filled:
                 filled = self._partition()
                 filled_from = gradient.at.index
-            stretch.see("gradient partition filled", merged(self.resident, bucket, filled, alive))
+            if sum(before.values()) >= sum(filled.values()):
+                stretch.see("gradient reduction", before, alive)
+            else:
+                stretch.see("gradient partition filled", filled, alive)
         return filled_from
 
-    def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Bytes, alive: Bytes) -> Bytes:
+    def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Parts, alive: Bytes) -> Bytes:
         """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the next one arrives
         (``extra_large_param_to_reduce``); returns what is alive at its reduction."""
         if flush.before is None:
@@ -208,9 +220,8 @@ class Zero12(Engine):
         waiting = {labels.GRADIENTS: flush.numel * self.width}
         since, until = gradients[flush.before - 1].at.index, gradients[flush.before].at.index
         between = [point for point in self.profile.backward if since <= point.index < until]
-        if between:
-            point = max(between, key=lambda each: evaluate(each.total, self.basis))
-            stretch.see(point.where, merged(self.resident, extra, waiting, at_point(point, self.basis)))
+        for _, point in undominated([(each.total, each) for each in between]):
+            stretch.see(point.where, extra, waiting, at_point(point))
         return merged(alive, waiting)
 
     def _copy_bytes(self, flush: Flush) -> int:
@@ -222,39 +233,41 @@ class Zero12(Engine):
     def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
         rest = self.after_backward()
         partition = self.partition_bytes
-        self.resident.pop(labels.ACCUMULATED, None)
-        self.resident.pop(labels.GRAD_PARTITION, None)
+        self.resident = self.resident.without(labels.ACCUMULATED)
+        self.resident = self.resident.without(labels.GRAD_PARTITION)
         if self.offloads:
             if not micro.boundary or micro.index > 1:
-                self.resident[labels.HOST_ACCUMULATED] = partition
+                self.resident = merged(
+                    self.resident.without(labels.HOST_ACCUMULATED), {labels.HOST_ACCUMULATED: partition}
+                )
         elif micro.boundary:
             self.resident = merged(self.resident, {labels.GRAD_PARTITION: partition})
         else:
             self.resident = merged(self.resident, {labels.ACCUMULATED: partition})
         self.outputs = rest
-        stretch.close(merged(self.resident, rest))
+        stretch.close(self.resident, rest)
 
     def step(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
         if not micro.boundary:
-            stretch.close(merged(self.resident, self.outputs))
+            stretch.close(self.resident, self.outputs)
             return
         base = merged(self.resident, self.outputs)
         if self.offloads:
             if micro.step == 1:
                 self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.share * self.optimizer.state})
-            stretch.close(merged(self.resident, self.outputs))
+            stretch.close(self.resident, self.outputs)
             return
-        stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_owned}))
+        stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_owned})
         flat = {labels.FLAT_GRAD: self.share * self.master_bytes}
         joined = {labels.REDUCTION: self.share * self.width if self.num_owned > 1 else 0}
         if self.width == self.master_bytes:  # the flattened gradient is already in the master's format
             joined = {}
-        stretch.see("gradients flattened", merged(base, flat, joined))
-        self.resident.pop(labels.GRAD_PARTITION, None)
+        stretch.see("gradients flattened", base, flat, joined)
+        self.resident = self.resident.without(labels.GRAD_PARTITION)
         states = {labels.MOMENTS: self.share * self.optimizer.state}
         if micro.step == 1:
             self.resident = merged(self.resident, states)
         scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}
-        stretch.see("optimizer update", merged(self.resident, self.outputs, flat, scratch))
-        stretch.close(merged(self.resident, self.outputs))
+        stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
+        stretch.close(self.resident, self.outputs)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from vramplan.memory import labels
+from vramplan.memory.activations import undominated
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import ADAPTER_DTYPE, Job
-from vramplan.memory.moments import Bytes, Stretch, at_point, merged, without_gradient
+from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
 from vramplan.memory.reduction import Bucket, bucket_flushes
-from vramplan.memory.size import evaluate
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
@@ -71,7 +71,7 @@ class Zero3(Engine):
             largest = max(base, key=lambda param: param.numel).numel
             before = cut - shard(largest, job.degree) * self.width
             both = {labels.LOADING: largest * (job.grad_dtype.nbytes + self.width)}
-            stretch.see("the largest tensor cast", merged({labels.WEIGHTS: before}, both))
+            stretch.see("the largest tensor cast", {labels.WEIGHTS: before}, both)
         stretch.close({labels.WEIGHTS: cut + adapters})
 
     def init(self) -> None:
@@ -82,7 +82,7 @@ class Zero3(Engine):
         }
         copy = {labels.INIT: self.trained_share * self.trained_width}
         if not job.offload_param:
-            stretch.see("partitions moved together", merged(weights, copy))
+            stretch.see("partitions moved together", weights, copy)
         if job.offload_optimizer:
             self.resident = self._offloaded()
         else:
@@ -94,13 +94,13 @@ class Zero3(Engine):
         )
         stretch.close(self.resident)
 
-    def _init_on_device(self, stretch: Stretch, weights: Bytes) -> None:
+    def _init_on_device(self, stretch: Stretch, weights: Parts) -> None:
         # cast and cloned whatever the weights' format: the device test before it compares an object with a text
         master = {labels.MASTER: self.trained_share * self.master_bytes}
         clone = {labels.INIT: self.sub_group * self.master_bytes if self.trained_width != self.master_bytes else 0}
-        stretch.see("master weights cast", merged(weights, master, clone))
+        stretch.see("master weights cast", weights, master, clone)
         trial = {labels.INIT: self.trained_share * self.master_bytes}
-        stretch.see("a gradient partition is tried", merged(weights, master, trial))
+        stretch.see("a gradient partition is tried", weights, master, trial)
         buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.grad_width}
         self.resident = merged(weights, master, buffers)
 
@@ -133,8 +133,8 @@ class Zero3(Engine):
         self.end_forward(stretch, found)
 
     def _see_points(self, stretch: Stretch, points: tuple[Point, ...]) -> None:
-        point = max(points, key=lambda each: evaluate(each.total, self.basis))
-        stretch.see(point.where, merged(self.resident, at_point(point, self.basis)))
+        for _, point in undominated([(each.total, each) for each in points]):
+            stretch.see(point.where, self.resident, at_point(point))
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
@@ -144,7 +144,7 @@ class Zero3(Engine):
         gradients = found.gradients
         for flush in bucket_flushes(tuple((each.name, each.numel) for each in gradients), bucket):
             at = gradients[-1 if flush.before is None else flush.before].at
-            alive = at_point(at, self.basis)
+            alive = at_point(at)
             if flush.before is None and gradients[-1].numel <= bucket.numel:  # it has moved into the bucket
                 alive = without_gradient(alive, gradients[-1].numel * self.width)
             # a gradient that is larger than the bucket waits outside it
@@ -154,44 +154,44 @@ class Zero3(Engine):
             # __avg_scatter_grads: the partitions are cast back while the flat copy that they are views of is alive
             back = shard(flush.copied, bucket.degree) * self.grad_width if self.travels != self.grad_width else 0
             copy = {labels.REDUCTION: cast + flush.copied * self.travels + back}
-            norm: Bytes = {}
+            norm: Parts = {}
             if self.job.offload_optimizer and micro.boundary:  # _offload_grad_partition_at_boundary
                 norm = {labels.NORM: 8 * min(shard(flush.largest, bucket.degree), NORM_CHUNK)}
-            stretch.see("gradient reduction", merged(self.resident, alive, waiting, copy, norm))
-        self.outputs = at_point(found.backward_end, self.basis)
-        stretch.close(merged(self.resident, self.outputs))
+            stretch.see("gradient reduction", self.resident, alive, waiting, copy, norm)
+        self.outputs = at_point(found.backward_end)
+        stretch.close(self.resident, self.outputs)
 
     def step(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
         if not micro.boundary:
-            stretch.close(merged(self.resident, self.outputs))
+            stretch.close(self.resident, self.outputs)
             return
         kept = {
             name: size for name, size in self.outputs.items() if name not in (labels.GATHERED, labels.GATHER_BUFFER)
         }
-        stretch.see("start", merged(self.resident, self.outputs))
+        stretch.see("start", self.resident, self.outputs)
         base = merged(self.resident, kept)
-        persistent = {name: evaluate(size, self.basis) for name, size in self.profiles.between_steps.items()}
+        persistent = Bytes(self.profiles.between_steps)
         if self.job.offload_optimizer:
             if micro.step == 1 and not self.steps_skipped:
                 states = {labels.HOST_MOMENTS: self.trained_share * self.optimizer.state}
                 self.resident = merged(self.resident, states)
-            stretch.close(merged(self.resident, kept, _gathered(persistent)))
+            stretch.close(self.resident, kept, _gathered(persistent))
             return
-        stretch.see("gradient norm", merged(base, {labels.NORM: 8 * self.largest_share}))
+        stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_share})
         if self.steps_skipped:
             stretch.close(base)
             return
         flat = {labels.FLAT_GRAD: self.sub_group * self.master_bytes}
         cast = self.grad_width != self.master_bytes
         joined = {labels.REDUCTION: self.sub_group * self.grad_width if cast else 0}
-        stretch.see("gradients flattened", merged(base, flat, joined))
+        stretch.see("gradients flattened", base, flat, joined)
         if micro.step == 1:
             self.resident = merged(self.resident, {labels.MOMENTS: self.trained_share * self.optimizer.state})
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
-        stretch.see("optimizer update", merged(self.resident, kept, flat, scratch))
-        stretch.close(merged(self.resident, kept, _gathered(persistent)))
+        stretch.see("optimizer update", self.resident, kept, flat, scratch)
+        stretch.close(self.resident, kept, _gathered(persistent))
 
 
 def _gathered(parts: Bytes) -> Bytes:
-    return {name: size for name, size in parts.items() if name == labels.GATHERED}
+    return Bytes({name: size for name, size in parts.items() if name == labels.GATHERED})

@@ -1,0 +1,60 @@
+"""The sweep over many layouts gives what the estimate of each gives."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.small_configs import SMALL
+from vramplan.errors import SpecError
+from vramplan.facts.device import Device, Node
+from vramplan.facts.families import architecture_from_config
+from vramplan.memory.estimate import estimate
+from vramplan.memory.job import job_from_run
+from vramplan.memory.sweep import Candidates, allocated_peaks
+from vramplan.spec.layout import Layout
+from vramplan.spec.run import RunSpec
+
+CONFIGS = {family: {"model_type": family, **fields} for family, fields in SMALL}
+NODE = Node(Device("some GPU", "cuda", 80 * 2**30, 80 * 2**30), 8)
+
+layouts = st.tuples(
+    st.sampled_from([0, 1, 2, 3]),
+    st.sampled_from([1, 2, 3, 8]),
+    st.sampled_from([0, 1]),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(2, 600),
+)
+
+
+def run_of(config, layout):
+    stage, dp, checkpointing, micro, accumulation, seq_len = layout
+    return RunSpec(
+        model="small",
+        model_config_fields=config,
+        micro_batch_size=micro,
+        grad_accum_steps=accumulation,
+        seq_len=seq_len,
+        attention="eager",
+        activation_checkpointing="full" if checkpointing else "none",
+        zero={"stage": stage, "reduce_bucket_size": 3_000_000},
+        layout=Layout(dp=dp),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(["llama", "gpt2", "mistral"]), st.lists(layouts, min_size=1, max_size=8))
+def test_a_sweep_equals_its_estimates(family, rows):
+    config = CONFIGS[family]
+    architecture = architecture_from_config(config)
+    columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
+    job = job_from_run(run_of(config, rows[0]), NODE, architecture)
+    expected = [estimate(run_of(config, row), NODE, architecture).allocated_peak_bytes for row in rows]
+    assert allocated_peaks(job, Candidates(*columns)).tolist() == expected
+
+
+def test_columns_of_different_lengths_are_one_sentence():
+    one, two = np.ones(1, dtype=np.int64), np.ones(2, dtype=np.int64)
+    with pytest.raises(SpecError, match="one length"):
+        Candidates(one, one, one, one, one, two)

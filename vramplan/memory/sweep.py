@@ -1,0 +1,112 @@
+"""Peaks of very many layouts at once: each kind of layout is walked once, then numpy evaluates its batches.
+
+A law (tests/laws) holds every peak equal to the one that ``estimate`` gives for the same layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vramplan.errors import SpecError
+from vramplan.memory.job import Job
+from vramplan.memory.partition import ranks_that_differ
+from vramplan.memory.size import Size, basis_at, dominates, evaluate
+from vramplan.memory.walked import walk
+from vramplan.spec.layout import Layout
+
+Ints = NDArray[np.int64]
+_TOLD_APART = 3
+"""Accumulating 3 micro-batches or more passes the same instants."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Layouts, a column each; all of one length N."""
+
+    stage: Ints
+    """ZeRO stage, 0 to 3."""
+    dp: Ints
+    """Data-parallel ranks."""
+    checkpointing: Ints
+    """1: every layer is recomputed; 0: nothing is."""
+    micro_batch_size: Ints
+    grad_accum_steps: Ints
+    seq_len: Ints
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in self.__slots__}
+        if len(set(lengths.values())) > 1:
+            raise SpecError(f"the columns of candidates must have one length, not {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.stage)
+
+
+def allocated_peaks(job: Job, candidates: Candidates) -> Ints:
+    """Peak bytes allocated on the rank that holds most, (N,), for layouts of ``job`` with the given columns.
+
+    ``job`` gives everything else: model, method, precision, optimizer, buckets, offload. Layouts of one stage, number
+    of ranks, checkpointing and kind of accumulation share their instants.
+    """
+    kinds = np.stack(
+        [
+            candidates.stage,
+            candidates.dp,
+            candidates.checkpointing,
+            np.minimum(candidates.grad_accum_steps, _TOLD_APART),
+            *_shapes(job, candidates),
+        ],
+        axis=1,
+    )
+    weights = np.concatenate([[1], np.cumprod(kinds.max(axis=0)[:-1] + 1)])
+    _, first, which = np.unique(kinds @ weights, return_index=True, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    bounds = np.searchsorted(which[order], np.arange(len(first) + 1))
+    peaks = np.empty(len(candidates), dtype=np.int64)
+    for kind, row in enumerate(first):
+        members = order[bounds[kind] : bounds[kind + 1]]
+        sizes = _peak_sizes(_job_of(job, candidates, int(row)))
+        basis = basis_at(candidates.micro_batch_size[members], candidates.seq_len[members])  # type: ignore[arg-type]
+        peaks[members] = _highest(sizes, basis)
+    return peaks
+
+
+def _shapes(job: Job, candidates: Candidates) -> list[Ints]:
+    """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, and the windows reached."""
+    lone = (candidates.micro_batch_size == 1).astype(np.int64)
+    windows = np.array(sorted(job.architecture.windows), dtype=np.int64)
+    return [lone, np.searchsorted(windows, candidates.seq_len, side="right")]
+
+
+def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
+    return replace(
+        job,
+        stage=int(candidates.stage[row]),
+        layout=Layout(dp=int(candidates.dp[row])),
+        checkpointing=bool(candidates.checkpointing[row]),
+        grad_accum_steps=min(int(candidates.grad_accum_steps[row]), _TOLD_APART),
+        micro_batch_size=int(candidates.micro_batch_size[row]),
+        seq_len=int(candidates.seq_len[row]),
+    ).shapeless
+
+
+def _peak_sizes(shapeless: Job) -> list[Size]:
+    """The sizes that can be the peak of any rank."""
+    found: list[Size] = []
+    for rank in ranks_that_differ(shapeless):
+        for size in walk(shapeless, rank, False).peaks:
+            if not any(dominates(other, size) for other in found):
+                found = [other for other in found if not dominates(size, other)]
+                found.append(size)
+    return found
+
+
+def _highest(sizes: list[Size], basis: Any) -> Ints:
+    highest: Ints = np.asarray(evaluate(sizes[0], basis))
+    for size in sizes[1:]:
+        np.maximum(highest, evaluate(size, basis), out=highest)
+    return highest

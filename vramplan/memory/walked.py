@@ -1,0 +1,74 @@
+"""A run's instants, walked once for every batch: what the estimate and the sweep over many layouts evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import overload
+
+from vramplan.memory.engine import Engine
+from vramplan.memory.job import Job
+from vramplan.memory.moments import Stretch
+from vramplan.memory.size import Size, dominates, evaluate
+from vramplan.memory.term import Moment
+from vramplan.memory.zero0 import Zero0
+from vramplan.memory.zero3 import Zero3
+from vramplan.memory.zero12 import Zero12
+
+
+@dataclass(frozen=True, slots=True)
+class Walked:
+    """The phases of one rank, and the sizes that can be its peak for some batch."""
+
+    stretches: tuple[Stretch, ...]
+    peaks: tuple[Size, ...]
+
+    def peak_bytes(self, basis: Size) -> int:
+        return max(evaluate(size, basis) for size in self.peaks)
+
+
+@lru_cache(maxsize=4096)
+def walk(job: Job, rank: int, steps_skipped: bool) -> Walked:
+    """The instants of a job without a batch (``Job.shapeless``)."""
+    stretches = tuple(_engine(job, rank, steps_skipped).walk())
+    peaks: list[Size] = []
+    for size in sorted((each.size for stretch in stretches for each in stretch.instants), key=lambda size: -sum(size)):
+        if not any(dominates(other, size) for other in peaks):
+            peaks.append(size)
+    return Walked(stretches, tuple(peaks))
+
+
+def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
+    if job.stage == 0:
+        return Zero0(job, rank)
+    return Zero12(job, rank) if job.stage in (1, 2) else Zero3(job, rank, steps_skipped)
+
+
+class Moments(Sequence[Moment]):
+    """The highest moment of each phase; its terms are put together when it is asked for."""
+
+    def __init__(self, stretches: tuple[Stretch, ...], basis: Size) -> None:
+        self._stretches = stretches
+        self._basis = basis
+
+    def __len__(self) -> int:
+        return len(self._stretches)
+
+    @overload
+    def __getitem__(self, index: int) -> Moment: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Moment, ...]: ...
+    def __getitem__(self, index: int | slice) -> Moment | tuple[Moment, ...]:
+        if isinstance(index, slice):
+            return tuple(stretch.moment(self._basis) for stretch in self._stretches[index])
+        return self._stretches[index].moment(self._basis)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash((len(self), self._basis))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
