@@ -43,7 +43,7 @@ def small() -> Estimate:
     before = Moment("load", Phase.MODEL_LOAD, (term("weights", 6 * GIB),))
     return Estimate(
         moments=(before, peak),
-        phases=(PhaseBytes("step1.micro1.backward", 8 * GIB, 6 * GIB),),
+        phases=(PhaseBytes("model_load", 6 * GIB, 6 * GIB), PhaseBytes("step1.micro1.backward", 8 * GIB, 6 * GIB)),
         overhead=(term("context", GIB, Basis.ASSUMED), term("crumb", 1000, Basis.FITTED), term("dust", 1000)),
         host_terms=(term("states", 3 * GIB, place=Place.HOST),),
         capacity_bytes=10 * GIB,
