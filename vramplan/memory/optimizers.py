@@ -13,6 +13,26 @@ class OptimizerBytes:
 
     state: int
     scratch: int
+    block: int = 0
+    """Elements that share one scale a moment, where moments are kept in 8 bits; 0: they are not."""
+
+    def state_bytes(self, *tensors: int) -> int:
+        """What is kept for tensors of these numbers of elements."""
+        if not self.block:
+            return self.state * sum(tensors)
+        return sum(self._quantized_bytes(numel) for numel in tensors) + 2 * _TABLE_BYTES
+
+    def _quantized_bytes(self, numel: int) -> int:
+        """bitsandbytes/optim/optimizer.py, ``Optimizer2State.init_state``: small tensors keep fp32 moments."""
+        if numel < _MIN_8BIT_NUMEL:
+            return 8 * numel
+        return self.state * numel + 2 * 4 * -(-numel // self.block)
+
+
+_MIN_8BIT_NUMEL = 4096
+"""``min_8bit_size``."""
+_TABLE_BYTES = 256 * 4
+"""One table of 256 fp32 values a moment, shared by all tensors (``name2qmap``)."""
 
 
 _KNOWN = {
@@ -24,6 +44,10 @@ _KNOWN = {
     "adamw_torch_fused": OptimizerBytes(8, 0),
     # torch/optim/sgd.py without momentum: grad.add(param, alpha=weight_decay) makes one tensor
     "sgd": OptimizerBytes(0, 4),
+}
+_ONLY_ON_CUDA = {
+    # bitsandbytes/optim/adamw.py, AdamW8bit: two moments in uint8, an fp32 scale each for 256 elements; one kernel
+    "adamw_8bit": OptimizerBytes(2, 0, block=256),
 }
 _FOREACH_ON_CUDA = {
     # torch/optim/adamw.py, _multi_tensor_adamw (the default on CUDA): _foreach_sqrt makes one list
@@ -39,6 +63,8 @@ def optimizer_bytes(kind: str, device: str) -> OptimizerBytes:
     """
     if device == "cuda" and kind in _FOREACH_ON_CUDA:
         return _FOREACH_ON_CUDA[kind]
+    if device == "cuda" and kind in _ONLY_ON_CUDA:
+        return _ONLY_ON_CUDA[kind]
     if kind not in _KNOWN:
         raise UnknownNameError("optimizer", kind, _KNOWN, "whose bytes are known")
     return _KNOWN[kind]

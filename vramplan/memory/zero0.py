@@ -31,7 +31,7 @@ class Zero0(Engine):
             copies = {labels.INIT: 2 * self.trained_numel * self.width}  # clones, then their flat copy
             stretch.see("weights flattened", self.resident, copies)
             master = {labels.MASTER: self.trained_numel * self.master_bytes}
-            states = {labels.MOMENTS: self.trained_numel * self.optimizer.state}
+            states = {labels.MOMENTS: self.optimizer.state_bytes(self.trained_numel)}
             trial = {labels.INIT: self.trained_numel * (self.master_bytes + self.optimizer.scratch)}
             stretch.see("a first step with zero gradients", self.resident, master, states, trial)
             self.resident = merged(self.resident, master, states)
@@ -75,7 +75,7 @@ class Zero0(Engine):
             stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
         else:
             if micro.step == 1:
-                states = {labels.MOMENTS: self.trained_numel * self.optimizer.state}
+                states = {labels.MOMENTS: self.optimizer.state_bytes(*(numel for _, numel in self.trained))}
                 self.resident = merged(self.resident, states)
             stretch.see("optimizer update", self.resident, self.outputs, scratch)
             self.resident = self.resident.without(labels.GRADIENTS)

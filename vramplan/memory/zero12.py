@@ -255,7 +255,7 @@ class Zero12(Engine):
         base = merged(self.resident, self.outputs)
         if self.offloads:
             if micro.step == 1:
-                self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.share * self.optimizer.state})
+                self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.share)})
             stretch.close(self.resident, self.outputs)
             return
         stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_owned})
@@ -265,7 +265,7 @@ class Zero12(Engine):
             joined = {}
         stretch.see("gradients flattened", base, flat, joined)
         self.resident = self.resident.without(labels.GRAD_PARTITION)
-        states = {labels.MOMENTS: self.share * self.optimizer.state}
+        states = {labels.MOMENTS: self.optimizer.state_bytes(self.share)}
         if micro.step == 1:
             self.resident = merged(self.resident, states)
         scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}

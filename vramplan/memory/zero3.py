@@ -174,7 +174,7 @@ class Zero3(Engine):
         persistent = Bytes(self.profiles.between_steps)
         if self.job.offload_optimizer:
             if micro.step == 1 and not self.steps_skipped:
-                states = {labels.HOST_MOMENTS: self.trained_share * self.optimizer.state}
+                states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.trained_share)}
                 self.resident = merged(self.resident, states)
             stretch.close(self.resident, kept, _gathered(persistent))
             return
@@ -187,7 +187,7 @@ class Zero3(Engine):
         joined = {labels.REDUCTION: self.sub_group * self.grad_width if cast else 0}
         stretch.see("gradients flattened", base, flat, joined)
         if micro.step == 1:
-            self.resident = merged(self.resident, {labels.MOMENTS: self.trained_share * self.optimizer.state})
+            self.resident = merged(self.resident, {labels.MOMENTS: self.optimizer.state_bytes(self.trained_share)})
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, kept, flat, scratch)
         stretch.close(self.resident, kept, _gathered(persistent))
