@@ -64,8 +64,8 @@ class DecoderLayer:
     """Whether that dropout acts on the attention's branch too (StableLM: on the MLP's alone)."""
     residual_scaled: bool = False
     """Both branches are multiplied by a constant before they are added (Granite)."""
-    adds_in_place: bool = False
-    """The attention's branch is added to the MLP's without a new tensor (Falcon)."""
+    norms_first: bool = False
+    """In a parallel layer: both norms run before attention, and its branch is added to the MLP's in place (Falcon)."""
 
     @property
     def mixer(self) -> Attention | LatentAttention:
@@ -127,6 +127,8 @@ class Architecture:
     """Whether the head's weight is the first embedding's (a head's bias is its own all the same)."""
     layer_prefix: str = "model.layers"
     embedding_dropout: float = 0.0
+    holds_embedding: bool = True
+    """Whether the inner model holds the table's output until it returns, whatever dropout makes of it (not Phi)."""
     embedding_scaled: bool = False
     """The embedding output is multiplied by a constant (Gemma, Granite): one more tensor of the residual."""
     scaled_outside: bool = False
@@ -180,7 +182,9 @@ class Architecture:
                 yield tensor
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every dense projection of the layers by its full module name (not the head)."""
+        """Every dense projection but the head by its full module name."""
+        for projection in self.embedding_projections:
+            yield projection.name, projection
         for index, layer in enumerate(self.layers):
             for linear in layer.linears():
                 yield f"{self.layer_prefix}.{index}.{linear.name}", linear

@@ -137,11 +137,12 @@ class Attention:
     rotary: str = "whole"
     """How positions are applied, by what it keeps:
 
-    ``whole``       ``x * cos + rotate_half(x) * sin`` (Llama)
-    ``sliced``      the same on a slice of each head, which is then joined with the rest (Phi, GPT-NeoX, Phi-3)
-    ``paired``      sliced, and each layer widens the tables to neighbouring pairs (GLM)
-    ``fp32``        whole, with fp32 tables and a cast back (OLMo)
-    ``fp32_inputs`` whole, on fp32 copies of queries and keys (Cohere)
+    ``whole``        ``x * cos + rotate_half(x) * sin`` (Llama)
+    ``sliced``       the same on a slice of each head, which is then joined with the rest (GPT-NeoX, Phi-3)
+    ``named_slices`` sliced, and the module holds the slices until it is done (Phi, StableLM)
+    ``paired``       sliced, and each layer widens the tables to neighbouring pairs (GLM)
+    ``fp32``         whole, with fp32 tables and a cast back (OLMo)
+    ``fp32_inputs``  whole, on fp32 copies of queries and keys (Cohere)
     """
     fused: str = "split"
     """How one fused projection is cut into query, key and value:

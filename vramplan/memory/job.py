@@ -82,7 +82,7 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             sequence_parallel=self.layout.sp,
-            lone_sequence=self.micro_batch_size == 1 and (self.layout.sp > 1 or self.attention == "eager"),
+            lone_sequence=self.micro_batch_size == 1,
             adapter_dtype=self.adapter_dtype,
             windowed=any(window <= self.seq_len for window in self.architecture.windows),
             gathers=self.gather_limits if self.stage == 3 else None,

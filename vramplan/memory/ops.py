@@ -68,6 +68,14 @@ def to_copy(x: Tensor, label: str) -> Tensor:
     return x.storage.tape.new(x.numel, x.dtype, label)
 
 
+def _widened(dtype: Dtype, *operands: Tensor) -> list[Tensor]:
+    """Copies of narrower operands that an operator works on, where it needs them."""
+    tape = operands[0].storage.tape
+    if not tape.widens_operands:
+        return []
+    return [tape.new(each.numel, dtype, TEMPORARY) for each in operands if each.dtype is not dtype]
+
+
 def add(a: Tensor, b: Tensor, label: str, in_place: bool = False) -> Tensor:
     """``a + b`` of equal shapes: saves nothing, both get the same gradient, cast where an operand is narrower.
 
@@ -76,7 +84,9 @@ def add(a: Tensor, b: Tensor, label: str, in_place: bool = False) -> Tensor:
     tape, dtypes = a.storage.tape, (a.dtype, b.dtype)
     needs = (a.requires_grad, b.requires_grad)
     dtype = wider(*dtypes)
+    copies = _widened(dtype, a, b)
     out = Tensor(a.storage, a.numel, dtype) if in_place else tape.new(a.numel, dtype, label)
+    del copies
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         grad = grads[0]
@@ -117,6 +127,22 @@ def add_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
         return [grads[0], tape.new(small_numel, dtype, GRADIENTS)]
 
     return tape.attach("add", out, [x, small], [], backward)
+
+
+def clamped(x: Tensor, label: str) -> Tensor:
+    """``x.clamp_(low, high)``: in place, so autograd saves a copy of what was there; backward asks both bounds."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    before = [tape.new(numel, dtype, label)] if x.requires_grad else []
+    out = Tensor(x.storage, numel, dtype)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        asked = [tape.new(numel, Dtype.BOOL, TEMPORARY) for _ in range(3)]
+        result = tape.new(numel, dtype, GRADIENTS)
+        del held, asked
+        return [result]
+
+    return tape.attach("clamp", out, [x], before, backward)
 
 
 def add_vector(x: Tensor, vector: Parameter, label: str) -> Tensor:
@@ -165,7 +191,9 @@ def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
     """``a * b`` of equal shapes: each is saved if the other needs a gradient."""
     tape, dtypes = a.storage.tape, (a.dtype, b.dtype)
     dtype, numel = wider(*dtypes), a.numel
+    copies = _widened(dtype, a, b)
     out = tape.new(numel, dtype, label)
+    del copies
     needs = (a.requires_grad, b.requires_grad)
     saved = ([b] if needs[0] else []) + ([a] if needs[1] else [])
 
@@ -186,7 +214,9 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
     """
     tape = x.storage.tape
     dtype, numel, x_dtype = wider(x.dtype, small.dtype), x.numel, x.dtype
+    copies = _widened(dtype, x, small)
     out = tape.new(numel, dtype, label)
+    del copies
     need_x, need_small = x.requires_grad, small.requires_grad
     saved = ([small] if need_x else []) + ([x] if need_small else [])
     small_numel, small_dtype = small.numel, small.dtype
@@ -227,10 +257,13 @@ def shifted(x: Tensor, label: str) -> Tensor:
     return tape.attach("shift", out, [x], [], lambda node, grads: [grads[0]])
 
 
-def masked(x: Tensor, mask: Dtype, label: str) -> Tensor:
-    """``x + mask`` where the mask has that format: a new tensor; the gradient passes on."""
+def masked(x: Tensor, mask: Tensor, label: str) -> Tensor:
+    """``x + mask``: a new tensor of the wider format; the gradient passes on."""
     tape, source = x.storage.tape, x.dtype
-    out = tape.new(x.numel, wider(source, mask), label)
+    dtype = wider(source, mask.dtype)
+    copies = _widened(dtype, x, mask)
+    out = tape.new(x.numel, dtype, label)
+    del copies
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         return [_cast(grads[0], source) if grads[0] is not None else None]
@@ -367,10 +400,10 @@ def gathered(x: Tensor, numel: Size, label: str) -> Tensor:
     return tape.attach("index", out, [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
 
 
-def spread(x: Tensor, numel: Size, label: str) -> Tensor:
-    """An expanded view made whole (``repeat_kv``); its backward sums the copies into one tensor."""
+def spread(x: Tensor, numel: Size, label: str, copied: bool = True) -> Tensor:
+    """An expanded view made whole (``repeat_kv``), if ``copied``; its backward sums the copies into one tensor."""
     tape, small, dtype = x.storage.tape, x.numel, x.dtype
-    out = tape.new(numel, dtype, label)
+    out = tape.new(numel, dtype, label) if copied else Tensor(x.storage, numel, dtype)
     return tape.attach("expand", out, [x], [], lambda node, grads: [tape.new(small, dtype, GRADIENTS)])
 
 

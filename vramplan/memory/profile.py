@@ -76,6 +76,7 @@ class _Runner:
     def __init__(self, run: ModelRun) -> None:
         self.run = run
         self.tape = Tape()
+        self.tape.widens_operands = run.device == "cpu"
         self.gathers = Gathers(self.tape, run.gathers, run.autocast) if run.gathers is not None else None
         self.ctx = BlockContext(
             self.tape,

@@ -182,6 +182,9 @@ class Tape:
         self.where = ""
         self.grad_numel = 0
         self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
+        self.widens_operands = False
+        """Whether an operator of two formats first copies the narrower operand (``TensorIterator.cpp``,
+        ``compute_types``: on the CPU)."""
         self.in_first_forward = True
         """False while backward runs, and what it recomputes."""
         self._rising: str | None = None

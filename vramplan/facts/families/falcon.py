@@ -29,7 +29,7 @@ def build(fields: Fields) -> Architecture:
         (_attention(fields, hidden, bias), mlp, *_norms(fields, hidden, parallel)),
         residual="parallel" if parallel or _is_new(fields) else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
-        adds_in_place=True,
+        norms_first=True,
     )
     return Architecture(
         family=fields.family,

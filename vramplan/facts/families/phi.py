@@ -29,14 +29,15 @@ def build(fields: Fields) -> Architecture:
         final_norm=Norm("model.final_layernorm", hidden, "layer", bias=True),
     )
     head = Linear("lm_head", hidden, frame.vocab_size, bias=True, role=Role.HEAD)
-    return replace(frame, head=head, embedding_dropout=fields.fraction("embd_pdrop", default=0.0))
+    dropout = fields.fraction("embd_pdrop", default=0.0)
+    return replace(frame, head=head, embedding_dropout=dropout, holds_embedding=False)
 
 
 def _attention(fields: Fields, heads: Heads) -> Attention:
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=True, out_bias=True, out="dense")),
         rotary_dim=int(heads.head_dim * fields.rotary_frac("partial_rotary_factor", default=0.5)),
-        rotary="sliced",
+        rotary="named_slices",
     )
     if not fields.flag("qk_layernorm", default=False):
         return mixer

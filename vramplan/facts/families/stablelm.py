@@ -43,7 +43,7 @@ def _attention(fields: Fields, heads: Heads) -> Attention:
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=fields.flag("use_qkv_bias", default=False))),
         rotary_dim=int(heads.head_dim * fields.rotary_frac("partial_rotary_factor", default=0.25)),
-        rotary="sliced",
+        rotary="named_slices",
     )
     if not fields.flag("qk_layernorm", default=False):
         return mixer

@@ -29,6 +29,8 @@ def attend(ctx: BlockContext, x: Tensor, block: Attention) -> Tensor:
         del fused
     else:
         q, k, v = _apart(ctx, x, block)
+    if block.clip_qkv:
+        q, k, v = ops.clamped(q, PROJECTIONS), ops.clamped(k, PROJECTIONS), ops.clamped(v, PROJECTIONS)
     if block.rotary_dim:
         q, k = rotate_both(ctx, q, k, block)
     core = partial(_CORES[block.core], ctx, block=block)

@@ -19,7 +19,8 @@ def bloom_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
         q, k, v = (ops.clone(part, CORE) for part in (q, k, v))
     source = q.dtype
     scores = ops.matmul(ctx.low(q, CORE), ctx.low(k, CORE), per_score(block.num_heads), CORE, scaled=True)
-    weights = ops.masked(scores, ctx.dtype, CORE)
+    assert ctx.tables.mask is not None
+    weights = ops.masked(scores, ctx.tables.mask, CORE)
     probabilities = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device == "cuda", CORE), source, CORE)
     dropped = ops.dropout(probabilities, block.dropout, ctx.device, CORE)
     ctx.returned = dropped

@@ -17,18 +17,30 @@ def masks(ctx: BlockContext, attentions: list[Attention]) -> None:
     """One mask for all layers that see everything and one for those that slide (transformers/masking_utils.py).
 
     Eager attention adds them; fused kernels are told that the mask is causal unless sequences reach the window.
+    Falcon always has one, which ALiBi's bias is part of.
     """
-    numel = per_score(1)
     has_window = any(block.sliding_window is not None for block in attentions)
+    is_falcon = any(block.core == "falcon" for block in attentions)
+    tables = ctx.tables
     if ctx.attention == "eager":
         if any(block.sliding_window is None for block in attentions):
-            ctx.tables.mask = ctx.tape.new(numel, ctx.dtype, MASK)
+            tables.mask = ctx.tape.new(per_score(1), ctx.dtype, MASK)
         if has_window:
-            ctx.tables.window_mask = ctx.tape.new(numel, ctx.dtype, MASK)
-    elif ctx.attention == "sdpa" and any(block.core == "falcon" for block in attentions):
-        ctx.tables.mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)  # Falcon always has one
+            tables.window_mask = ctx.tape.new(per_score(1), ctx.dtype, MASK)
+    elif ctx.attention == "sdpa" and is_falcon:
+        tables.mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
     elif ctx.attention == "sdpa" and ctx.windowed and has_window:
-        ctx.tables.window_mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
+        tables.window_mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
+    if attentions[0].alibi:
+        _alibi(ctx, attentions[0].num_heads, is_falcon)
+
+
+def _alibi(ctx: BlockContext, num_heads: int, is_falcon: bool) -> None:
+    """``build_alibi_tensor``, from a mask of ones; Falcon merges it with the causal mask."""
+    ones = ctx.tape.new(tokens(1), Dtype.INT64 if is_falcon else Dtype.FP32, MASK)
+    ctx.model_frame += [ones, ctx.tape.new(tokens(num_heads), ctx.dtype, MASK)]
+    if is_falcon:
+        ctx.tables.mask = ctx.tape.new(per_score(num_heads), ctx.dtype, MASK)
 
 
 def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
@@ -44,7 +56,7 @@ def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: At
 def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention, mask: Tensor | None) -> Tensor:
     """``scaled_dot_product_attention``: one kernel, but for dropout on the CPU."""
     if ctx.device == "cpu" and block.dropout > 0.0:
-        return math_core(ctx, q, k, v, block)
+        return math_core(ctx, q, k, v, block, mask)
     q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
     lse = per_token(block.num_heads)
     scratch: Size = ZERO
@@ -52,8 +64,8 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
         # FlashAttention-2's backward accumulates dq in fp32 and keeps one row sum a query and head
         # (flash_api.cpp, mha_bwd: dq_accum, softmax_d)
         scratch = per_token(block.q_width + block.num_heads)
-    if mask is not None and mask.dtype is Dtype.BOOL:
-        mask = ctx.tape.new(per_score(1), q.dtype, MASK)  # the kernel wants numbers: convert_boolean_attn_mask
+    if mask is not None:
+        mask = _numbers(ctx, mask, q.dtype)
     out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
     if ctx.sequence_parallel > 1 or not joined(block):
         return out
@@ -63,12 +75,17 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
 def joined(block: Attention) -> bool:
     """Whether queries and keys come out of a join, heads before positions in memory, and not as views of a
     projection (operators on one tensor keep its order, ``torch.cat`` does not)."""
-    return block.rotary in ("sliced", "paired")
+    return block.rotary in ("sliced", "named_slices", "paired")
 
 
 def whole_heads(ctx: BlockContext, x: Tensor) -> Tensor:
     """Heads of several sequences as ``torch.matmul`` wants them: a copy, as they lie between positions in memory."""
     return x if ctx.lone_sequence else ops.clone(x, CORE)
+
+
+def one_to_all(ctx: BlockContext, x: Tensor, numel: Size) -> Tensor:
+    """The one key/value head of all queries: a copy for each as soon as sequences are several."""
+    return ops.spread(x, numel, CORE, copied=not ctx.lone_sequence)
 
 
 def to_all_heads(x: Tensor, block: Attention) -> Tensor:
@@ -86,7 +103,9 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention)
         weights = ops.scaled(weights, CORE)
         weights = ops.unary(weights, CORE, "result")
         weights = ops.scaled(weights, CORE)
-    weights = ops.masked(weights, ctx.dtype, CORE)
+    mask = ctx.tables.mask if block.sliding_window is None else ctx.tables.window_mask
+    assert mask is not None
+    weights = ops.masked(weights, mask, CORE)
     weights = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device == "cuda", CORE), q.dtype, CORE)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights
@@ -104,24 +123,41 @@ def _scores(ctx: BlockContext, q: Tensor, keys: Tensor, block: Attention, repeat
     return ops.matmul(q, keys, per_score(block.num_heads), CORE)
 
 
-def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
+def _numbers(ctx: BlockContext, mask: Tensor, dtype: Dtype) -> Tensor:
+    """The mask in the core's format (``convert_boolean_attn_mask``; autocast's copy of ALiBi's)."""
+    numel = per_score(1) if mask.dtype is Dtype.BOOL else mask.numel
+    return mask if mask.dtype is dtype else ctx.tape.new(numel, dtype, MASK)
+
+
+def math_core(
+    ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention, mask: Tensor | None = None
+) -> Tensor:
     """The unfused path of ``scaled_dot_product_attention``, taken on the CPU with dropout and for fewer heads of keys
     than of queries that the kernel is not told of: everything in fp32
     (``aten/src/ATen/native/transformers/attention.cpp``, ``_scaled_dot_product_attention_math``)."""
+    q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
     source, scores, wide = q.dtype, per_score(block.num_heads), tokens(block.q_width)
     spread = k.numel != q.numel
+    numbers = ctx.tape.new(per_mask(1), Dtype.FP32, MASK) if mask is None else _numbers(ctx, mask, source)
     wide_q, wide_k, wide_v = (ops.to(part, Dtype.FP32, CORE) for part in (q, k, v))
     scaled_q = ops.scaled(wide_q, CORE)
-    mask = ctx.tape.new(per_mask(1), Dtype.FP32, CORE)
     scaled_k = ops.scaled(wide_k, CORE)
-    keys = ops.spread(scaled_k, wide, CORE) if spread else ops.clone(scaled_k, CORE)
-    weights = ops.matmul(ops.clone(scaled_q, CORE), keys, scores, CORE)
+    keys = one_to_all(ctx, scaled_k, wide) if spread else whole_heads(ctx, scaled_k)
+    del scaled_k
+    weights = ops.matmul(whole_heads(ctx, scaled_q), keys, scores, CORE)  # the numbers are added in place
     del keys
-    weights = ops.masked(weights, weights.dtype, CORE)
-    weights = ops.softmax(weights, Dtype.FP32, True, CORE)
+    weights = _safe_softmax(ctx, weights, scores)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     low = ops.to(weights, source, CORE)
-    values = ops.spread(wide_v, wide, CORE) if spread else ops.clone(wide_v, CORE)
+    values = one_to_all(ctx, wide_v, wide) if spread else whole_heads(ctx, wide_v)
     out = ops.matmul(weights, values, wide, CORE)
-    del low, mask, values
+    del low, numbers, values
     return ops.clone(ops.to(out, source, CORE), CORE)
+
+
+def _safe_softmax(ctx: BlockContext, weights: Tensor, scores: Size) -> Tensor:
+    """``_safe_softmax``: asks of every score whether it is minus infinity."""
+    result = ops.softmax(weights, Dtype.FP32, True, CORE)
+    asked = ctx.tape.new(scores, Dtype.BOOL, CORE)
+    del asked
+    return result

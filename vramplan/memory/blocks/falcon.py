@@ -6,7 +6,7 @@ from vramplan.facts.architecture import Attention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
-from vramplan.memory.blocks.core import fused_core, math_core, whole_heads
+from vramplan.memory.blocks.core import fused_core, math_core, one_to_all, whole_heads
 from vramplan.memory.blocks.rotary import CORE
 from vramplan.memory.size import per_score
 from vramplan.memory.tape import Tensor
@@ -16,12 +16,13 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
     """``FalconAttention.forward`` between its two projections."""
     if ctx.attention != "eager":
         if k.numel != q.numel:  # the kernel is not told of grouped heads, so the unfused path repeats them
-            return math_core(ctx, q, k, v, block)
+            return math_core(ctx, q, k, v, block, ctx.tables.mask)
         return fused_core(ctx, q, k, v, block, ctx.tables.mask)
     scores = ops.matmul(_all(ctx, q, q), _all(ctx, k, q), per_score(block.num_heads), CORE)
     if block.alibi:
         scores = _with_bias(ctx, scores)
-    weights = ops.softmax(ops.masked(scores, ctx.dtype, CORE), ctx.dtype, True, CORE)
+    assert ctx.tables.mask is not None
+    weights = ops.softmax(ops.to(ops.masked(scores, ctx.tables.mask, CORE), ctx.dtype, CORE), ctx.dtype, True, CORE)
     ctx.returned = weights
     out = ops.matmul(ctx.low(weights, CORE), _all(ctx, v, q), tokens(block.q_width), CORE)
     return ops.clone(out, CORE)
@@ -30,7 +31,7 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
 def _all(ctx: BlockContext, x: Tensor, q: Tensor) -> Tensor:
     """Heads as ``torch.matmul`` wants them: the one key/value head of all queries is copied to each."""
     x = ctx.low(x, CORE)
-    return whole_heads(ctx, x) if x.numel == q.numel else ops.spread(x, q.numel, CORE)
+    return whole_heads(ctx, x) if x.numel == q.numel else one_to_all(ctx, x, q.numel)
 
 
 def _with_bias(ctx: BlockContext, scores: Tensor) -> Tensor:

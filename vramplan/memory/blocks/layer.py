@@ -66,11 +66,13 @@ def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``PhiDecoderLayer.forward`` (one norm for both), ``GPTNeoXLayer.forward`` (one for each)."""
     first, second = layer.norms[0], layer.norms[-1]
     normed = normalise(ctx, x, first)
+    also_normed = normalise(ctx, x, second) if second is not first and layer.norms_first else normed
     attended = _attention_branch(ctx, normed, layer)
-    if second is not first:
-        normed = normalise(ctx, x, second)
-    mixed = _mlp_branch(ctx, normed, layer)
-    both = ops.add(mixed, attended, RESIDUAL, in_place=layer.adds_in_place)
+    if second is not first and not layer.norms_first:
+        also_normed = normalise(ctx, x, second)
+    del normed
+    mixed = _mlp_branch(ctx, also_normed, layer)
+    both = ops.add(mixed, attended, RESIDUAL, in_place=layer.norms_first)
     return ops.add(x, both, RESIDUAL)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vramplan.facts.architecture import Attention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
@@ -19,6 +21,8 @@ def rotary_tables(ctx: BlockContext, attentions: list[Attention], of_kind: bool)
     ``of_kind``: layers with a sliding window and those without have tables of their own (Gemma-3).
     """
     rotated = [block for block in attentions if block.rotary_dim]
+    if not rotated and attentions[0].core == "falcon":  # makes them whatever its positions are
+        rotated = [replace(attentions[0], rotary_dim=attentions[0].head_dim)]
     if not rotated:
         return
     ctx.tables.rotary = ctx.tables.window_rotary = _tables(ctx, rotated[0])
@@ -50,8 +54,8 @@ def rotate_both(ctx: BlockContext, q: Tensor, k: Tensor, block: Attention) -> tu
     tables = ctx.tables.rotary if block.sliding_window is None else ctx.tables.window_rotary
     assert tables is not None
     cos, sin = tables
-    if block.rotary in ("sliced", "paired"):
-        return _rotate_slices(q, k, (cos, sin), block)
+    if block.rotary in ("sliced", "named_slices", "paired"):
+        return _rotate_slices(ctx, q, k, (cos, sin), block)
     source = q.dtype
     if block.rotary == "fp32_inputs":
         q, k = ops.to(q, Dtype.FP32, CORE), ops.to(k, Dtype.FP32, CORE)
@@ -77,7 +81,9 @@ def _rotate_half(x: Tensor) -> Tensor:
     return ops.cat([ops.unary(second, CORE, "nothing"), first], x.numel, CORE)
 
 
-def _rotate_slices(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor], block: Attention) -> tuple[Tensor, Tensor]:
+def _rotate_slices(
+    ctx: BlockContext, q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor], block: Attention
+) -> tuple[Tensor, Tensor]:
     """The first ``rotary_dim`` elements of each head are cut out, rotated and joined with the rest."""
     cos, sin = tables
     if block.rotary == "paired":
@@ -86,6 +92,8 @@ def _rotate_slices(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor], block: A
     k_turned, k_rest = _cut(k, block)
     q_turned = _rotate(q_turned, cos, sin)
     k_turned = _rotate(k_turned, cos, sin)
+    if block.rotary == "named_slices":
+        ctx.frame += [q_turned, q_rest, k_turned, k_rest]
     return ops.cat([q_turned, q_rest], q.numel, CORE), ops.cat([k_turned, k_rest], k.numel, CORE)
 
 
