@@ -64,6 +64,9 @@ class DecoderLayer:
     """Whether that dropout acts on the attention's branch too (StableLM: on the MLP's alone)."""
     residual_scaled: bool = False
     """Both branches are multiplied by a constant before they are added (Granite)."""
+    names_attention: bool = False
+    """In a sequential layer: attention's input and result have names of their own and stay until the layer is done
+    (StableLM, Falcon-RW)."""
     norms_first: bool = False
     """In a parallel layer: both norms run before attention, and its branch is added to the MLP's in place (Falcon)."""
 

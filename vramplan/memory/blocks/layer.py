@@ -53,13 +53,17 @@ def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``LlamaDecoderLayer.forward``, ``GPT2Block.forward``."""
     first, second = layer.norms
     residual = x
-    x = normalise(ctx, x, first)
-    x = _attention_branch(ctx, x, layer)
+    normed = normalise(ctx, x, first)
+    x = _attention_branch(ctx, normed, layer)
+    named = [normed, x] if layer.names_attention else []
+    del normed
     x = ops.add(residual, x, RESIDUAL)
     residual = x
     x = normalise(ctx, x, second)
     x = _mlp_branch(ctx, x, layer)
-    return ops.add(residual, x, RESIDUAL)
+    x = ops.add(residual, x, RESIDUAL)
+    named.clear()
+    return x
 
 
 def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
