@@ -7,35 +7,26 @@ it; allocations come in the operator's own order. ``label`` says under which hea
 from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.kernels import TEMPORARY as TEMPORARY
+from vramplan.memory.kernels import WEIGHT_GRADIENT as WEIGHT_GRADIENT
+from vramplan.memory.kernels import dropout as dropout
+from vramplan.memory.kernels import embedding as embedding
+from vramplan.memory.kernels import flash_attention as flash_attention
+from vramplan.memory.kernels import layer_norm as layer_norm
+from vramplan.memory.kernels import nll_loss as nll_loss
 from vramplan.memory.quantized import BLOCK
-from vramplan.memory.size import ZERO, Size, scale
-from vramplan.memory.tape import Node, Parameter, Tape, Tensor
-
-GRADIENTS = "activation gradients"
-TEMPORARY = "temporary of an operator"
-WEIGHT_GRADIENT = "gradient of the weight in hand"
-
-
-def resized(numel: Size, times: int, over: int = 1) -> Size:
-    """``numel * times / over``, exact for the widths of a model."""
-    a, b, c, d, e = scale(numel, times)
-    return (a // over, b // over, c // over, d // over, e // over)
-
-
-def view(x: Tensor, numel: Size | None = None) -> Tensor:
-    """Another shape of the same bytes (``view``, ``transpose``, ``narrow``); its gradient is a view too."""
-    tape = x.storage.tape
-    out = Tensor(x.storage, numel if numel is not None else x.numel, x.dtype)
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        grad = grads[0]
-        if grad is None:
-            return [None]
-        same = Tensor(grad.storage, grad.numel, grad.dtype)
-        same.is_view = True
-        return [same]
-
-    return tape.attach("view", out, [x], [], backward)
+from vramplan.memory.size import ZERO, Size
+from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.views import GRADIENTS as GRADIENTS
+from vramplan.memory.views import cat as cat
+from vramplan.memory.views import clone as clone
+from vramplan.memory.views import gathered as gathered
+from vramplan.memory.views import piece as piece
+from vramplan.memory.views import resized as resized
+from vramplan.memory.views import split as split
+from vramplan.memory.views import spread as spread
+from vramplan.memory.views import to_copy as to_copy
+from vramplan.memory.views import view as view
 
 
 def to(x: Tensor, dtype: Dtype, label: str) -> Tensor:
@@ -51,21 +42,9 @@ def to(x: Tensor, dtype: Dtype, label: str) -> Tensor:
     return tape.attach("to", out, [x], [], backward)
 
 
-def clone(x: Tensor, label: str) -> Tensor:
-    """``x.contiguous()`` of a transposed tensor: a copy; its backward hands the gradient on."""
-    tape = x.storage.tape
-    out = tape.new(x.numel, x.dtype, label)
-    return tape.attach("clone", out, [x], [], lambda node, grads: [grads[0]])
-
-
 def wider(a: Dtype, b: Dtype) -> Dtype:
     """The format of a result of both (``c10/core/ScalarType.h``, ``promoteTypes``, for two float formats)."""
     return a if a.nbytes >= b.nbytes else b
-
-
-def to_copy(x: Tensor, label: str) -> Tensor:
-    """A copy that no gradient passes through (tables, masks)."""
-    return x.storage.tape.new(x.numel, x.dtype, label)
 
 
 def _widened(dtype: Dtype, *operands: Tensor) -> list[Tensor]:
@@ -352,110 +331,6 @@ def linear_4bit(x: Tensor, w_numel: int, out_numel: Size, label: str) -> Tensor:
     return tape.attach("linear_4bit", out, [x], [], backward)
 
 
-def embedding(tape: Tape, weight: Parameter, out_numel: Size, dtype: Dtype, label: str) -> Tensor:
-    """``F.embedding``: its backward makes a dense gradient of the whole table (``embedding_dense_backward``)."""
-    out = tape.new(out_numel, dtype, label)
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [tape.new(weight.numel, dtype, WEIGHT_GRADIENT)]
-
-    return tape.attach("embedding", out, [weight], [], backward)
-
-
-def layer_norm(
-    x: Tensor, weight: Parameter | None, bias: Parameter | None, rows: Size, statistics: Dtype, label: str
-) -> Tensor:
-    """``F.layer_norm``: one kernel; saves x and a mean and a reciprocal deviation a row (fp32 on CUDA, x's dtype on
-    the CPU)."""
-    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
-    out = tape.new(numel, dtype, label)
-    mean = tape.new(rows, statistics, label)
-    rstd = tape.new(rows, statistics, label)
-    need_x = x.requires_grad
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = [node.unpack(index) for index in range(len(node.saved))]
-        grad_x = tape.new(numel, dtype, GRADIENTS) if need_x else None
-        parts = [
-            tape.new(param.numel, dtype, WEIGHT_GRADIENT) if param is not None and param.requires_grad else None
-            for param in (weight, bias)
-        ]
-        del held
-        return [grad_x, *parts]
-
-    return tape.attach("layer_norm", out, [x, weight, bias], [x, mean, rstd], backward)
-
-
-def piece(x: Tensor, numel: Size) -> Tensor:
-    """A slice of ``x``; its backward puts the gradient into zeros of x's shape (``slice_backward``)."""
-    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
-    out = Tensor(x.storage, numel, dtype)
-    return tape.attach("slice", out, [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
-
-
-def gathered(x: Tensor, numel: Size, label: str) -> Tensor:
-    """``x[..., [i], :]``: a copy; its backward puts the gradient into zeros of x's shape (``index_backward``)."""
-    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
-    out = tape.new(numel, dtype, label)
-    return tape.attach("index", out, [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
-
-
-def spread(x: Tensor, numel: Size, label: str, copied: bool = True) -> Tensor:
-    """An expanded view made whole (``repeat_kv``), if ``copied``; its backward sums the copies into one tensor."""
-    tape, small, dtype = x.storage.tape, x.numel, x.dtype
-    out = tape.new(numel, dtype, label) if copied else Tensor(x.storage, numel, dtype)
-    return tape.attach("expand", out, [x], [], lambda node, grads: [tape.new(small, dtype, GRADIENTS)])
-
-
-def cat(parts: list[Tensor], numel: Size, label: str) -> Tensor:
-    """``torch.cat``: a copy; its backward hands out views of the gradient."""
-    tape = parts[0].storage.tape
-    out = tape.new(numel, parts[0].dtype, label)
-    sizes = [part.numel for part in parts]
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        grad = grads[0]
-        if grad is None:
-            return [None for _ in sizes]
-        views: list[Tensor | None] = []
-        for size in sizes:
-            narrowed = Tensor(grad.storage, size, grad.dtype)
-            narrowed.is_view = True
-            views.append(narrowed)
-        return views
-
-    return tape.attach("cat", out, list(parts), [], backward)
-
-
-def split(x: Tensor, sizes: list[Size]) -> list[Tensor]:
-    """``x.split(...)`` along the features: views; backward concatenates the parts' gradients (``split_backward``)."""
-    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
-    outs = [Tensor(x.storage, size, dtype) for size in sizes]
-    tape.attach("split", outs[0], [x], [], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
-    if outs[0].node is not None:
-        outs[0].node.num_outputs = len(outs)
-        for slot, out in enumerate(outs):
-            out.node, out.slot = outs[0].node, slot
-    return outs
-
-
-def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
-    """``F.dropout`` in training: nothing at p = 0; else a result and a mask (bool on CUDA, x's dtype on the CPU)."""
-    if probability == 0.0:
-        return x
-    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
-    mask = tape.new(numel, Dtype.BOOL if device == "cuda" else dtype, label)
-    out = tape.new(numel, dtype, label)
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("dropout", out, [x], [mask], backward)
-
-
 def matmul(a: Tensor, b: Tensor, out_numel: Size, label: str, scaled: bool = False) -> Tensor:
     """A batched product of two activations (``bmm``): each saved if the other needs a gradient.
 
@@ -500,44 +375,6 @@ def softmax(x: Tensor, dtype: Dtype, fused_upcast: bool, label: str) -> Tensor:
     return tape.attach("softmax", out, [x], [out], backward)
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, lse: Size, label: str, backward_scratch: Size, mask: Tensor | None = None
-) -> Tensor:
-    """A fused attention kernel: saves q, k, v, its result, its mask and one fp32 log-sum-exp a row and head.
-
-    ``backward_scratch``: fp32 elements that the kernel's backward makes besides the three gradients.
-    """
-    tape = q.storage.tape
-    out = tape.new(q.numel, q.dtype, label)
-    log_sum_exp = tape.new(lse, Dtype.FP32, label)
-    sizes, dtype = [q.numel, k.numel, v.numel], q.dtype
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = [node.unpack(index) for index in range(len(node.saved))]
-        results: list[Tensor | None] = [tape.new(numel, dtype, GRADIENTS) for numel in sizes]
-        scratch = tape.new(backward_scratch, Dtype.FP32, TEMPORARY)
-        del held, scratch
-        return results
-
-    return tape.attach(
-        "attention", out, [q, k, v], [q, k, v, out, log_sum_exp, *([mask] if mask is not None else [])], backward
-    )
-
-
 def log_softmax(x: Tensor, label: str) -> Tensor:
     """``log_softmax``: saves its result; backward makes one tensor."""
     return unary(x, label, "result")
-
-
-def nll_loss(log_probabilities: Tensor, targets: Tensor, label: str) -> Tensor:
-    """``nll_loss`` (mean): saves its input and the targets; backward fills a whole tensor with the gradient."""
-    tape, numel, dtype = log_probabilities.storage.tape, log_probabilities.numel, log_probabilities.dtype
-    out = tape.new((1, 0, 0, 0, 0), dtype, label)
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("nll_loss", out, [log_probabilities], [log_probabilities, targets], backward)
