@@ -17,6 +17,10 @@ ADAPTERS = Path(__file__).with_name("measured") / "cpu_adapters.jsonl"
 SEQUENCE = Path(__file__).with_name("measured") / "cpu_sequence_parallel.jsonl"
 """Taken by `vramplan bench run`: Ulysses on 2 and 4 ranks. (On 8 this small a model is outweighed by the CPU kernel's
 buffers, which the estimate does not count.)"""
+FAMILIES = Path(__file__).with_name("measured") / "cpu_families.jsonl"
+"""Taken by `vramplan bench run`: small models of every dense family and its variants, each in 13 settings of attention,
+checkpointing, ZeRO stage, precision and method. (So small that what is not counted shows: a kilobyte of position ids,
+and in low precision the buffers of the CPU's matrix kernels.)"""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -74,3 +78,32 @@ def test_quantized_weights():
             assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.01)
             compared += 1
     assert compared == 3 * 8
+
+
+@pytest.fixture(scope="module")
+def families():
+    found = list(covered(FAMILIES))
+    types = {record.spec.model.config["model_type"] for record, _ in found}
+    count = len(found)  # a failing assertion would print them all
+    assert count >= 340
+    assert len(types) == 17
+    return found
+
+
+def test_peaks_of_families(families):
+    errors = sorted(
+        abs(found.train_allocated_peak_bytes / record.measured.train_allocated_peak_bytes - 1)
+        for record, found in families
+    )
+    assert quantile(errors, 0.5) <= 0.0005
+    assert quantile(errors, 0.95) <= 0.005
+    assert errors[-1] <= 0.01
+
+
+def test_phases_of_families(families):
+    for record, found in families:
+        measured = {phase.phase: phase for phase in record.measured.phases}
+        for phase in found.phases[2:]:  # the steps; the engine starts with a megabyte or less
+            name = f"{record.spec.id} {phase.phase}"
+            assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.02), name
+            assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.005), name

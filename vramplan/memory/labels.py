@@ -110,6 +110,7 @@ LABELS: dict[str, Label] = {
     "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),
     "loss": Label(Category.LOGITS, "fp32 logits and log-softmax: tokens x vocabulary x 4 B each (ForCausalLMLoss)"),
     "token ids and labels": Label(Category.ACTIVATION, "8 B x tokens each", Basis.EXACT),
+    "random state": Label(Category.ACTIVATION, "state of the random generator, a copy for each checkpointed layer"),
     "residual stream": Label(Category.ACTIVATION, "tokens x hidden x width for each tensor of the stream that is held"),
     "attention projections": Label(Category.ACTIVATION, "outputs of q, k, v and output projections that are kept"),
     "attention core": Label(Category.ACTIVATION, "rotated q and k, v, the core's result and its row sums (or scores)"),

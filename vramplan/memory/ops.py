@@ -48,7 +48,7 @@ def wider(a: Dtype, b: Dtype) -> Dtype:
 
 
 def _widened(dtype: Dtype, *operands: Tensor) -> list[Tensor]:
-    """Copies of narrower operands that an operator works on, where it needs them."""
+    """Copies of narrower operands that an addition works on, where it needs them."""
     tape = operands[0].storage.tape
     if not tape.widens_operands:
         return []
@@ -170,9 +170,7 @@ def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
     """``a * b`` of equal shapes: each is saved if the other needs a gradient."""
     tape, dtypes = a.storage.tape, (a.dtype, b.dtype)
     dtype, numel = wider(*dtypes), a.numel
-    copies = _widened(dtype, a, b)
     out = tape.new(numel, dtype, label)
-    del copies
     needs = (a.requires_grad, b.requires_grad)
     saved = ([b] if needs[0] else []) + ([a] if needs[1] else [])
 
@@ -193,9 +191,7 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
     """
     tape = x.storage.tape
     dtype, numel, x_dtype = wider(x.dtype, small.dtype), x.numel, x.dtype
-    copies = _widened(dtype, x, small)
     out = tape.new(numel, dtype, label)
-    del copies
     need_x, need_small = x.requires_grad, small.requires_grad
     saved = ([small] if need_x else []) + ([x] if need_small else [])
     small_numel, small_dtype = small.numel, small.dtype

@@ -28,6 +28,9 @@ from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
+CPU_RANDOM_STATE_BYTES = 5056
+"""``torch.get_rng_state().nbytes``; a GPU's state is kept on the host too."""
+
 
 @dataclass(frozen=True)
 class ModelRun:
@@ -76,7 +79,9 @@ class _Runner:
     def __init__(self, run: ModelRun) -> None:
         self.run = run
         self.tape = Tape()
-        self.tape.widens_operands = run.device == "cpu"
+        if run.device == "cpu":
+            self.tape.widens_operands = True
+            self.tape.random_state_bytes = CPU_RANDOM_STATE_BYTES
         self.gathers = Gathers(self.tape, run.gathers, run.autocast) if run.gathers is not None else None
         self.ctx = BlockContext(
             self.tape,

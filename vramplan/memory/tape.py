@@ -104,6 +104,7 @@ class Region:
     def __init__(self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
         self.tape = tape
         self.function = function
+        self.random_state = tape.new((tape.random_state_bytes, 0, 0, 0, 0), Dtype.UINT8, "random state")
         self.inputs = inputs  # held until every node of the region has let go of what it saved
         self.num_saved = 0
         self.recomputed: dict[int, Tensor] = {}
@@ -183,8 +184,10 @@ class Tape:
         self.grad_numel = 0
         self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
         self.widens_operands = False
-        """Whether an operator of two formats first copies the narrower operand (``TensorIterator.cpp``,
+        """Whether an addition of two formats first copies the narrower operand (``TensorIterator.cpp``,
         ``compute_types``: on the CPU)."""
+        self.random_state_bytes = 0
+        """What a checkpointed region keeps of the device's random state (``preserve_rng_state``)."""
         self.in_first_forward = True
         """False while backward runs, and what it recomputes."""
         self._rising: str | None = None

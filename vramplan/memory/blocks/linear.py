@@ -113,7 +113,7 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     else:
         added = ops.scaled(_low_rank(ctx, dropped, linear, method), LABEL)
     del dropped
-    if added.dtype is narrow_format:
+    if added.dtype.nbytes <= narrow_format.nbytes:
         return ops.add(result, added, label)
     result = ops.add_wider(result, added, label)
     del added
