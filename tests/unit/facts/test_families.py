@@ -39,7 +39,7 @@ class TestAgainstTransformers:
             name: (module.weight.shape, module.bias is not None)
             for name, module in model.named_modules()
             if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-            and name.startswith(ours.layer_prefix)
+            and name != ours.head.name
         }
         sizes = {name: (torch.Size(next(linear.tensors()).shape), linear.bias) for name, linear in ours.named_linears()}
         assert sizes == theirs
