@@ -38,8 +38,7 @@ class TestAgainstTransformers:
         theirs = {
             name: (module.weight.shape, module.bias is not None)
             for name, module in model.named_modules()
-            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-            and name != ours.head.name
+            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and name != ours.head.name
         }
         sizes = {name: (torch.Size(next(linear.tensors()).shape), linear.bias) for name, linear in ours.named_linears()}
         assert sizes == theirs

@@ -28,7 +28,6 @@ def test_count_by_kind_is_exact(golden):
     model = architecture(golden["name"])
     embedding = sum(tensor.numel for table in model.embeddings for tensor in table.tensors())
     linear = sum(part.weight_numel for _, part in model.named_linears())
-    linear += sum(part.weight_numel for part in model.embedding_projections)
     head = 0 if model.tied_embeddings else model.head.weight_numel
     experts = model.params_by_role[Role.EXPERTS]
     kinds = {"embedding": embedding, "lm_head": head, "linear": linear, "experts_fused": experts}
