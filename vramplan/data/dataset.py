@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vramplan.data.augment import TokenDropout, token_dropout
 from vramplan.data.encode import Encoding, iter_samples
 from vramplan.data.fim import fim_of
+from vramplan.data.hard import Mining
 from vramplan.data.lengths import Lengths, measure_lengths
 from vramplan.data.mixture import Part, Stream, counts_text, make_parts
 from vramplan.data.packing import pack
@@ -38,7 +40,13 @@ class RunData:
     lengths: Lengths
     is_weighted: bool = False
     """Whether a source has weights of its rows."""
+    dropout: TokenDropout | None = None
     notes: tuple[str, ...] = ()
+
+    def shown(self, step: int, index: int) -> Sample:
+        """Training sample ``index`` as step ``step`` shows it to the model."""
+        sample = self.train[index]
+        return sample if self.dropout is None else self.dropout.apply(sample, step, index)
 
 
 def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
@@ -56,10 +64,12 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     else:
         train, held_out = _split_all(read, spec.eval_frac, seed)
     units: list[Sequence[Sample]] = [reader.packed(samples) for samples in (*train, *replay)]
-    stream = Stream(_parts(spec, [len(samples) for samples in units]), seed)
+    mining = None if spec.hard_examples is None else Mining(spec.hard_examples, seed)
+    stream = Stream(_parts(spec, [len(samples) for samples in units]), seed, mining)
     lengths = measure_lengths(units, held_out, run.seq_len)
+    dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
     notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
-    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), notes)
+    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes)
 
 
 def read_samples(path: str, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

@@ -10,12 +10,14 @@ a whole sequence off its share at any step.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
+from vramplan.data.hard import Mining
 from vramplan.data.sampler import permutation
 
 _BATCH_ORDER = 2**32 - 1
@@ -74,13 +76,15 @@ class Stream:
 
     parts: tuple[Part, ...]
     seed: int
+    mining: Mining | None = None
+    """Draws the sources' epochs after the first by loss; None: every epoch is a permutation."""
 
     def batch(self, step: int, batch_size: int) -> tuple[int, ...]:
         """Ids, in order, of the samples of optimizer step ``step`` (from 0)."""
         ids: list[int] = []
         for number, (start, stop) in self.positions(step, batch_size).items():
             part = self.parts[number]
-            ids += [part.first + self.sample_at(number, position) for position in range(start, stop)]
+            ids += [part.first + self.sample_at(number, position, batch_size) for position in range(start, stop)]
         if len(self.parts) == 1:
             return tuple(ids)
         order = permutation(self.seed, step, len(ids), _BATCH_ORDER)  # so that each rank gets of every source
@@ -93,10 +97,21 @@ class Stream:
         before, after = (counts_of_first(steps * batch_size, shares) for steps in (step, step + 1))
         return {number: (before[rank], after[rank]) for rank, number in enumerate(turn)}
 
-    def sample_at(self, number: int, position: int) -> int:
+    def sample_at(self, number: int, position: int, batch_size: int) -> int:
         """The sample, counted within its part, at a position of the part's endless row of epochs."""
-        epoch, offset = divmod(position, self.parts[number].size)
-        return int(permutation(self.seed, epoch, self.parts[number].size, number)[offset])
+        part = self.parts[number]
+        epoch, offset = divmod(position, part.size)
+        if self.mining is None or epoch == 0 or part.is_replay:
+            return int(permutation(self.seed, epoch, part.size, number)[offset])
+        first_step = self.step_of(number, epoch * part.size, batch_size)
+        return int(self.mining.order(number, epoch, part.first, part.size, first_step)[offset])
+
+    def step_of(self, number: int, position: int, batch_size: int) -> int:
+        """The step that takes a position of a part."""
+        high = 1
+        while self.positions(high, batch_size)[number][1] <= position:
+            high *= 2
+        return bisect_right(range(high + 1), position, key=lambda step: self.positions(step, batch_size)[number][1])
 
     def steps_of_epochs(self, epochs: float, batch_size: int) -> int:
         """Steps in which as many sequences as ``epochs`` times all of the sources, replay aside, are seen."""

@@ -46,6 +46,11 @@ class RunDir:
         return self.root / "checkpoints"
 
     @property
+    def sample_losses(self) -> Path:
+        """The loss of every sequence at every step (``data.hard_examples``)."""
+        return self.root / "sample_losses.bin"
+
+    @property
     def adapter(self) -> Path:
         """Trained adapters, as PEFT loads them."""
         return self.root / "adapter"

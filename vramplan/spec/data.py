@@ -81,7 +81,8 @@ class AugmentSpec(UserModel):
     neftune_alpha: float | None = Field(default=None, gt=0)
     """Uniform noise on embeddings in training, scaled by alpha / sqrt(tokens x width) (arXiv:2310.05914). None: off."""
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Chance that a shown token that is no target is replaced by the padding token; drawn anew at every visit."""
+    """Chance that a token is shown as the unknown (or padding) token, special ones aside; targets stay, and it is
+    drawn anew at every visit."""
     prompt_templates: tuple[str, ...] = ()
     """Texts with ``{prompt}`` in them; each ``completion`` row's prompt, and each conversation's first user turn, is
     put into one of them, chosen by seed and row."""

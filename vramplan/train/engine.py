@@ -77,9 +77,16 @@ class TrainEngine:
         """The model inside (PEFT's wrapper where adapters are trained)."""
         return self.deepspeed.module
 
-    def forward(self, batch: Batch, target_weight: float, *, is_last: bool = True) -> torch.Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        target_weight: float,
+        *,
+        is_last: bool = True,
+        row_losses: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """This micro-batch's part of the global batch's loss (a scalar with its graph); ``is_last``: the step follows
-        its backward."""
+        its backward; ``row_losses``: as in ``batch_loss``."""
         if self._managed and self.module.training:
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
         training = self.module.training
@@ -87,7 +94,9 @@ class TrainEngine:
             self.penalties.gradient_scale = self.world_size * self.loss_scale() if is_last else 0.0
             self.penalties.penalty = 0.0
         if self.base is None or not training or self._sampling:
-            return batch_loss(self.deepspeed, batch, target_weight, divides_sum=self._divides_sum)
+            return batch_loss(
+                self.deepspeed, batch, target_weight, divides_sum=self._divides_sum, row_losses=row_losses
+            )
         assert self.run.retain.kl is not None
         base_logits = self.base.logits(batch.inputs())
         return batch_loss(
@@ -96,6 +105,7 @@ class TrainEngine:
             target_weight,
             divides_sum=self._divides_sum,
             extra=lambda logits: self._kl(logits, base_logits, batch, target_weight),
+            row_losses=row_losses,
         )
 
     def _kl(self, logits: torch.Tensor, base_logits: torch.Tensor, batch: Batch, target_weight: float) -> torch.Tensor:
@@ -153,6 +163,16 @@ class TrainEngine:
         stacked = torch.stack([value.detach().to(torch.float64) for value in values])
         dist.all_reduce(stacked)
         return [float(value) for value in stacked]
+
+    def gather(self, values: torch.Tensor) -> list[float]:
+        """The vectors of all ranks, of equal length, laid end to end."""
+        shares = [torch.zeros_like(values) for _ in range(self.world_size)]
+        dist.all_gather(shares, values)
+        return [float(value) for share in shares for value in share]
+
+    def wait_for_all(self) -> None:
+        """Returns when every rank has come here."""
+        dist.barrier()
 
     def loss_scale(self) -> float:
         """What the loss is multiplied with before backward, besides the ranks: more than 1 for fp16 only."""

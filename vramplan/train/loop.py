@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vramplan.data.batch import collate, padded_length
+from vramplan.data.batch import Batch, collate, padded_length
 from vramplan.data.dataset import RunData
+from vramplan.data.hard import LossHistory
 from vramplan.data.mixture import Stream
 from vramplan.data.sample import Sample
 from vramplan.data.sampler import micro_batches, rank_slice
@@ -70,6 +71,7 @@ class Loop:
         self.run: RunSpec = engine.run
         self.total_steps = total_steps(engine.run, data.stream)
         self._pad_id = pad_id
+        self.mining = data.stream.mining
         self.watch = Watch(engine.run)
         self.steps_done = 0
         self.stopped = False
@@ -99,6 +101,20 @@ class Loop:
         result = StepResult(loss, lr, time.perf_counter() - started)
         self._report(step, batch, result)
         return result
+
+    def restore_losses(self, first_step: int) -> None:
+        """The losses of the steps before ``first_step``, for hard examples; later ones go to the same file.
+
+        Raises:
+            CheckpointError: the file does not hold them.
+        """
+        if self.mining is None:
+            return
+        path = self.run_dir.sample_losses
+        self.mining.history = LossHistory.read(path, first_step, batch_size(self.run, self.engine.world_size))
+        self.engine.wait_for_all()
+        if self.engine.rank == 0:
+            self.mining.history.write_to(path)
 
     def before_training(self) -> None:
         """What the base model makes of the named held-out sets: what retention is measured against."""
@@ -177,23 +193,31 @@ class Loop:
         engine, phases = self.engine, self.phases
         chunks = self._micro_batches(batch)
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        row_losses = torch.zeros(sum(map(len, chunks)), device=engine.device) if self.mining is not None else None
+        start = 0
         for micro, chunk in enumerate(chunks):
             seed_micro_batch(self.run.training.seed, step, micro, engine.rank)
-            samples = [self.data.train[index] for index in chunk]
-            tensors = collate(
-                samples,
-                batch.length,
-                self._pad_id,
-                with_mask=self.run.attention_mask,
-                with_weights=self.data.is_weighted,
-            ).to(engine.device)
+            tensors = self._tensors(step, chunk, batch.length)
+            rows = None if row_losses is None else row_losses[start : start + len(chunk)]
+            start += len(chunk)
             prefix = f"step{step + 1}.micro{micro + 1}"
             with phases.phase(f"{prefix}.forward", step + 1, micro + 1):
-                loss = engine.forward(tensors, batch.target_weight, is_last=micro + 1 == len(chunks))
+                loss = engine.forward(tensors, batch.target_weight, is_last=micro + 1 == len(chunks), row_losses=rows)
             with phases.phase(f"{prefix}.backward", step + 1, micro + 1):
                 engine.backward(loss)
             total += loss.detach()
+        if self.mining is not None and row_losses is not None:
+            self.mining.history.add(batch.ids, engine.gather(row_losses))
         return total
+
+    def _tensors(self, step: int, chunk: tuple[int, ...], length: int) -> Batch:
+        return collate(
+            [self.data.shown(step, index) for index in chunk],
+            length,
+            self._pad_id,
+            with_mask=self.run.attention_mask,
+            with_weights=self.data.is_weighted or self.mining is not None,
+        ).to(self.engine.device)
 
     def _micro_batches(self, batch: GlobalBatch) -> list[tuple[int, ...]]:
         mine = rank_slice(batch.ids, self.engine.rank, self.engine.world_size)

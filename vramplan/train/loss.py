@@ -18,18 +18,23 @@ def batch_loss(
     *,
     divides_sum: bool,
     extra: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    row_losses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """This micro-batch's part of the loss: sum of its tokens' (weighted) negative log-likelihood / ``target_weight``.
 
     With ``target_weight`` the sum of the global batch's weights (its number of targets where they weigh 1), parts add
     up over micro-batches and ranks to the mean over all its tokens, so neither changes the loss. ``divides_sum``: what
-    ``takes_num_targets`` says of the model. ``extra``: what is added to it, from the logits. The model's output, and
-    with it the logits, is let go on return.
+    ``takes_num_targets`` says of the model. ``extra``: what is added to it, from the logits. ``row_losses`` (batch):
+    filled, for a batch with weights, with each sequence's mean negative log-likelihood, unweighted. The model's output,
+    and with it the logits, is let go on return.
     """
     inputs = batch.inputs()
     if batch.weights is not None:
         output = model(**inputs)
-        loss: torch.Tensor = (token_nll(output.logits, batch.labels) * batch.weights).sum() / target_weight
+        nll = token_nll(output.logits, batch.labels)
+        loss: torch.Tensor = (nll * batch.weights).sum() / target_weight
+        if row_losses is not None:
+            row_losses.copy_(nll.detach().sum(1) / (batch.labels[:, 1:] != IGNORED).sum(1).clamp(min=1))
     elif divides_sum:
         # transformers divides the sum by this instead of taking a mean (loss/loss_utils.py, fixed_cross_entropy)
         output = model(**inputs, labels=batch.labels, num_items_in_batch=target_weight)

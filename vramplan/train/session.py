@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vramplan.data.augment import add_embedding_noise
 from vramplan.data.dataset import RunData, load_data, read_samples
 from vramplan.data.sample import Sample
 from vramplan.emit.deepspeed import ds_config
@@ -68,6 +69,8 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     start = start_directory(run, inputs.directory, run_dir, rank)
     with phases.phase("model_load"):
         loaded = load_model(run, start, config)
+        if run.data.augment.neftune_alpha is not None:
+            add_embedding_noise(loaded.module, run.data.augment.neftune_alpha)
     with phases.phase("engine_init"):
         reference = reference_model(run, inputs.directory, config, device)
         engine = TrainEngine(run, loaded.module, config, device, reference)
@@ -77,6 +80,7 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
             start_penalties(engine, inputs.general, pad_id)
     loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
     first_step = _resume(loop, resuming)
+    loop.restore_losses(first_step)
     _announce(loop, inputs.data, first_step)
     seconds_per_step = _steps(loop, first_step, plan, dict(read_config(start / "config.json")))
     loop.return_to_best()
