@@ -38,3 +38,42 @@ def show(
         show_json(found)
     else:
         show_report(render_data(found))
+
+
+@data.command()
+def select(
+    pool: Annotated[str, typer.Argument(help="Raw text to choose from, as data.train takes it.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSONL to write.", show_default=False)],
+    target: Annotated[
+        str | None, typer.Option(help="Raw text that the chosen should resemble.", show_default=False)
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("-n", "--count", min=1, help="Documents to choose [default: a tenth].")
+    ] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any filter, as KEY=VALUE (min_chars=500); may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Drop bad and duplicate documents of a pool, choose those like a target, and say what was dropped and why."""
+    from pydantic import ValidationError
+
+    from vramplan.cli.output import show as show_report
+    from vramplan.cli.output import show_json
+    from vramplan.errors import SpecError
+    from vramplan.report.data_view import render_selection
+    from vramplan.spec.invalid import describe_errors
+    from vramplan.spec.load import parse_assignments
+    from vramplan.spec.select import SelectSpec
+    from vramplan.supervise.data_process import select as run_select
+
+    fields = {"pool": pool, "target": target, "count": count, **parse_assignments(assign or [])}
+    try:
+        spec = SelectSpec.model_validate(fields)
+    except ValidationError as error:
+        raise SpecError(describe_errors(SelectSpec, error)) from error
+    found = run_select(spec, output)
+    if json:
+        show_json(found)
+    else:
+        show_report(render_selection(found))

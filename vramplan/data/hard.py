@@ -25,8 +25,8 @@ def chances(ids: NDArray[np.int64], losses: NDArray[np.float32], size: int, spec
     """Each of ``size`` samples' chance to be drawn (they add up to 1), from the ``losses`` of their visits in order.
 
     Softmax of the standardised last loss over the temperature, mixed with the equal chance so that none falls below
-    ``floor`` of it. A sample that was seen ``patience`` times without its best loss falling ``min_improvement`` below its
-    first is likely noise (a wrong label stays hard for ever) and gets at most ``cap`` equal chances. One that was never
+    ``floor`` of it. A sample that was seen ``patience`` times without its best loss falling ``min_improvement`` below
+    its first is likely noise (a wrong label stays hard) and gets at most ``cap`` equal chances. One that was never
     seen counts as average.
     """
     seen = np.bincount(ids, minlength=size)
@@ -50,7 +50,8 @@ def chances(ids: NDArray[np.int64], losses: NDArray[np.float32], size: int, spec
     most = min(spec.cap / size, (1 - num_others * least) / max(1, size - num_others))
     of_stuck = np.minimum(least + (1 - spec.floor) * drawn, most)
     left = 1 - of_stuck[stuck].sum() - num_others * least
-    return np.where(stuck, of_stuck, least + left * drawn)
+    chance: NDArray[np.float64] = np.where(stuck, of_stuck, least + left * drawn)
+    return chance
 
 
 def draw(chance: NDArray[Any], seed: Sequence[int]) -> NDArray[np.int64]:

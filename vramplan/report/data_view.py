@@ -27,6 +27,23 @@ def render_data(found: dict[str, Any]) -> RenderableType:
     )
 
 
+def render_selection(found: dict[str, Any]) -> RenderableType:
+    """``found``: what ``vramplan.data.select.select`` gave."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("documents")
+    table.add_column("", justify="right")
+    table.add_column("such as", overflow="fold")
+    table.add_row("in the pool", f"{found['num_pool']:,}", found["pool"])
+    for reason, count in found["dropped"].items():
+        table.add_row(f"dropped: {reason}", f"{count:,}", ", ".join(found["examples"][reason]))
+    table.add_row("chosen", f"{found['num_chosen']:,}", found["output"], style="bold")
+    likeness = found["mean_log_importance"]
+    if likeness is None:
+        return table
+    said = f"mean log-importance: {likeness['chosen']:,.1f} of the chosen, {likeness['pool']:,.1f} of what passed"
+    return Group(table, Text(said))
+
+
 def _sources(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("source", overflow="fold")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from vramplan.errors import DataError, RunFailedError
 from vramplan.spec.run import RunSpec
+from vramplan.spec.select import SelectSpec
 
 
 def describe_data(run: RunSpec, num_examples: int = 0) -> dict[str, Any]:
@@ -19,6 +21,16 @@ def describe_data(run: RunSpec, num_examples: int = 0) -> dict[str, Any]:
         RunFailedError: the process ended otherwise.
     """
     return _ask("vramplan.train.look", ["--examples", str(num_examples)], run.model_dump_json())
+
+
+def select(spec: SelectSpec, output: Path) -> dict[str, Any]:
+    """Chooses text of a pool (``vramplan/data/select.py``); the report.
+
+    Raises:
+        DataError: a source cannot be read, or nothing passes.
+        RunFailedError: the process ended otherwise.
+    """
+    return _ask("vramplan.data.select", [str(output)], spec.model_dump_json())
 
 
 def _ask(module: str, arguments: list[str], question: str) -> dict[str, Any]:
