@@ -55,6 +55,7 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     Raises:
         DataError: a row is malformed, or the held-out part takes every row.
     """
+    _check_packing(run)
     reader = Reader(run, tokenizer)
     spec, seed = run.data, run.training.seed
     read = [reader.samples(source) for source in spec.train_sources]
@@ -70,6 +71,18 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
     notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
     return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes)
+
+
+def _check_packing(run: RunSpec) -> None:
+    """transformers 5.17 keeps packed documents apart only where no mask is given (masking_utils.py,
+    ``_preprocess_mask_arguments``), and under flash attention only in batches of one sequence
+    (modeling_flash_attention_utils.py, ``_is_packed_sequence``)."""
+    if run.data.packing == "none":
+        return
+    if run.attention_mask:
+        raise DataError("data.packing and attention_mask: true exclude each other: set attention_mask to false")
+    if run.attention == "flash_attention_2" and (run.micro_batch_size or 1) > 1:
+        raise DataError("data.packing under flash_attention_2 needs micro_batch_size 1, or attention: sdpa")
 
 
 def read_samples(path: str, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

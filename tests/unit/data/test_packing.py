@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vramplan.data.batch import collate
+from vramplan.data.dataset import load_data
 from vramplan.data.encode import encode_rows
 from vramplan.data.packing import best_fit, pack
 from vramplan.data.sample import Sample
 from vramplan.data.source import read_rows
+from vramplan.errors import DataError
+from vramplan.spec.load import run_from_mapping
 from vramplan.train.loss import batch_loss, takes_num_targets
 
 from support.tiny_model import tiny_tokenizer
@@ -138,3 +141,16 @@ def test_weights_scale_each_rows_part_of_the_loss(samples):
     expected = sum(w * row.num_targets * float(nll) for w, row, nll in zip(weights, rows, alone, strict=True)) / total
     assert float(together) == pytest.approx(expected, rel=1e-5)
     assert float(packed) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"attention_mask": True}, "set attention_mask to false"),
+        ({"attention": "flash_attention_2", "micro_batch_size": 2}, "needs micro_batch_size 1"),
+    ],
+)
+def test_what_would_let_documents_see_each_other_is_refused(fields, said):
+    run = run_from_mapping({"model": "x", "data": {"packing": "best_fit"}, **fields})
+    with pytest.raises(DataError, match=said):
+        load_data(run, tiny_tokenizer())

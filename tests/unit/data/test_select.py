@@ -48,7 +48,7 @@ def test_measures():
 
 
 def test_duplicates_are_dropped_and_named(tmp_path):
-    near = GOOD.replace("identifiers", "names", 1)
+    near = GOOD + " One more sentence at the end."
     pool = write(tmp_path / "pool.jsonl", [GOOD, GOOD.upper().replace("\n", "  \n"), near, topics["lambda"], "x"])
     found = select(SelectSpec(pool=pool, near_duplicate=0.7), tmp_path / "out.jsonl")
     assert found["dropped"] == {"exact duplicate": 1, "near duplicate": 1, "too short": 1}
