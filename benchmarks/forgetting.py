@@ -43,12 +43,12 @@ from vramplan.train.seeds import seed_micro_batch
 LR, LOW_LR, LORA_LR = 3e-4, 1e-4, 1e-3
 REPLAY_SHARE = 0.25
 LORA = {"kind": "lora", "r": 16}
-EWC = {"data": "general", "weight": 0.01, "samples": 6}
+EWC = {"data": "general", "weight": 0.1, "samples": 6}
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "replay": {"replay": True},
     "ewc": {"retain": {"ewc": EWC}},
-    "l2sp": {"retain": {"l2sp": {"weight": 0.01}}},
+    "l2sp": {"retain": {"l2sp": {"weight": 0.1}}},
     "kl": {"retain": {"kl": {"weight": 0.5}}},
     "lower rate": {"lr": LOW_LR},
     "lora": {"method": LORA, "lr": LORA_LR},

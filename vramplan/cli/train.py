@@ -45,7 +45,13 @@ def train(
     """
     from vramplan.cli.output import show
     from vramplan.report.progress import TrainingView
-    from vramplan.supervise.supervisor import answer_sample, check_before_launch, merge_adapters, run_plan
+    from vramplan.supervise.supervisor import (
+        answer_sample,
+        check_before_launch,
+        interpolate_with_base,
+        merge_adapters,
+        run_plan,
+    )
 
     path = _plan_file(source)
     plan = _with_overrides(_plan_of(path), max_steps, sample)
@@ -55,6 +61,8 @@ def train(
     show(f"run directory: {run_dir.root}")
     with TrainingView(plan) as view:
         run_plan(plan, run_dir, view.on_event, resuming=resume, hostfile=hostfile)
+        if plan.run.retain.interpolate:
+            interpolate_with_base(run_dir, view.on_event)
         if plan.run.training.merge_adapters and plan.run.method.kind != "full":
             merge_adapters(run_dir, view.on_event)
         if plan.run.training.sample is not None:

@@ -43,7 +43,5 @@ class TrainingSpec(UserModel):
     """A question that the finished, saved and reloaded model answers at the end."""
     sample_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Where curves are sent, through accelerate; the packages must be installed. ``metrics.jsonl`` is always there."""
     merge_adapters: bool = False
     """Whether adapters are also merged into the weights at the end (a full model next to the adapters)."""

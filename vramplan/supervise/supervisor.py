@@ -102,6 +102,15 @@ def merge_adapters(run_dir: RunDir, listener: Listener) -> None:
     _after(run_dir, ["--merge"], listener, f"the adapters in {run_dir.adapter} could not be merged")
 
 
+def interpolate_with_base(run_dir: RunDir, listener: Listener) -> None:
+    """Moves what was saved towards the base model, in a fresh process.
+
+    Raises:
+        RunFailedError: the process failed.
+    """
+    _after(run_dir, ["--interpolate"], listener, f"what was trained in {run_dir.root} could not be interpolated")
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM came while ranks ran."""
 

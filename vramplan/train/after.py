@@ -15,6 +15,7 @@ import torch
 
 from vramplan.measure.run_dir import RunDir, append_event
 from vramplan.rank.model import weight_dtype
+from vramplan.retain.interpolate import interpolated
 from vramplan.search.plan import Plan
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
@@ -28,9 +29,14 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--sample", help="a question to answer")
     parser.add_argument("--merge", action="store_true", help="merge the adapters into the weights")
+    parser.add_argument(
+        "--interpolate", action="store_true", help="lay retain.interpolate of the base into the weights"
+    )
     arguments = parser.parse_args()
     run_dir = RunDir(arguments.run_dir)
     run = Plan.load(run_dir.plan).run
+    if run.retain.interpolate and arguments.interpolate:
+        append_event(run_dir.metrics, "note", text=interpolate(run, run_dir))
     if arguments.sample:
         _sample(run, run_dir, arguments.sample)
     if arguments.merge:
@@ -71,6 +77,31 @@ def merge(run: RunSpec, run_dir: RunDir) -> Path:
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return run_dir.model
+
+
+@torch.no_grad()
+def interpolate(run: RunSpec, run_dir: RunDir) -> str:
+    """Moves what was saved towards the base model and saves it in its place; says so.
+
+    Of adapters it is the up-projection that shrinks: the base plus ``(1 - share)`` of the update.
+    """
+    share = run.retain.interpolate
+    model, tokenizer = reload(run, run_dir)
+    adapters = isinstance(run.method, LoraMethod)
+    start = run_dir.root / "expanded" if run.new_blocks else model_directory(run)
+    base = {} if adapters else dict(_load(run, start).named_parameters())
+    for name, param in model.named_parameters():
+        if not adapters:
+            param.copy_(interpolated(param, base[name], share))
+        elif ".lora_B." in name or ".lora_embedding_B." in name:
+            param.copy_(interpolated(param, torch.zeros_like(param), share))
+    target = run_dir.adapter if adapters else run_dir.model
+    card = (target / "README.md").read_text(encoding="utf-8")
+    with replaced_directory(target) as temporary:
+        model.save_pretrained(temporary, **({"save_embedding_layers": False} if adapters else {}))
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return f"{share:.0%} of the base weights laid into {target}"
 
 
 def _sample(run: RunSpec, run_dir: RunDir, question: str) -> None:

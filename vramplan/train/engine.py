@@ -65,6 +65,7 @@ class TrainEngine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, model_parameters=trained, optimizer=client_optimizer(run, trained), config=config
         )
+        self.deepspeed.train()  # from_pretrained gives a model that evaluates: no dropout, no checkpointing
         self.base = BaseModel(self.deepspeed, reference) if run.retain.kl is not None else None
         self._sampling = False
         self._managed = managed_accumulation(run)
