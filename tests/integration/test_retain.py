@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from vramplan.measure.run_dir import RunDir
 
-from support.training import events_of, losses, train, write_spec
+from support.training import losses, train, write_spec
 
 pytestmark = pytest.mark.ranks
 
@@ -38,20 +38,3 @@ def test_interpolation_goes_back_a_share_of_the_way(finished_run, tiny_model, tm
     assert moved(tmp_path / "run", tiny_model) == pytest.approx(
         0.75 * moved(finished_run(0, "full"), tiny_model), rel=1e-3
     )
-
-
-def test_named_sets_are_evaluated_before_and_after(tiny_model, tmp_path):
-    spec = write_spec(
-        tmp_path / "spec.yaml",
-        tiny_model,
-        2,
-        retain={"kl": {"weight": 0.5}, "layer_lr_decay": 0.9},
-        method={"kind": "full", "new_blocks": 1},
-        data={"eval_sets": {"general": "builtin:arithmetic"}},
-        training={"max_steps": 2, "best_on": "general"},
-    )
-    done = train(spec, "-o", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    seen = [(event["set"], event["step"]) for event in events_of(tmp_path / "run", "evaluation")]
-    assert seen == [("general", 0), ("held_out", 0), ("general", 2), ("held_out", 2)]
-    assert "general" in (RunDir(tmp_path / "run").model / "README.md").read_text()
