@@ -34,6 +34,7 @@ class Subcommand:
 SUBCOMMANDS = (
     Subcommand("fit", "Say whether a run fits, and which tensors take the memory."),
     Subcommand("simulate", "Run the real engine of one rank on fake tensors, and show every byte."),
+    Subcommand("explain", "Lay estimate and simulation side by side, and simulate what each change would give."),
     Subcommand("plan", "Choose the layout that trains fastest among those that fit, and write it down."),
     Subcommand("train", "Run a plan on DeepSpeed."),
     Subcommand("compare", "Lay predicted memory beside measured memory, record by record."),

@@ -26,6 +26,9 @@ def plan(
     ],
     options: RunOptions,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Simulate the choice; what the simulation refuses is passed over.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Choose micro-batch, accumulation, ZeRO stage, offload and checkpointing: the fastest that fits.
@@ -36,15 +39,23 @@ def plan(
     from vramplan.supervise.data_process import planned_for_data
 
     run, sentence = planned_for_data(asked_run(model, options))
-    chosen = make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+    node, architecture, verified = resolve_node(run.hardware), resolve_architecture(run), None
+    if verify:
+        from vramplan.simulate.verify import make_verified_plan
+
+        verified = make_verified_plan(run, node, architecture)
+    chosen = verified.plan if verified else make_plan(run, node, architecture)
     chosen = replace(chosen, versions=installed_versions())
     files = write_plan_dir(chosen, output)
     if json:
         from vramplan.report.as_json import plan_to_dict
 
-        show_json({**plan_to_dict(chosen), "files": [str(path) for path in files]})
+        extra = {"verified": verified.to_dict()} if verified else {}
+        show_json({**plan_to_dict(chosen), **extra, "files": [str(path) for path in files]})
         return
     show(render_plan(chosen))
+    if verified:
+        show(f"\n{verified.text}")
     if sentence is not None:
         show(sentence)
     show(f"\nwritten: {', '.join(str(path) for path in files)}\nnext: vramplan train {files[0]}")

@@ -8,9 +8,29 @@ import typer
 
 from vramplan.cli.options import RunOptions, asked_run, with_run_options
 from vramplan.errors import SimulationError
-from vramplan.simulate.asked import close_run, node_to_simulate
+from vramplan.simulate.asked import ClosedRun, close_run, node_to_simulate
 from vramplan.simulate.request import simulate_jobs
 from vramplan.spec.load import merge, run_from_mapping
+
+Cap = Annotated[
+    str | None,
+    typer.Option("--cap", help="Bytes of a GPU that one rank may use, such as 24GiB.", show_default=False),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def closed_from_options(model: str, options: RunOptions, cap: str | None, trust_remote_code: bool) -> ClosedRun:
+    """The run to simulate that a command line asks for, with nothing left open.
+
+    Raises:
+        SpecError: an option, file or value that cannot be.
+    """
+    run = asked_run(model, options)
+    if trust_remote_code:
+        run = run_from_mapping(merge(run.model_dump(exclude_unset=True), {"training": {"trust_remote_code": True}}))
+    return close_run(run, node_to_simulate(run, cap))
 
 
 @with_run_options
@@ -24,13 +44,8 @@ def simulate(
         ),
     ],
     options: RunOptions,
-    cap: Annotated[
-        str | None,
-        typer.Option("--cap", help="Bytes of a GPU that one rank may use, such as 24GiB.", show_default=False),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    cap: Cap = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Run the real model, adapters and DeepSpeed engine of one rank without hardware, and show every byte.
@@ -41,10 +56,7 @@ def simulate(
     from vramplan.cli.output import show, show_json
     from vramplan.report.simulated import render_simulation, simulation_to_dict
 
-    run = asked_run(model, options)
-    if trust_remote_code:
-        run = run_from_mapping(merge(run.model_dump(exclude_unset=True), {"training": {"trust_remote_code": True}}))
-    closed = close_run(run, node_to_simulate(run, cap))
+    closed = closed_from_options(model, options, cap, trust_remote_code)
     ((_, found),) = simulate_jobs([closed.request()])
     if found.error is not None and not any(phase.peak_bytes for phase in found.phases):
         raise SimulationError(found.error)

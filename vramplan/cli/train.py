@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vramplan.errors import SpecError
+from vramplan.errors import NoPlanError, SpecError
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan, is_plan
 
@@ -35,6 +35,14 @@ def train(
     sample: Annotated[
         str | None, typer.Option(help="A question for the trained model at the end.", show_default=False)
     ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Simulate the plan first (default: where its ranks have GPUs).",
+            show_default=False,
+        ),
+    ] = None,
     hostfile: Annotated[
         Path | None, typer.Option(help="Hosts of a run on several nodes, as DeepSpeed takes them.", show_default=False)
     ] = None,
@@ -57,6 +65,8 @@ def train(
     plan = _with_overrides(_plan_of(path), max_steps, sample)
     run_dir = RunDir(output or _default_output(path, plan, resume))
     check_before_launch(plan)
+    if verify or (verify is None and not resume and plan.node.device.kind != "cpu"):
+        show(_verified(plan))
     _prepare(run_dir, plan, resume)
     show(f"run directory: {run_dir.root}")
     with TrainingView(plan) as view:
@@ -68,6 +78,18 @@ def train(
         if plan.run.training.sample is not None:
             answer_sample(run_dir, plan.run.training.sample, view.on_event)
     _show_measured(plan, run_dir)
+
+
+def _verified(plan: Plan) -> str:
+    """What a simulation says of the plan; raises NoPlanError where it says that the plan does not fit."""
+    from vramplan.simulate.verify import verify_plan
+
+    verified = verify_plan(plan)
+    if verified.found.fits is False:
+        raise NoPlanError(
+            f"{verified.text}; plan again with `vramplan plan --verify`, or give --no-verify to train nevertheless"
+        )
+    return verified.text
 
 
 def _plan_file(source: Path) -> Path:

@@ -91,10 +91,11 @@ class RankPlayer:
         batch = self._batch()
         with self.phase(f"{prefix}.forward"):
             output = self.engine(**batch)
-        with self.phase(f"{prefix}.backward"):
-            self.engine.backward(output.loss)
+            loss = output.loss
             if not self.run.keep_outputs:
-                del output
+                del output  # as the trainer, which keeps the loss alone
+        with self.phase(f"{prefix}.backward"):
+            self.engine.backward(loss)
         with self.phase(f"{prefix}.optimizer_step"):
             if self.managed or is_last:
                 self.engine.step()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vramplan.errors import NoPlanError
 from vramplan.facts.architecture import Architecture
@@ -31,11 +32,18 @@ class Answer:
     """0 where only a candidate without any margin fits."""
 
 
-def search(run: RunSpec, node: Node, architecture: Architecture, margin_frac: float = MARGIN_FRAC) -> Answer:
+def search(
+    run: RunSpec,
+    node: Node,
+    architecture: Architecture,
+    margin_frac: float = MARGIN_FRAC,
+    excluded: Mapping[Candidate, str] = MappingProxyType({}),
+) -> Answer:
     """The simplest of the candidates that fit and are about as fast as the fastest of them.
 
     Candidates are tried from the fastest on. Where none fits with the margin, one that fits without is taken; one whose
-    bytes the arithmetic does not cover is passed over, with that as the reason.
+    bytes the arithmetic does not cover is passed over, with that as the reason. ``excluded``: candidates that another
+    witness refused, with its reason.
 
     Raises:
         NoPlanError: no candidate can be made; the text says which number to change.
@@ -44,7 +52,7 @@ def search(run: RunSpec, node: Node, architecture: Architecture, margin_frac: fl
     """
     check_sequence_length(run, architecture)
     ranked = sorted(priced(run, node, architecture), key=lambda each: (each.seconds_per_sequence, each.complexity))
-    trials = _Trials(node, architecture)
+    trials = _Trials(node, architecture, excluded)
     for margin in (margin_frac, 0.0):
         chosen = _choose(ranked, trials, margin)
         if chosen is not None:
@@ -67,8 +75,9 @@ def _choose(ranked: Sequence[Priced], trials: _Trials, margin_frac: float) -> Pr
 class _Trials:
     """Estimates of the candidates that were tried, each worked out once."""
 
-    def __init__(self, node: Node, architecture: Architecture) -> None:
+    def __init__(self, node: Node, architecture: Architecture, excluded: Mapping[Candidate, str]) -> None:
         self.node = node
+        self.excluded = excluded
         self.architecture = architecture
         self.results: dict[Candidate, tuple[Priced, Estimate | UncoveredError]] = {}
 
@@ -99,6 +108,8 @@ class _Trials:
         if each.candidate not in self.results:
             result: Estimate | UncoveredError
             try:
+                if each.candidate in self.excluded:
+                    raise UncoveredError(self.excluded[each.candidate])
                 # one rank that does not fit is enough; only what may fit is worth asking every rank about
                 result = estimate(each.run, self.node, self.architecture, rank=0)
                 if result.fits and each.run.zero.stage in (1, 2):

@@ -1,0 +1,74 @@
+"""The planner's choice simulated, and what changes give."""
+
+from __future__ import annotations
+
+import pytest
+
+from vramplan.facts.devices import resolve_node
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.search.choose import search
+from vramplan.simulate.asked import close_run, node_to_simulate
+from vramplan.simulate.changes import explain
+from vramplan.simulate.verify import make_verified_plan
+from vramplan.spec.load import run_from_mapping
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4000,
+    "max_position_embeddings": 512,
+}
+
+
+def asked(**fields):
+    return run_from_mapping(
+        {
+            "model": "tiny",
+            "model_config_fields": TINY,
+            "seq_len": 256,
+            "hardware": {"gpu": "rtx4090", "gpus_per_node": 4},
+            "zero": {"reduce_bucket_size": 1_000_000},
+            **fields,
+        }
+    )
+
+
+def test_the_search_goes_on_past_what_another_witness_refused():
+    run = asked()
+    node, architecture = resolve_node(run.hardware), resolve_architecture(run)
+    first = search(run, node, architecture)
+    second = search(run, node, architecture, excluded={first.best.candidate: "the simulation ran out"})
+    assert second.fits
+    assert second.best.candidate != first.best.candidate
+    assert "the simulation ran out" in [each.reason for each in second.refused]
+
+
+def test_the_choice_is_simulated():
+    run = asked(micro_batch_size=2)
+    verified = make_verified_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+    assert verified.found.fits
+    assert verified.text.startswith("verified by simulation")
+    predicted = verified.plan.prediction.allocated_peak_bytes
+    assert verified.found.allocated_peak_bytes == pytest.approx(predicted, rel=0.01)
+
+
+def test_each_change_is_simulated():
+    run = asked(micro_batch_size=2, activation_checkpointing="none", zero={"stage": 1, "reduce_bucket_size": 100_000})
+    answer = explain(close_run(run, node_to_simulate(run)), parallel=2)
+    assert answer.found.error is None
+    estimated = answer.closed.estimate
+    assert estimated is not None
+    simulated = {phase.phase: phase.peak_bytes for phase in answer.found.phases}
+    for phase in estimated.phases:
+        if phase.phase != "model_load":  # built on the host, where the simulated device is a GPU
+            assert phase.peak_bytes == pytest.approx(simulated[phase.phase], rel=0.02), phase.phase
+    changed = {change.name: found for change, found in answer.changes}
+    assert {"checkpointing full", "ZeRO 2", "ZeRO 3", "optimizer on the CPU"} <= set(changed)
+    assert all(found.error is None for found in changed.values())
+    before = answer.found.allocated_peak_bytes
+    assert changed["checkpointing full"].allocated_peak_bytes < before
+    assert changed["micro-batch 1, accumulated twice as often"].allocated_peak_bytes < before
