@@ -19,14 +19,12 @@ SMALL_SIZE = 1 * MIB
 """kSmallSize: the largest request served from the small pool."""
 SMALL_BUFFER = 2 * MIB
 """kSmallBuffer: a small pool's segment."""
-LARGE_BUFFER = 20 * MIB
-"""kLargeBuffer: a large pool's segment for requests below kMinLargeAlloc."""
 MIN_LARGE_ALLOC = 10 * MIB
 """kMinLargeAlloc: from here on a segment is as large as its first request, rounded up."""
 ROUND_LARGE = 2 * MIB
 """kRoundLarge: to multiples of it."""
-ADDRESS_SPACE = LARGE_BUFFER * 2**21
-"""Bytes between the starts of segments: more than any segment has, and whole pages of expandable ones."""
+ADDRESS_SPACE = 20 * MIB * 2**21
+"""Bytes between the starts of segments: more than any segment has."""
 
 
 class OutOfMemory(Exception):
@@ -134,7 +132,7 @@ class CachingAllocator:
         self._free_block(block)
 
     def empty_cache(self) -> None:
-        """Frees every segment that is wholly cached, and unmaps cached pages of expandable ones."""
+        """Frees every segment that is wholly cached, and unmaps cached pages of expandable ones (release_blocks)."""
         for pool in (self._large, self._small):
             for block in list(pool.at.values()):
                 if block.is_expandable:
@@ -146,7 +144,7 @@ class CachingAllocator:
         """Bytes that a request occupies."""
         if size < MIN_BLOCK:
             return MIN_BLOCK
-        divisions = self.conf.roundup_power2_divisions
+        divisions = self.conf.divisions_for(size)
         if divisions > 1 and size > MIN_BLOCK * divisions:
             return _next_division(size, divisions)
         return -(-size // MIN_BLOCK) * MIN_BLOCK
@@ -162,14 +160,16 @@ class CachingAllocator:
                 break
             index, block = index + 1, following
         limit = self.conf.max_split_bytes
-        if size < limit <= block.size or (size >= limit and block.size >= size + LARGE_BUFFER):
+        if size < limit <= block.size or (
+            size >= limit and block.size >= size + self.conf.max_non_split_rounding_bytes
+        ):
             return None
         pool.erase(block)
         return block
 
     def _alloc_block(self, pool: Pool, size: int, stream: int) -> Block | None:
         """A new segment, or more of an expandable one; None where the limit does not allow it."""
-        segment_bytes = _allocation_size(size)
+        segment_bytes = self._allocation_size(size)
         if self.conf.expandable_segments:
             return self._try_allocate_expandable_block(pool, size, stream)
         if self.reserved_bytes + segment_bytes > self.limit_bytes:
@@ -230,7 +230,7 @@ class CachingAllocator:
             return False
         needed = max(size, limit)
         index = pool.first_of_size(stream, needed)
-        if index < len(pool.keys) and pool.keys[index][0] == stream:
+        if index < len(pool.keys) and pool.keys[index][0] == stream and not pool.block(index).is_expandable:
             self._release_block(pool.block(index))
             return True
         released = 0
@@ -239,8 +239,9 @@ class CachingAllocator:
             block = pool.block(index)
             if block.size < limit or block.stream != stream:
                 break
-            released += block.size
-            self._release_block(block)
+            if not block.is_expandable:
+                released += block.size
+                self._release_block(block)
         return released >= needed
 
     def _release_block(self, block: Block) -> None:
@@ -288,7 +289,7 @@ class CachingAllocator:
 
     def _map_block(self, block: Block, size: int) -> bool:
         """Maps pages from the block's start on, as many as ``size`` needs, and joins them with free neighbours."""
-        pages = SMALL_BUFFER if block.pool.is_small else LARGE_BUFFER
+        pages = self._page_bytes(block.pool)
         mapped = -(-size // pages) * pages
         if self.reserved_bytes + mapped > self.limit_bytes:
             return False
@@ -309,9 +310,10 @@ class CachingAllocator:
 
     def _unmap_block(self, block: Block) -> None:
         """Unmaps the whole pages inside a free block; what is left of it at both ends stays cached."""
-        pages = SMALL_BUFFER if block.pool.is_small else LARGE_BUFFER
-        start = -(-block.address // pages) * pages
-        end = (block.address + block.size) // pages * pages
+        pages = self._page_bytes(block.pool)
+        base = block.address - block.address % ADDRESS_SPACE
+        start = base - (base - block.address) // pages * pages
+        end = base + (block.address + block.size - base) // pages * pages
         if end <= start:
             return
         block.pool.erase(block)
@@ -341,19 +343,22 @@ class CachingAllocator:
         self.reserved_bytes += num_bytes
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
 
+    def _allocation_size(self, size: int) -> int:
+        """get_allocation_size: bytes of the segment that is asked for to serve a block."""
+        if size <= SMALL_SIZE:
+            return SMALL_BUFFER
+        if size < MIN_LARGE_ALLOC:
+            return self.conf.large_segment_bytes
+        return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+    def _page_bytes(self, pool: Pool) -> int:
+        """What an expandable segment of the pool maps at a time."""
+        return SMALL_BUFFER if pool.is_small else self.conf.large_segment_bytes
+
     def _new_address(self) -> int:
         address = self._next_address
         self._next_address += ADDRESS_SPACE
         return address
-
-
-def _allocation_size(size: int) -> int:
-    """get_allocation_size: bytes of the segment that is asked for to serve a block."""
-    if size <= SMALL_SIZE:
-        return SMALL_BUFFER
-    if size < MIN_LARGE_ALLOC:
-        return LARGE_BUFFER
-    return -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
 def _next_division(size: int, divisions: int) -> int:

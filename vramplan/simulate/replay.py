@@ -32,7 +32,8 @@ class Replay:
 def replay(trace: Trace, conf: AllocConf, limit_bytes: int | None = None) -> Replay:
     """Replays births and frees in order, up to the first allocation that fails.
 
-    Plain Python: about 3 microseconds an event, so a trace of a million events takes seconds.
+    Plain Python: 2 to 3 microseconds an event, so a trace of a million events takes seconds
+    (benchmarks/allocator_speed.py).
     """
     allocator = CachingAllocator(conf, limit_bytes)
     blocks: dict[int, Block] = {}
