@@ -1,6 +1,7 @@
 """Laws of the caching allocator over any sequence of requests, frees and emptied caches, under any setting."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +115,7 @@ def test_blocks_are_whole_units_large_enough_and_apart(conf, steps, limit):
         # at most what was not worth splitting off
         assert block.size - size <= max(SMALL_SIZE, found.conf.max_non_split_rounding_bytes)
     spans = sorted((block.address, block.address + block.size) for block, _ in played.live)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 @settings(max_examples=150, deadline=None)
