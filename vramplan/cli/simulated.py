@@ -19,9 +19,7 @@ def simulate_comparison(
     on_result: Callable[[str], None] = lambda key: None,
 ) -> Comparison:
     """The comparison with every record simulated that can be; ``records`` in its order. Takes seconds a record."""
-    requests = [
-        _request(record, str(number)) for number, record in enumerate(records) if isinstance(record, Record)
-    ]
+    requests = [_request(record, str(number)) for number, record in enumerate(records) if isinstance(record, Record)]
     simulated: dict[str, SimulationResult] = {}
     stopped = "its spec is not understood"
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from vramplan.errors import SpecError, VramplanError
 from vramplan.facts.device import Device, Node
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.forkserver import ForkServer
+from vramplan.forkserver import Ended, ForkServer
 from vramplan.measure.bench import Capacity, local_capacity, record_of, worker_env
 from vramplan.measure.record import JobSpec, Record, append_record, read_records, run_from_record_spec
 from vramplan.memory.estimate import estimate
@@ -163,7 +163,7 @@ class _Search:
     def _run(self, job: JobSpec) -> Record:
         out = self._scratch / f"{len(self._known)}.json"
         self._server.submit({"job": job.model_dump(mode="json"), "trace": False}, out)
-        ended = []
+        ended: list[Ended] = []
         while not ended:
             ended = self._server.wait(timeout_s=1.0)
         record = record_of(job, ended[0])

@@ -29,6 +29,7 @@ def boundary_table(found: Sequence[Boundary]) -> Table:
 
 
 def boundary_to_dict(found: Boundary) -> dict[str, Any]:
+    """One job of ``bench boundary --json``."""
     return {
         "id": found.id,
         "cap_bytes": found.cap_bytes,

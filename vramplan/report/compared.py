@@ -29,7 +29,10 @@ def render_comparison(comparison: Comparison) -> RenderableType:
         parts += ["", *(Text(f"not compared: {each.id} {each.label}: {each.reason}") for each in uncovered)]
     unsimulated = [record for record in comparison.records if record.simulated_reason]
     if unsimulated:
-        parts += ["", *(Text(f"not simulated: {each.id} {each.label}: {each.simulated_reason}") for each in unsimulated)]
+        parts += [
+            "",
+            *(Text(f"not simulated: {each.id} {each.label}: {each.simulated_reason}") for each in unsimulated),
+        ]
     return Group(*parts)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vramplan.simulate.alloc_conf import AllocConf
-from vramplan.simulate.allocator import Block, CachingAllocator, OutOfMemory
+from vramplan.simulate.allocator import CachingAllocator, OutOfMemory
+from vramplan.simulate.block import Block
 from vramplan.simulate.result import Failure
 from vramplan.simulate.trace import Trace
 

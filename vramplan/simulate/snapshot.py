@@ -53,7 +53,8 @@ class _Recorder:
     def _replay(self) -> None:
         blocks: dict[int, Block] = {}
         emptied = sorted(self._trace.cache_emptied_at, reverse=True)
-        for self._instant, number, is_birth in self._trace.events():
+        for instant, number, is_birth in self._trace.events():
+            self._instant = instant
             while emptied and emptied[-1] <= self._instant:
                 emptied.pop()
                 self._allocator.empty_cache()

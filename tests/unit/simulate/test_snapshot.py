@@ -14,7 +14,9 @@ from vramplan.simulate.trace import Trace
 from vramplan.units import MIB
 
 BIRTHS = [
-    Birth(op="aten.mm", module="model.layers.0.mlp", frame="modeling_llama.py:120 forward", phase="step1.micro1.forward"),
+    Birth(
+        op="aten.mm", module="model.layers.0.mlp", frame="modeling_llama.py:120 forward", phase="step1.micro1.forward"
+    ),
     Birth(op="aten.empty", frame="stage_1_and_2.py:900 allocate", outer_frame="engine.py:10 step"),
 ]
 
