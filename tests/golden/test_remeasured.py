@@ -24,7 +24,7 @@ def test_bench_run_measures_the_same_bytes(tmp_path):
         old, new = before[record.id].measured, record.measured
         assert (new.outcome, new.error) == ("ok", None)
         assert [phase.phase for phase in new.phases] == [phase.phase for phase in old.phases]
-        # a fake gather leaves values undefined: whether ZeRO-3 takes them for an overflow and skips its steps is chance,
+        # a fake gather leaves values undefined: whether ZeRO-3 takes them for an overflow and skips steps is chance,
         # and with it whether optimizer states come to be; up to the first step the runs are the same
         same_steps = steps_were_skipped(record) == steps_were_skipped(before[record.id])
         assert same_steps or record.spec.zero.stage == 3
