@@ -47,6 +47,40 @@ def run(
 
 
 @bench.command()
+def boundary(
+    jobs: Annotated[Path, typer.Argument(help="JSONL, one job's spec a line (a records file will do).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Records of every run; none is run again.")],
+    cap: Annotated[str | None, typer.Option("--cap", help="Capacity of jobs without cap_bytes, such as 24GiB.")] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="The job of this id; repeatable.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Find the largest micro-batch that really runs under a capacity, beside the largest the estimator allows."""
+    from vramplan.cli.output import show_json
+    from vramplan.cli.tables import print_table
+    from vramplan.measure.boundary import find_boundaries
+    from vramplan.measure.record import read_jobs
+    from vramplan.report.boundary import boundary_table, boundary_to_dict, run_line
+    from vramplan.units import parse_bytes
+
+    asked = [job for job in read_jobs(jobs) if not only or job.id in only]
+    if not asked:
+        raise SpecError(f"{jobs}: has no job {' or '.join(only)}" if only else f"{jobs}: has no job")
+    try:
+        cap_bytes = parse_bytes(cap) if cap else None
+    except ValueError as error:
+        raise SpecError(f"--cap: {error}") from error
+    found = list(
+        find_boundaries(
+            asked, output, cap_bytes=cap_bytes, on_run=lambda record: typer.echo(run_line(record), err=True)
+        )
+    )
+    if json:
+        show_json([boundary_to_dict(each) for each in found])
+    else:
+        print_table(boundary_table(found))
+
+
+@bench.command()
 def live(
     records: Annotated[Path, typer.Argument(help="Records written by `vramplan bench run --trace`.")],
     record_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Which record [default: the first].")] = None,

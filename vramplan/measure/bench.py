@@ -72,7 +72,7 @@ def run_jobs(
     Out of memory, errors and deaths are outcomes of the records. Interrupting loses only what runs.
     """
     capacity = capacity or local_capacity()
-    env = {"DS_ACCELERATOR": "cpu"} if capacity.device_type == "cpu" else {}
+    env = worker_env(capacity)
     log = output.with_suffix(".log")
     with tempfile.TemporaryDirectory() as scratch, ForkServer("vramplan.measure.worker", env, log) as server:
         schedule = _Schedule(list(jobs), capacity, Path(scratch))
@@ -125,15 +125,7 @@ class _Schedule:
 
     def finish(self, ended: Ended) -> Record:
         job, _ = self.running.pop(ended.out)
-        if ended.out.exists():
-            raw = json.loads(ended.out.read_text(encoding="utf-8"))
-            record = Record(job.id, job, Measured.from_dict(raw["measured"]), raw["env"])
-        else:
-            record = Record(job.id, job, Measured(outcome="died"))
-        if record.measured.outcome == "died":
-            how = _how_it_died(ended.exit_code)
-            record = replace(record, measured=replace(record.measured, error=how))
-        return record
+        return record_of(job, ended)
 
     def _need(self, job: JobSpec) -> int:
         need = needed_bytes(job)
@@ -141,6 +133,24 @@ class _Schedule:
             return self._capacity.num_bytes
         own = PROCESS_BYTES if self._capacity.device_type == "cpu" else 700 * MIB
         return int(need * NEED_MARGIN) + own
+
+
+def record_of(job: JobSpec, ended: Ended) -> Record:
+    """The record that a child left, or one that says how it died."""
+    if ended.out.exists():
+        raw = json.loads(ended.out.read_text(encoding="utf-8"))
+        record = Record(job.id, job, Measured.from_dict(raw["measured"]), raw["env"])
+    else:
+        record = Record(job.id, job, Measured(outcome="died"))
+    if record.measured.outcome == "died":
+        how = _how_it_died(ended.exit_code)
+        record = replace(record, measured=replace(record.measured, error=how))
+    return record
+
+
+def worker_env(capacity: Capacity) -> dict[str, str]:
+    """Variables of the process that runs jobs."""
+    return {"DS_ACCELERATOR": "cpu"} if capacity.device_type == "cpu" else {}
 
 
 def _how_it_died(exit_code: int) -> str:

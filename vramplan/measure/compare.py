@@ -54,6 +54,10 @@ class RecordComparison:
     reason: str = ""
     """Why there is no error to state."""
     phases: tuple[PhaseComparison, ...] = ()
+    simulated_bytes: int | None = None
+    """The same figure by simulation; None where none was asked for or it did not reach its end."""
+    simulated_reason: str = ""
+    """Why there is no simulated figure where one was asked for."""
 
     @property
     def covered(self) -> bool:
@@ -66,6 +70,13 @@ class RecordComparison:
         if self.predicted_bytes is None or self.measured_bytes is None:
             return None
         return _error_frac(self.predicted_bytes, self.measured_bytes)
+
+    @property
+    def simulated_error_frac(self) -> float | None:
+        """simulated / measured - 1."""
+        if self.simulated_bytes is None or self.measured_bytes is None:
+            return None
+        return _error_frac(self.simulated_bytes, self.measured_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +100,18 @@ class Comparison:
     records: tuple[RecordComparison, ...]
     show_phases: bool = False
     """Whether reports list every phase."""
+    with_simulation: bool = False
+    """Whether the records were simulated too."""
 
     @property
     def summary(self) -> Summary:
         return summarize([each.error_frac for each in self.records if each.error_frac is not None], len(self.records))
+
+    @property
+    def simulated_summary(self) -> Summary:
+        """Errors of the simulation against the measurement."""
+        errors = [each.simulated_error_frac for each in self.records if each.simulated_error_frac is not None]
+        return summarize(errors, len(self.records))
 
     @property
     def phase_summaries(self) -> dict[str, Summary]:

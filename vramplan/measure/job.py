@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,7 +109,8 @@ def _prepare_device(device: torch.device, spec: JobSpec) -> int | None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
         return None
     if spec.alloc_conf:
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = spec.alloc_conf
+        # torch was imported before the fork and may have read the environment then
+        torch._C._accelerator_setAllocatorSettings(spec.alloc_conf)
     torch.cuda.init()
     free, total = torch.cuda.mem_get_info(device)
     if spec.cap_bytes is not None:

@@ -20,20 +20,31 @@ GOOD_FRAC, FAIR_FRAC = 0.02, 0.06
 def render_comparison(comparison: Comparison) -> RenderableType:
     """A row a record (and, if asked for, a row a phase), errors by kind of phase, and the summary."""
     parts: list[RenderableType] = [_records_table(comparison), "", _summary_text(comparison.summary)]
+    if comparison.with_simulation:
+        parts.append(Text("simulated: ").append_text(_summary_text(comparison.simulated_summary)))
     if comparison.phase_summaries:
         parts += ["", _phase_summary_table(comparison.phase_summaries)]
     uncovered = [record for record in comparison.records if not record.covered]
     if uncovered:
         parts += ["", *(Text(f"not compared: {each.id} {each.label}: {each.reason}") for each in uncovered)]
+    unsimulated = [record for record in comparison.records if record.simulated_reason]
+    if unsimulated:
+        parts += [
+            "",
+            *(Text(f"not simulated: {each.id} {each.label}: {each.simulated_reason}") for each in unsimulated),
+        ]
     return Group(*parts)
 
 
 def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
     """The answer of ``vramplan compare --json``."""
-    return {
-        "records": [_record_to_dict(record, with_phases=comparison.show_phases) for record in comparison.records],
+    answer: dict[str, Any] = {
+        "records": [_record_to_dict(record, comparison) for record in comparison.records],
         "summary": asdict(comparison.summary),
     }
+    if comparison.with_simulation:
+        answer["simulated_summary"] = asdict(comparison.simulated_summary)
+    return answer
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -53,15 +64,17 @@ def _records_table(comparison: Comparison) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("record", no_wrap=True)
     table.add_column("run" if not comparison.show_phases else "run / phase", overflow="fold")
-    for name in ("predicted", "measured", "error"):
+    for name in ("predicted", "measured", "error", *(("simulated", "error") if comparison.with_simulation else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for record in comparison.records:
+        simulated = (_bytes(record.simulated_bytes), _error(record.simulated_error_frac))
         table.add_row(
             record.id,
             record.label,
             _bytes(record.predicted_bytes),
             _bytes(record.measured_bytes),
             _error(record.error_frac),
+            *(simulated if comparison.with_simulation else ()),
             style="bold" if comparison.show_phases else None,
         )
         for phase in record.phases if comparison.show_phases else ():
@@ -95,7 +108,7 @@ def _summary_text(summary: Summary) -> Text:
     )
 
 
-def _record_to_dict(record: RecordComparison, *, with_phases: bool) -> dict[str, Any]:
+def _record_to_dict(record: RecordComparison, comparison: Comparison) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "id": record.id,
         "predicted_bytes": record.predicted_bytes,
@@ -105,7 +118,12 @@ def _record_to_dict(record: RecordComparison, *, with_phases: bool) -> dict[str,
     }
     if record.reason:
         plain["reason"] = record.reason
-    if with_phases:
+    if comparison.with_simulation:
+        plain["simulated_bytes"] = record.simulated_bytes
+        plain["simulated_error_frac"] = record.simulated_error_frac
+        if record.simulated_reason:
+            plain["simulated_reason"] = record.simulated_reason
+    if comparison.show_phases:
         plain["phases"] = [{**asdict(phase), "error_frac": phase.error_frac} for phase in record.phases]
     return plain
 

@@ -7,10 +7,11 @@ blocks whose free waits for another stream (``record_stream``), which are freed 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from bisect import insort
+from collections.abc import Callable
 
 from vramplan.simulate.alloc_conf import UNLIMITED, AllocConf
+from vramplan.simulate.block import Block, Pool, expandable_size, room_from
 from vramplan.units import MIB
 
 MIN_BLOCK = 512
@@ -19,68 +20,20 @@ SMALL_SIZE = 1 * MIB
 """kSmallSize: the largest request served from the small pool."""
 SMALL_BUFFER = 2 * MIB
 """kSmallBuffer: a small pool's segment."""
-LARGE_BUFFER = 20 * MIB
-"""kLargeBuffer: a large pool's segment for requests below kMinLargeAlloc."""
 MIN_LARGE_ALLOC = 10 * MIB
 """kMinLargeAlloc: from here on a segment is as large as its first request, rounded up."""
 ROUND_LARGE = 2 * MIB
 """kRoundLarge: to multiples of it."""
-ADDRESS_SPACE = LARGE_BUFFER * 2**21
-"""Bytes between the starts of segments: more than any segment has, and whole pages of expandable ones."""
+ADDRESS_SPACE = 2**45
+"""Bytes between the starts of expandable segments, more than any has; the others lie below the first."""
+
+
+SegmentWatcher = Callable[[str, int, int, int], None]
+"""Told of ``segment_alloc``, ``segment_free``, ``segment_map`` and ``segment_unmap``: address, bytes, stream."""
 
 
 class OutOfMemory(Exception):
     """A request that no cached block serves and no new segment fits for."""
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """A piece of a segment. ``prev`` and ``next`` are its neighbours in the segment."""
-
-    stream: int
-    size: int
-    pool: Pool
-    address: int
-    is_expandable: bool = False
-    allocated: bool = False
-    mapped: bool = True
-    prev: Block | None = None
-    next: Block | None = None
-    cached_since: int = 0
-    """The pool's count of searches when the block last became free (``gc_count_base``)."""
-
-    @property
-    def is_split(self) -> bool:
-        return self.prev is not None or self.next is not None
-
-
-@dataclass(slots=True)
-class Pool:
-    """Free blocks, in order of stream, size and address."""
-
-    is_small: bool
-    keys: list[tuple[int, int, int]] = field(default_factory=list)
-    at: dict[int, Block] = field(default_factory=dict)
-    unmapped: list[tuple[int, int, Block]] = field(default_factory=list)
-    """(stream, address, block) of address space that expandable segments have not mapped."""
-    num_searches: int = 0
-    """``get_free_blocks_call_count``"""
-
-    def insert(self, block: Block) -> None:
-        block.cached_since = self.num_searches
-        insort(self.keys, (block.stream, block.size, block.address))
-        self.at[block.address] = block
-
-    def erase(self, block: Block) -> None:
-        del self.keys[bisect_left(self.keys, (block.stream, block.size, block.address))]
-        del self.at[block.address]
-
-    def first_of_size(self, stream: int, size: int) -> int:
-        """Index of the first free block of the stream that is at least this large."""
-        return bisect_left(self.keys, (stream, size, 0))
-
-    def block(self, index: int) -> Block:
-        return self.at[self.keys[index][2]]
 
 
 class CachingAllocator:
@@ -89,7 +42,13 @@ class CachingAllocator:
     ``limit_bytes``: what segments may take altogether; None: no limit.
     """
 
-    def __init__(self, conf: AllocConf | None = None, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        conf: AllocConf | None = None,
+        limit_bytes: int | None = None,
+        on_segment: SegmentWatcher | None = None,
+    ) -> None:
+        self._on_segment = on_segment
         self.conf = conf or AllocConf()
         self.limit_bytes = UNLIMITED if limit_bytes is None else limit_bytes
         self.reserved_bytes = 0
@@ -101,7 +60,8 @@ class CachingAllocator:
         """The first block of each segment, by address."""
         self._small = Pool(is_small=True)
         self._large = Pool(is_small=False)
-        self._next_address = ADDRESS_SPACE
+        self._next_address = SMALL_BUFFER
+        self._next_range = ADDRESS_SPACE
 
     def malloc(self, num_bytes: int, stream: int = 0) -> Block:
         """A block of at least ``num_bytes``.
@@ -134,7 +94,7 @@ class CachingAllocator:
         self._free_block(block)
 
     def empty_cache(self) -> None:
-        """Frees every segment that is wholly cached, and unmaps cached pages of expandable ones."""
+        """Frees every segment that is wholly cached, and unmaps cached pages of expandable ones (release_blocks)."""
         for pool in (self._large, self._small):
             for block in list(pool.at.values()):
                 if block.is_expandable:
@@ -146,7 +106,7 @@ class CachingAllocator:
         """Bytes that a request occupies."""
         if size < MIN_BLOCK:
             return MIN_BLOCK
-        divisions = self.conf.roundup_power2_divisions
+        divisions = self.conf.divisions_for(size)
         if divisions > 1 and size > MIN_BLOCK * divisions:
             return _next_division(size, divisions)
         return -(-size // MIN_BLOCK) * MIN_BLOCK
@@ -158,25 +118,29 @@ class CachingAllocator:
         block = pool.block(index)
         while block.is_expandable and index + 1 < len(pool.keys) and pool.keys[index + 1][0] == stream:
             following = pool.block(index + 1)
-            if _expandable_size(following) >= _expandable_size(block):
+            if expandable_size(following) >= expandable_size(block):
                 break
             index, block = index + 1, following
         limit = self.conf.max_split_bytes
-        if size < limit <= block.size or (size >= limit and block.size >= size + LARGE_BUFFER):
+        if size < limit <= block.size or (
+            size >= limit and block.size >= size + self.conf.max_non_split_rounding_bytes
+        ):
             return None
         pool.erase(block)
         return block
 
     def _alloc_block(self, pool: Pool, size: int, stream: int) -> Block | None:
         """A new segment, or more of an expandable one; None where the limit does not allow it."""
-        segment_bytes = _allocation_size(size)
+        segment_bytes = self._allocation_size(size)
         if self.conf.expandable_segments:
             return self._try_allocate_expandable_block(pool, size, stream)
         if self.reserved_bytes + segment_bytes > self.limit_bytes:
             return None
         self._reserve(segment_bytes)
-        block = Block(stream, segment_bytes, pool, self._new_address())
+        block = Block(stream, segment_bytes, pool, self._next_address)
+        self._next_address += segment_bytes
         self.segments[block.address] = block
+        self._tell("segment_alloc", block)
         return block
 
     def _alloc_found_block(self, block: Block, size: int) -> Block:
@@ -230,7 +194,7 @@ class CachingAllocator:
             return False
         needed = max(size, limit)
         index = pool.first_of_size(stream, needed)
-        if index < len(pool.keys) and pool.keys[index][0] == stream:
+        if index < len(pool.keys) and pool.keys[index][0] == stream and not pool.block(index).is_expandable:
             self._release_block(pool.block(index))
             return True
         released = 0
@@ -239,14 +203,16 @@ class CachingAllocator:
             block = pool.block(index)
             if block.size < limit or block.stream != stream:
                 break
-            released += block.size
-            self._release_block(block)
+            if not block.is_expandable:
+                released += block.size
+                self._release_block(block)
         return released >= needed
 
     def _release_block(self, block: Block) -> None:
         block.pool.erase(block)
         del self.segments[block.address]
         self.reserved_bytes -= block.size
+        self._tell("segment_free", block)
 
     def _garbage_collect(self) -> None:
         """Frees wholly cached large segments, those of at least average age first, until below the threshold."""
@@ -279,16 +245,17 @@ class CachingAllocator:
         for owner, _, block in pool.unmapped:
             before = block.prev
             first = before if before is not None and not before.allocated else block
-            if owner == stream and _room_from(first, size):
+            if owner == stream and room_from(first, size):
                 return first
-        block = Block(stream, ADDRESS_SPACE // 2, pool, self._new_address(), is_expandable=True, mapped=False)
+        block = Block(stream, ADDRESS_SPACE // 2, pool, self._next_range, is_expandable=True, mapped=False)
+        self._next_range += ADDRESS_SPACE
         self.segments[block.address] = block
         insort(pool.unmapped, (stream, block.address, block), key=lambda item: item[:2])
         return block
 
     def _map_block(self, block: Block, size: int) -> bool:
         """Maps pages from the block's start on, as many as ``size`` needs, and joins them with free neighbours."""
-        pages = SMALL_BUFFER if block.pool.is_small else LARGE_BUFFER
+        pages = self._page_bytes(block.pool)
         mapped = -(-size // pages) * pages
         if self.reserved_bytes + mapped > self.limit_bytes:
             return False
@@ -302,6 +269,7 @@ class CachingAllocator:
             insort(block.pool.unmapped, (rest.stream, rest.address, rest), key=lambda item: item[:2])
         block.mapped = True
         self._reserve(mapped)
+        self._tell("segment_map", block)
         for neighbour in (block.prev, block.next):
             self._try_merge(block, neighbour)
         block.pool.insert(block)
@@ -309,9 +277,10 @@ class CachingAllocator:
 
     def _unmap_block(self, block: Block) -> None:
         """Unmaps the whole pages inside a free block; what is left of it at both ends stays cached."""
-        pages = SMALL_BUFFER if block.pool.is_small else LARGE_BUFFER
-        start = -(-block.address // pages) * pages
-        end = (block.address + block.size) // pages * pages
+        pages = self._page_bytes(block.pool)
+        base = block.address - block.address % ADDRESS_SPACE
+        start = base - (base - block.address) // pages * pages
+        end = base + (block.address + block.size - base) // pages * pages
         if end <= start:
             return
         block.pool.erase(block)
@@ -333,27 +302,30 @@ class CachingAllocator:
             block.pool.insert(tail)
         block.address, block.size, block.mapped = start, end - start, False
         self.reserved_bytes -= block.size
+        self._tell("segment_unmap", block)
         for neighbour in (block.prev, block.next):
             self._try_merge(block, neighbour)
         insort(block.pool.unmapped, (block.stream, block.address, block), key=lambda item: item[:2])
+
+    def _tell(self, action: str, block: Block) -> None:
+        if self._on_segment is not None:
+            self._on_segment(action, block.address, block.size, block.stream)
 
     def _reserve(self, num_bytes: int) -> None:
         self.reserved_bytes += num_bytes
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
 
-    def _new_address(self) -> int:
-        address = self._next_address
-        self._next_address += ADDRESS_SPACE
-        return address
+    def _allocation_size(self, size: int) -> int:
+        """get_allocation_size: bytes of the segment that is asked for to serve a block."""
+        if size <= SMALL_SIZE:
+            return SMALL_BUFFER
+        if size < MIN_LARGE_ALLOC:
+            return self.conf.large_segment_bytes
+        return -(-size // ROUND_LARGE) * ROUND_LARGE
 
-
-def _allocation_size(size: int) -> int:
-    """get_allocation_size: bytes of the segment that is asked for to serve a block."""
-    if size <= SMALL_SIZE:
-        return SMALL_BUFFER
-    if size < MIN_LARGE_ALLOC:
-        return LARGE_BUFFER
-    return -(-size // ROUND_LARGE) * ROUND_LARGE
+    def _page_bytes(self, pool: Pool) -> int:
+        """What an expandable segment of the pool maps at a time."""
+        return SMALL_BUFFER if pool.is_small else self.conf.large_segment_bytes
 
 
 def _next_division(size: int, divisions: int) -> int:
@@ -365,17 +337,3 @@ def _next_division(size: int, divisions: int) -> int:
         return size
     step = floor // divisions
     return size if step == 0 else -(-size // step) * step
-
-
-def _expandable_size(block: Block) -> int:
-    """The size that a free block can grow to in place."""
-    following = block.next
-    return block.size + (following.size if following is not None and not following.mapped else 0)
-
-
-def _room_from(block: Block | None, size: int) -> bool:
-    room = 0
-    while room < size and block is not None and not block.allocated:
-        room += block.size
-        block = block.next
-    return room >= size

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vramplan.simulate.alloc_conf import AllocConf
-from vramplan.simulate.allocator import Block, CachingAllocator, OutOfMemory
+from vramplan.simulate.allocator import CachingAllocator, OutOfMemory
+from vramplan.simulate.block import Block
 from vramplan.simulate.result import Failure
 from vramplan.simulate.trace import Trace
 
@@ -32,7 +33,8 @@ class Replay:
 def replay(trace: Trace, conf: AllocConf, limit_bytes: int | None = None) -> Replay:
     """Replays births and frees in order, up to the first allocation that fails.
 
-    Plain Python: about 3 microseconds an event, so a trace of a million events takes seconds.
+    Plain Python: 2 to 3 microseconds an event, so a trace of a million events takes seconds
+    (benchmarks/allocator_speed.py).
     """
     allocator = CachingAllocator(conf, limit_bytes)
     blocks: dict[int, Block] = {}

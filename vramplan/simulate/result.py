@@ -75,6 +75,10 @@ class Timeline:
     categories: Mapping[str, tuple[int, ...]]
     phases: tuple[tuple[str, int, int], ...]
     """(name, first stretch, stretch after the last)."""
+    births: tuple[str, ...] = ()
+    """Birthplaces of the blocks in ``largest``, one line each."""
+    largest: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """For each stretch the largest groups of blocks alive in it: (index in ``births``, bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,8 @@ class SimulationResult:
                 "timeline": Timeline(
                     {name: tuple(values) for name, values in timeline["categories"].items()},
                     tuple((name, first, last) for name, first, last in timeline["phases"]),
+                    tuple(timeline["births"]),
+                    tuple(tuple((birth, size) for birth, size in row) for row in timeline["largest"]),
                 ),
                 "failure": Failure(**{**failure, "birth": Birth(**failure["birth"])}) if failure else None,
             }

@@ -18,6 +18,8 @@ from vramplan.simulate.trace import CATEGORIES, Trace
 LIVE_GROUPS = 100
 """Groups of live tensors kept, largest first."""
 TIMELINE_STRETCHES = 400
+TIMELINE_TENSORS = 6
+"""Groups of live tensors named in each stretch of a timeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,29 @@ def make_timeline(trace: Trace, curves: Curves, num_stretches: int = TIMELINE_ST
         for category, curve in zip(CATEGORIES, curves.by_category, strict=True)
         if curve.any()
     }
-    return Timeline(categories, tuple(_phase_stretches(trace, edges)))
+    births, largest = _largest_at(trace, highest)
+    return Timeline(categories, tuple(_phase_stretches(trace, edges)), births, largest)
+
+
+def _largest_at(
+    trace: Trace, instants: Sequence[int]
+) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int], ...], ...]]:
+    """At each instant the largest groups of live blocks of one birthplace, and the birthplaces named."""
+    sizes, births = np.array(trace.num_bytes, np.int64), np.array(trace.birth, np.int64)
+    numbers: dict[str, int] = {}
+    rows = []
+    for instant in instants:
+        live = trace.live_at(instant)
+        groups = np.bincount(births[live], weights=sizes[live], minlength=1).astype(np.int64)
+        top = [int(birth) for birth in np.argsort(-groups)[:TIMELINE_TENSORS] if groups[birth]]
+        lines = [(_one_line(trace.births[birth]), int(groups[birth])) for birth in top]
+        rows.append(tuple((numbers.setdefault(line, len(numbers)), size) for line, size in lines))
+    return tuple(numbers), tuple(rows)
+
+
+def _one_line(birth: Birth) -> str:
+    parts = (birth.module, birth.node or birth.op, birth.frame, birth.phase)
+    return " · ".join(part for part in parts if part) or "unknown"
 
 
 def _phase_stretches(trace: Trace, edges: npt.NDArray[np.int64]) -> Sequence[tuple[str, int, int]]:
