@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vramplan.cost.assumed import ELEMENTWISE_BYTES
 from vramplan.facts.architecture import (
@@ -18,7 +19,7 @@ from vramplan.facts.architecture import (
     PlainMLP,
 )
 from vramplan.spec.run import RunSpec
-from vramplan.spec.trainable import LoraMethod
+from vramplan.spec.trainable import FullMethod, LoraMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,11 @@ def trainable_numel(run: RunSpec, architecture: Architecture) -> int:
     method = run.method
     if isinstance(method, LoraMethod):
         return adapter_numel(run, architecture)
+    return _trained_numel(method, architecture)
+
+
+@lru_cache(maxsize=64)
+def _trained_numel(method: FullMethod, architecture: Architecture) -> int:
     count = architecture.num_layers
     return sum(tensor.numel for tensor in architecture.named_tensors() if method.trains(tensor.name, count))
 
