@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def log_of(run_dir: RunDir, rank: int) -> Path:
 
 def _failures(run_dir: RunDir) -> Iterator[Failure]:
     for path in sorted(run_dir.ranks.glob("rank*.failure.json")):
-        yield Failure.read(path)
+        # A full disk or a cut copy leaves half a file: what the other ranks said still counts.
+        with suppress(ValueError, KeyError):
+            yield Failure.read(path)
 
 
 def _explain_silence(run_dir: RunDir, launcher_code: int | None) -> TrainingFailed:
@@ -105,7 +108,11 @@ def _explain_silence(run_dir: RunDir, launcher_code: int | None) -> TrainingFail
 
 
 def _phase(path: Path) -> str:
-    return str(json.loads(path.read_text(encoding="utf-8"))["phase"])
+    """Said to be unknown for a rank that was killed between opening its file and its first write."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["phase"])
+    except ValueError:
+        return "a phase unknown"
 
 
 def _last_lines(log: Path) -> str:
