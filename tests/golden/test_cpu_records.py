@@ -107,3 +107,18 @@ def test_phases_of_families(families):
             name = f"{record.spec.id} {phase.phase}"
             assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.02), name
             assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.005), name
+
+
+MASKED = Path(__file__).with_name("measured") / "cpu_masks.jsonl"
+"""Taken by `vramplan train` on two ranks: packed documents, and padded sequences with their mask."""
+
+
+def test_masks_of_packed_and_padded_sequences():
+    compared = 0
+    for record, found in covered(MASKED):
+        measured = {phase.phase: phase for phase in record.measured.phases}
+        for phase in found.phases:
+            if phase.phase.endswith(("forward", "backward")):  # the rest is 0.7 MiB in all
+                assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.01)
+                compared += 1
+    assert compared == 2 * 2 * 2 * 2

@@ -159,9 +159,9 @@ def estimate_record(record: Record) -> Estimate:
     run, layout = run_from_record_spec(record.spec)
     device = _device_of(record)
     node = Node(device, gpus_per_node=layout.world_size, memory_cap_bytes=record.spec.cap_bytes)
-    # a record's mask is all ones, which transformers drops (masking_utils.py, _ignore_causal_mask_sdpa)
+    # a mask that is all ones is dropped by transformers (masking_utils.py, _ignore_causal_mask_sdpa)
     return estimate(
-        run.model_copy(update={"attention_mask": False}),
+        run.model_copy(update={"attention_mask": record.spec.masked}),
         node,
         resolve_architecture(run),
         rank=0 if record.env.get("backend") == "fake" else None,  # a fake group runs rank 0 alone

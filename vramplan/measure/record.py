@@ -76,6 +76,8 @@ class JobSpec(UserModel):
     """transformers' attention implementation."""
     attention_mask: bool = False
     """Whether an all-ones mask is passed."""
+    masked: bool = False
+    """Whether the masks hid something (padding, or other documents of a pack), as in a real run."""
     activation_checkpointing: Checkpointing = "none"
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     loss: Literal["hf", "liger"] = "hf"
@@ -328,6 +330,7 @@ def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, r
         grad_accum_steps=run.grad_accum_steps or 1,
         attention=run.attention,
         attention_mask=run.attention_mask,
+        masked=run.masked,
         activation_checkpointing=run.activation_checkpointing or "none",
         loss=run.loss,
         method=run.method,

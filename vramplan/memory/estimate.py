@@ -41,7 +41,7 @@ def estimate(
         SpecError: a field that the planner decides is None, or the combination is not covered.
     """
     job = job_from_run(run, node, architecture, weights_halved)
-    _check_covered(job, run.attention_mask)
+    _check_covered(job)
     basis, shapeless = job.basis, job.shapeless
     ranks = [rank] if rank is not None else ranks_that_differ(shapeless)
     walks = [walk(shapeless, each, steps_skipped) for each in ranks]
@@ -110,7 +110,7 @@ COVERED_FAMILIES = frozenset(
 """Families whose blocks have been laid on the tape and compared with measurements."""
 
 
-def _check_covered(job: Job, masked: bool) -> None:
+def _check_covered(job: Job) -> None:
     """Raise UncoveredError for what the arithmetic does not count yet, naming it."""
     method = job.method
     uncovered = {
@@ -125,7 +125,9 @@ def _check_covered(job: Job, masked: bool) -> None:
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1 and _has_own_core(job),
         "adapters on embeddings": _adapts_embeddings(job),
-        "a padding mask (attention_mask: true)": masked,
+        f"masks of padded or packed sequences in the {job.architecture.family} family": job.masked
+        and _has_own_core(job),
+        "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,
         "zero.reduce_scatter: false": not job.zero.reduce_scatter,
         f"the optimizer {job.optimizer}": job.optimizer == "adafactor",

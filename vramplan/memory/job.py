@@ -63,6 +63,8 @@ class Job:
     offload_optimizer: bool
     offload_param: bool
     clipping: bool
+    masked: bool
+    """Whether attention is given a mask of its own (``RunSpec.masked``)."""
     retain: RetainSpec
 
     @property
@@ -85,6 +87,7 @@ class Job:
             lone_sequence=self.micro_batch_size == 1,
             adapter_dtype=self.adapter_dtype,
             windowed=any(window <= self.seq_len for window in self.architecture.windows),
+            masked=self.masked,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
 
@@ -204,6 +207,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
         clipping=run.training.max_grad_norm > 0,
+        masked=run.masked,
         retain=run.retain,
     )
 

@@ -50,6 +50,8 @@ class ModelRun:
     """Format of adapters where it is not that of the weights."""
     windowed: bool = False
     """Whether sequences reach the sliding window."""
+    masked: bool = False
+    """Whether sequences are padded or packed."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 
@@ -94,6 +96,7 @@ class _Runner:
             sequence_parallel=run.sequence_parallel,
             lone_sequence=run.lone_sequence,
             windowed=run.windowed,
+            masked=run.masked,
             hooks=self.gathers,
             num_layers=run.architecture.num_layers,
         )

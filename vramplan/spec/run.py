@@ -129,6 +129,12 @@ class RunSpec(UserModel):
     retain: RetainSpec = RetainSpec()
 
     @property
+    def masked(self) -> bool:
+        """Whether attention is given a mask of its own: for padding, or so that packed documents do not see each
+        other."""
+        return self.attention_mask or self.data.packing != "none"
+
+    @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up: as given, else 1e-5 for full training and 2e-4 for adapters."""
         if self.optimizer.lr is not None:

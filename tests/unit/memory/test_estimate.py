@@ -59,7 +59,6 @@ def test_layers_with_adapters_keep_more_than_layers_without():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"attention_mask": True}, "padding mask"),
         ({"zero": {"round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero": {"reduce_scatter": False}}, "reduce_scatter"),
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
@@ -88,3 +87,14 @@ def test_offload_moves_states_to_the_host():
     # master, its gradient and two moments in fp32, and the low-precision copy: 18 B an element of the rank's share
     assert away.host_bytes_per_node > 18 * 8_030_261_248
     assert away.allocated_peak_bytes < here.allocated_peak_bytes
+
+
+def test_packed_documents_have_a_mask_in_every_layer():
+    """bool once, and a copy in the core's format that each layer keeps for backward."""
+
+    def end_of_forward(**fields) -> int:
+        found = ask(activation_checkpointing="none", zero={"stage": 0}, **fields)
+        return next(phase.end_bytes for phase in found.phases if phase.phase == "step1.micro1.forward")
+
+    packed = end_of_forward(data={"train": "builtin:arithmetic", "packing": "best_fit"})
+    assert packed > end_of_forward()

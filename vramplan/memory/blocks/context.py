@@ -67,6 +67,8 @@ class BlockContext:
     """Autocast's cache: the low-precision copy of each trained weight, until autocast ends."""
     windowed: bool = False
     """Whether sequences reach the sliding window, so that fused kernels need a mask."""
+    masked: bool = False
+    """Whether sequences are padded or packed, so that fused kernels need a mask for each."""
     tables: Tables = field(default_factory=lambda: Tables())
     model_frame: list[Tensor] = field(default_factory=list)
     """Local variables of the inner model, alive until it returns."""

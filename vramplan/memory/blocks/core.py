@@ -16,7 +16,8 @@ MASK = "causal mask"
 def masks(ctx: BlockContext, attentions: list[Attention]) -> None:
     """One mask for all layers that see everything and one for those that slide (transformers/masking_utils.py).
 
-    Eager attention adds them; fused kernels are told that the mask is causal unless sequences reach the window.
+    Eager attention adds them; fused kernels are told that the mask is causal unless sequences reach the window, or
+    are padded or packed.
     Falcon always has one, which ALiBi's bias is part of.
     """
     has_window = any(block.sliding_window is not None for block in attentions)
@@ -29,6 +30,11 @@ def masks(ctx: BlockContext, attentions: list[Attention]) -> None:
             tables.window_mask = ctx.tape.new(per_score(1), ctx.dtype, MASK)
     elif ctx.attention == "sdpa" and is_falcon:
         tables.mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
+    elif ctx.attention == "sdpa" and ctx.masked:
+        if any(block.sliding_window is None for block in attentions):
+            tables.mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
+        if has_window:
+            tables.window_mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
     elif ctx.attention == "sdpa" and ctx.windowed and has_window:
         tables.window_mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
     if attentions[0].alibi:
@@ -47,7 +53,7 @@ def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: At
     """Softmax attention of rotated queries and keys with values."""
     if ctx.attention == "eager":
         return _eager(ctx, q, k, v, block)
-    mask = ctx.tables.window_mask if block.sliding_window is not None else None
+    mask = ctx.tables.window_mask if block.sliding_window is not None else ctx.tables.mask
     if mask is not None:
         k, v = to_all_heads(k, block), to_all_heads(v, block)
     return fused_core(ctx, q, k, v, block, mask)
