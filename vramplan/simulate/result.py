@@ -94,8 +94,6 @@ class SimulationResult:
     numel_trainable: int
     num_blocks: int
     seconds: float
-    num_layers_traced: int | None = None
-    """Layers that were really traced, where the rest was extended from them; None: all."""
     alloc_retries: int | None = None
     failure: Failure | None = None
     error: str | None = None

@@ -72,16 +72,21 @@ def run_plan(
         try:
             finished = _follow(child, tail, listener, run_dir.status_of(0))
         except Interrupted as error:
-            raise TrainingFailed(
-                f"interrupted; all ranks are ended, and `vramplan train {run_dir.plan} -o {run_dir.root} --resume` "
-                "goes on from the last checkpoint",
-                INTERRUPTED_CODE,
-            ) from error
+            raise TrainingFailed(_interrupted(run_dir), INTERRUPTED_CODE) from error
         finally:
             child.end()
             remove_buffers(port)
     if not finished:
         raise explain(run_dir, child.poll())
+
+
+def _interrupted(run_dir: RunDir) -> str:
+    if not any(run_dir.checkpoints.glob("step-*")):
+        return "interrupted before the first checkpoint; all ranks are ended, and nothing was saved"
+    return (
+        f"interrupted; all ranks are ended, and `vramplan train {run_dir.plan} -o {run_dir.root} --resume` "
+        "goes on from the last checkpoint"
+    )
 
 
 def answer_sample(run_dir: RunDir, question: str, listener: Listener) -> None:

@@ -99,7 +99,7 @@ def pretrained(run: RunSpec, directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=weight_dtype(run),
             attn_implementation=run.attention,
@@ -107,9 +107,19 @@ def pretrained(run: RunSpec, directory: Path) -> Any:
             trust_remote_code=run.training.trust_remote_code,
             **_quantized(run),
         )
+        _keep_packing(model)
+        return model
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{directory}: cannot be loaded as a causal language model ({reason})") from error
+
+
+def _keep_packing(model: torch.nn.Module) -> None:
+    """On the CPU bitsandbytes packs 4-bit weights anew for inference as soon as a module evaluates, in a form that
+    does not train (bitsandbytes/nn/modules.py, ``Linear4bit.forward``); a run evaluates and then goes on."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _quantized(run: RunSpec) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _quantized(run: RunSpec) -> dict[str, Any]:
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise SpecError("method.kind: qlora needs bitsandbytes; install it, or use lora")
+        raise SpecError("method.kind: qlora needs bitsandbytes: pip install 'vramplan[qlora]', or use lora")
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
