@@ -8,6 +8,8 @@ shared by the batch (rotary tables), score matrices, and masks shared by the bat
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 BASIS = ("1", "T", "s", "T*s", "s*s")
 Size = tuple[int, int, int, int, int]
 ZERO: Size = (0, 0, 0, 0, 0)
@@ -67,3 +69,12 @@ def basis_at(batch: int, seq: int) -> Size:
 def dominates(a: Size, b: Size) -> bool:
     """Whether ``a`` is at least ``b`` for every batch (every basis value is non-negative)."""
     return a[0] >= b[0] and a[1] >= b[1] and a[2] >= b[2] and a[3] >= b[3] and a[4] >= b[4]
+
+
+def undominated(sizes: Iterable[Size]) -> tuple[Size, ...]:
+    """Those that can be the largest for some batch."""
+    kept: list[Size] = []
+    for size in sorted(sizes, key=lambda each: -sum(each)):
+        if not any(dominates(other, size) for other in kept):
+            kept.append(size)
+    return tuple(kept)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vramplan.errors import SpecError
 from vramplan.memory.job import Job
 from vramplan.memory.partition import ranks_that_differ
-from vramplan.memory.size import Size, basis_at, dominates, evaluate
+from vramplan.memory.size import Size, basis_at, evaluate, undominated
 from vramplan.memory.walked import walk
 from vramplan.spec.layout import Layout
 
@@ -94,18 +94,12 @@ def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
     ).shapeless
 
 
-def _peak_sizes(shapeless: Job) -> list[Size]:
+def _peak_sizes(shapeless: Job) -> tuple[Size, ...]:
     """The sizes that can be the peak of any rank."""
-    found: list[Size] = []
-    for rank in ranks_that_differ(shapeless):
-        for size in walk(shapeless, rank, False).peaks:
-            if not any(dominates(other, size) for other in found):
-                found = [other for other in found if not dominates(size, other)]
-                found.append(size)
-    return found
+    return undominated(size for rank in ranks_that_differ(shapeless) for size in walk(shapeless, rank, False).peaks)
 
 
-def _highest(sizes: list[Size], basis: Any) -> Ints:
+def _highest(sizes: tuple[Size, ...], basis: Any) -> Ints:
     highest: Ints = np.asarray(evaluate(sizes[0], basis))
     for size in sizes[1:]:
         np.maximum(highest, evaluate(size, basis), out=highest)

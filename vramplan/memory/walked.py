@@ -10,7 +10,7 @@ from typing import overload
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
-from vramplan.memory.size import Size, dominates, evaluate
+from vramplan.memory.size import Size, evaluate, undominated
 from vramplan.memory.term import Moment
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero3 import Zero3
@@ -32,11 +32,7 @@ class Walked:
 def walk(job: Job, rank: int, steps_skipped: bool) -> Walked:
     """The instants of a job without a batch (``Job.shapeless``)."""
     stretches = tuple(_engine(job, rank, steps_skipped).walk())
-    peaks: list[Size] = []
-    for size in sorted((each.size for stretch in stretches for each in stretch.instants), key=lambda size: -sum(size)):
-        if not any(dominates(other, size) for other in peaks):
-            peaks.append(size)
-    return Walked(stretches, tuple(peaks))
+    return Walked(stretches, undominated(each.size for stretch in stretches for each in stretch.instants))
 
 
 def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
