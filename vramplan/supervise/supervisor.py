@@ -82,7 +82,7 @@ def run_plan(
 
 def _interrupted(run_dir: RunDir) -> str:
     if not any(run_dir.checkpoints.glob("step-*")):
-        return "interrupted before the first checkpoint; all ranks are ended, and nothing was saved"
+        return "interrupted; all ranks are ended, and nothing was saved: there was no checkpoint yet"
     return (
         f"interrupted; all ranks are ended, and `vramplan train {run_dir.plan} -o {run_dir.root} --resume` "
         "goes on from the last checkpoint"

@@ -6,14 +6,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
 from vramplan.train.status import RankStatus, start_guard, write_failure
 
 
-def main() -> int:
-    """Runs this rank; 0 when it came to its end. A failure is written where the supervisor looks for it."""
+def main() -> NoReturn:
+    """Runs this rank and leaves, with 0 after its end. A failure is written where the supervisor looks for it."""
     arguments = _parse()
     rank = int(os.environ.get("RANK", "0"))
     run_dir = RunDir(arguments.run_dir)
@@ -22,23 +23,24 @@ def main() -> int:
     run_dir.failure_of(rank).unlink(missing_ok=True)
     start_guard(status)
     try:
-        from torch.distributed import destroy_process_group
+        from torch.distributed import barrier
 
         from vramplan.train.session import train
 
         train(Plan.load(arguments.plan), run_dir, status, resuming=arguments.resume)
-        destroy_process_group()
+        barrier()  # no rank leaves while another still needs it
     except BaseException as error:  # noqa: BLE001  # whatever it is, the supervisor must learn of it
+        import traceback
+
         code = write_failure(run_dir.failure_of(rank), status.now, error)
-        _leave(code, error)
-    return 0
+        traceback.print_exception(error)
+        _leave(code)
+    _leave(0)
 
 
-def _leave(code: int, error: BaseException) -> None:
-    """Ends at once: orderly shutdown would wait for ranks that wait for this one."""
-    import traceback
-
-    traceback.print_exception(error)
+def _leave(code: int) -> NoReturn:
+    """Ends at once, with all that was done on the disk: an orderly shutdown after a failure would wait for ranks that
+    wait for this one, and after success it now and then aborts ("terminate called without an active exception")."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -53,4 +55,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
