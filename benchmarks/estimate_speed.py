@@ -39,7 +39,7 @@ def main() -> None:
     node, architecture = resolve_node(run.hardware), resolve_architecture(run)
     for stage in range(4):
         started = time.process_time()
-        estimate(closed(stage, 1), node, architecture)
+        estimate(closed(stage, REPEATS + 1), node, architecture)
         first_s = time.process_time() - started
         runs = [closed(stage, 1 + index) for index in range(REPEATS)]
         started = time.process_time()

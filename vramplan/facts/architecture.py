@@ -155,6 +155,12 @@ class Architecture:
         return len(self.layers)
 
     @cached_property
+    def has_own_core(self) -> bool:
+        """Whether the family computes attention in a way of its own (BLOOM, Falcon)."""
+        mixers = (layer.mixer for layer in self.layers)
+        return any(isinstance(mixer, Attention) and mixer.core != "shared" for mixer in mixers)
+
+    @cached_property
     def windows(self) -> frozenset[int]:
         """The sliding windows of its layers, in tokens."""
         attentions = (layer.mixer for layer in self.layers)

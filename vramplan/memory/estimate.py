@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, Attention
+from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import term
@@ -76,11 +76,6 @@ def _adapts_embeddings(job: Job) -> bool:
     return any(method.adapts(table.name) for table in job.architecture.embeddings)
 
 
-def _has_own_core(job: Job) -> bool:
-    mixers = (layer.mixer for layer in job.architecture.layers)
-    return any(isinstance(mixer, Attention) and mixer.core != "shared" for mixer in mixers)
-
-
 COVERED_FAMILIES = frozenset(
     [
         "bloom",
@@ -123,10 +118,11 @@ def _check_covered(job: Job) -> None:
         "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
-        f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1 and _has_own_core(job),
+        f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1
+        and job.architecture.has_own_core,
         "adapters on embeddings": _adapts_embeddings(job),
         f"masks of padded or packed sequences in the {job.architecture.family} family": job.masked
-        and _has_own_core(job),
+        and job.architecture.has_own_core,
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,
         "zero.reduce_scatter: false": not job.zero.reduce_scatter,

@@ -84,7 +84,7 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             sequence_parallel=self.layout.sp,
-            lone_sequence=self.micro_batch_size == 1,
+            lone_sequence=self.lone_sequence,
             adapter_dtype=self.adapter_dtype,
             windowed=any(window <= self.seq_len for window in self.architecture.windows),
             masked=self.masked,
@@ -99,11 +99,18 @@ class Job:
         return ADAPTER_DTYPE if keeps else None
 
     @property
+    def lone_sequence(self) -> bool:
+        """Whether a micro-batch is one sequence, where that decides what is copied: in products of heads that are not
+        left to one kernel."""
+        unfused = self.attention == "eager" or self.device == "cpu" or self.layout.sp > 1
+        return self.micro_batch_size == 1 and (unfused or self.architecture.has_own_core)
+
+    @property
     def shapeless(self) -> Job:
         """The job of every batch that makes the same instants: what of micro-batch and sequence decides more than
         sizes is whether there is one sequence, and which sliding windows are shorter than it."""
         reached = max((window for window in self.architecture.windows if window <= self.seq_len), default=0)
-        return replace(self, micro_batch_size=1 if self.model_run.lone_sequence else 2, seq_len=reached)
+        return replace(self, micro_batch_size=1 if self.lone_sequence else 2, seq_len=reached)
 
     @property
     def basis(self) -> Size:

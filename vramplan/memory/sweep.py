@@ -77,9 +77,9 @@ def allocated_peaks(job: Job, candidates: Candidates) -> Ints:
 
 def _shapes(job: Job, candidates: Candidates) -> list[Ints]:
     """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, and the windows reached."""
-    lone = (candidates.micro_batch_size == 1).astype(np.int64)
+    lone = (candidates.micro_batch_size == 1) & replace(job, micro_batch_size=1).lone_sequence
     windows = np.array(sorted(job.architecture.windows), dtype=np.int64)
-    return [lone, np.searchsorted(windows, candidates.seq_len, side="right")]
+    return [lone.astype(np.int64), np.searchsorted(windows, candidates.seq_len, side="right")]
 
 
 def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
