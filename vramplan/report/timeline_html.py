@@ -11,7 +11,7 @@ from vramplan.simulate.result import CATEGORY_ORDER, SimulationResult, Timeline
 from vramplan.units import format_bytes
 
 WIDTH, HEIGHT = 1200, 480
-LEFT, BOTTOM, TOP = 80, 60, 20
+LEFT, BOTTOM, TOP = 80, 80, 20
 HEADROOM = 1.05
 """The highest value reaches this share of the plot's height, inverted."""
 COLOURS = (

@@ -9,7 +9,7 @@ import pytest
 
 from vramplan.memory.birth import Birth
 from vramplan.memory.term import Category
-from vramplan.report.timeline_html import HEIGHT, timeline_page, timeline_svg, write_timeline_page
+from vramplan.report.timeline_html import BOTTOM, HEIGHT, timeline_page, timeline_svg, write_timeline_page
 from vramplan.simulate.result import SimulationResult
 from vramplan.simulate.summary import Curves, largest_live, make_timeline, summarise_phases
 from vramplan.simulate.trace import CATEGORIES, PhaseSpan, Trace
@@ -69,7 +69,7 @@ def test_areas_are_stacked_to_scale_below_the_capacity(result):
     assert heights["activation"][4] == pytest.approx(heights["parameter"][4] * 2 / 3, abs=0.15)
     assert heights["activation"][:4] == [0, 0, 0, 0]
     capacity = next(line for line in svg.iter("line") if line.get("id") == "capacity")
-    foot = HEIGHT - 60
+    foot = HEIGHT - BOTTOM
     assert (foot - float(capacity.get("y1"))) * 300 / 1024 == pytest.approx(heights["parameter"][4], abs=0.15)
 
 

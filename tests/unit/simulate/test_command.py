@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import subprocess
 import sys
 
 import pytest
+from torch.cuda import _memory_viz
 
 TINY = {
     "model_type": "llama",
@@ -46,6 +49,40 @@ def test_json_has_the_keys_of_fit_and_its_own(model):
     assert all(phase["reserved_peak_bytes"] >= phase["peak_bytes"] for phase in found["phases"])
     assert found["allocated_peak_bytes_per_rank"] == pytest.approx(fitted["allocated_peak_bytes_per_rank"], rel=0.01)
     assert found["largest_live"][0]["frame"]
+
+
+def test_a_page_and_a_snapshot_are_written(model, tmp_path):
+    out = tmp_path / "new" / "simulated"
+    done = vramplan("simulate", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json", "-o", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert sorted(path.name for path in out.iterdir()) == ["snapshot.pickle", "timeline.html"]
+    assert found["files"] == [str(out / "timeline.html"), str(out / "snapshot.pickle")]
+    page = (out / "timeline.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
+    totals = [sum(sizes) for sizes in zip(*(sizes for _, sizes in data["categories"]), strict=True)]
+    assert max(totals) == found["allocated_peak_bytes_per_rank"]
+    assert len(data["largest"]) == len(totals)
+    assert any("lm_head" in birth for birth in data["births"])
+    assert 'id="capacity"' in page
+    snapshot = pickle.loads((out / "snapshot.pickle").read_bytes())
+    live = found["phases"][-1]["end_bytes"]
+    assert f"total_allocated: {_memory_viz.Bytes(live)}\n" in _memory_viz.segsum(snapshot)
+    entries = snapshot["device_traces"][0]
+    reserved = peak = 0
+    for entry in entries:
+        reserved += entry["size"] * {"segment_alloc": 1, "segment_free": -1}.get(entry["action"], 0)
+        peak = max(peak, reserved)
+    assert peak == found["reserved_peak_bytes_per_rank"]
+    assert "Active Memory Timeline" in _memory_viz.trace_plot(snapshot)
+
+
+def test_where_nothing_can_be_written_is_said_before_simulating(model, tmp_path):
+    taken = tmp_path / "file"
+    taken.write_text("", encoding="utf-8")
+    done = vramplan("simulate", model, *CLOSED, "--gpu", "rtx4090", "-o", str(taken))
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"vramplan: {taken}: cannot be written (File exists); choose another -o"
 
 
 def test_the_first_allocation_that_fails_is_named(model):
