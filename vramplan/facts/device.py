@@ -42,6 +42,8 @@ class Node:
     """Memory of one machine's host; None where unknown (then host bytes are printed but not judged)."""
     memory_cap_bytes: int | None = None
     """A cap on one rank's bytes below what the device offers."""
+    overhead_file: str | None = None
+    """A calibrated file of what the driver and the allocator hold beyond tensors; None: the shipped one."""
 
     @property
     def world_size(self) -> int:

@@ -41,6 +41,8 @@ class HardwareRequest(Protocol):
     def memory_cap(self) -> str | int | None: ...
     @property
     def host_memory(self) -> str | int | None: ...
+    @property
+    def overhead(self) -> str | None: ...
 
 
 def resolve_node(hardware: HardwareRequest) -> Node:
@@ -63,7 +65,11 @@ def resolve_node(hardware: HardwareRequest) -> Node:
     else:
         node = Node(find_device(hardware.gpu), hardware.gpus_per_node or 1)
     return replace(
-        node, num_nodes=hardware.nodes, memory_cap_bytes=cap, host_memory_bytes=host_memory or node.host_memory_bytes
+        node,
+        num_nodes=hardware.nodes,
+        memory_cap_bytes=cap,
+        host_memory_bytes=host_memory or node.host_memory_bytes,
+        overhead_file=hardware.overhead,
     )
 
 

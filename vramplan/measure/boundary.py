@@ -19,12 +19,11 @@ from vramplan.forkserver import Ended, ForkServer
 from vramplan.measure.bench import Capacity, local_capacity, record_of, worker_env
 from vramplan.measure.record import JobSpec, Record, append_record, read_records, run_from_record_spec
 from vramplan.memory.estimate import estimate
+from vramplan.memory.overhead import HELD_BY_THE_ALLOCATOR
 from vramplan.units import TIB
 
 LARGEST_TRIED = 4096
 """Micro-batches above are not tried: the capacity is no bound for such a job."""
-HELD_BY_THE_ALLOCATOR = ("allocator fragmentation", "cuBLAS workspace")
-"""Terms of the overhead that the caching allocator counts (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 Try = Callable[[int], bool]
 """Whether a micro-batch of that many sequences fits."""
 

@@ -9,7 +9,7 @@ from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import term
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.moments import Stretch
-from vramplan.memory.overhead import overhead
+from vramplan.memory.overhead import WORKSPACES, overhead
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, evaluate
 from vramplan.memory.term import Place, Term
@@ -47,14 +47,18 @@ def estimate(
     walks = [walk(shapeless, each, steps_skipped) for each in ranks]
     worst = walks[0] if len(walks) == 1 else max(walks, key=lambda walked: walked.peak_bytes(basis))
     phases = tuple(stretch.phase_bytes(basis) for stretch in worst.stretches)
+    beyond = overhead(node, job.layout, run.alloc_conf, max(phase.peak_bytes for phase in phases))
     return Estimate(
         moments=Moments(worst.stretches, basis),
         phases=phases,
-        overhead=overhead(node.device, node.world_size, max(phase.peak_bytes for phase in phases)),
+        overhead=beyond.terms,
         host_terms=_host_terms(worst.stretches, basis),
         capacity_bytes=node.capacity_bytes,
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
+        workspace_bytes=sum(term.num_bytes for term in beyond.terms if term.name in WORKSPACES),
+        reserved_band=beyond.reserved_band,
+        used_band=beyond.used_band,
     )
 
 

@@ -18,6 +18,18 @@ class PhaseBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """A reading that depends on what happened before: between these, both included."""
+
+    low_bytes: int
+    high_bytes: int
+
+    def holds(self, num_bytes: int) -> bool:
+        """Whether a reading lies in the band."""
+        return self.low_bytes <= num_bytes <= self.high_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """The ledger of one run on one rank.
 
@@ -36,6 +48,12 @@ class Estimate:
     capacity_bytes: int
     ranks_per_node: int
     host_capacity_bytes: int | None = None
+    workspace_bytes: int = 0
+    """Of the overhead, what libraries allocate through torch: part of what torch counts as allocated."""
+    reserved_band: Band | None = None
+    """What torch's caching allocator may hold at the peak; None on the CPU."""
+    used_band: Band | None = None
+    """What the driver may report at the peak; None on the CPU."""
 
     @property
     def peak(self) -> Moment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vramplan.memory.ledger import Estimate
+from vramplan.memory.ledger import Band, Estimate
 from vramplan.memory.term import Moment
 from vramplan.report import words
 from vramplan.search.fit import Fit
@@ -42,6 +42,8 @@ def estimate_to_dict(found: Estimate) -> dict[str, Any]:
         "peak_moment": found.peak.name,
         "allocated_peak_bytes_per_rank": found.allocated_peak_bytes,
         "used_peak_bytes_per_rank": found.used_peak_bytes,
+        "reserved_band_bytes": _band(found.reserved_band),
+        "used_band_bytes": _band(found.used_band),
         "capacity_bytes": found.capacity_bytes,
         "host_bytes_per_node": found.host_bytes_per_node,
         "host_capacity_bytes": found.host_capacity_bytes,
@@ -53,6 +55,11 @@ def estimate_to_dict(found: Estimate) -> dict[str, Any]:
             {"name": term.name, "basis": term.basis.value, "note": term.note} for term in words.uncertain_terms(found)
         ],
     }
+
+
+def _band(band: Band | None) -> list[int] | None:
+    """The least and the most that a reading of the driver or the allocator may be."""
+    return None if band is None else [band.low_bytes, band.high_bytes]
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:

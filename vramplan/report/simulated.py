@@ -39,6 +39,8 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "allocated_peak_bytes_per_rank": found.allocated_peak_bytes,
         "reserved_peak_bytes_per_rank": reserved,
         "used_peak_bytes_per_rank": found.used_peak_bytes,
+        "reserved_band_bytes": None if reserved is None else [reserved, reserved],
+        "used_band_bytes": None if reserved is None else [found.used_peak_bytes, found.used_peak_bytes],
         "capacity_bytes": found.capacity_bytes,
         "host_bytes_per_node": closed.node.gpus_per_node * found.host_peak_bytes,
         "host_capacity_bytes": closed.node.host_memory_bytes,
@@ -68,7 +70,8 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "categories": dict(found.categories),
         "largest_live": [group.to_dict() for group in found.largest_live],
         "assumptions": [
-            {"name": term.name, "basis": term.basis.value, "note": term.note} for term in driver_terms(closed.node)
+            {"name": term.name, "basis": term.basis.value, "note": term.note}
+            for term in driver_terms(closed.run, closed.node)
         ],
         "plan": {
             "micro_batch_size": closed.run.micro_batch_size,
@@ -113,7 +116,7 @@ def terms_of(closed: ClosedRun, found: SimulationResult) -> list[Term]:
     if beyond:
         note = "the caching allocator's reserved bytes at their highest, less the tensors' at theirs (replayed)"
         terms.append(Term("allocator, beyond tensors", beyond, Category.OVERHEAD, Basis.DERIVED, note))
-    return [*terms, *driver_terms(closed.node)]
+    return [*terms, *driver_terms(closed.run, closed.node)]
 
 
 def verdict(closed: ClosedRun, found: SimulationResult) -> str:

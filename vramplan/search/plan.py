@@ -176,7 +176,7 @@ _DEVICE_FIELDS = (
     "link_bandwidth",
     "compute_capability",
 )
-_NODE_FIELDS = ("gpus_per_node", "num_nodes", "host_memory_bytes", "memory_cap_bytes")
+_NODE_FIELDS = ("gpus_per_node", "num_nodes", "host_memory_bytes", "memory_cap_bytes", "overhead_file")
 
 
 def _node_to_dict(node: Node) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vramplan.memory.term import Term
 from vramplan.search.choose import check_sequence_length, search
 from vramplan.search.space import Candidate, batch_splits, layout_of
 from vramplan.simulate.request import Conditions, DeviceType, SimulationRequest
+from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 from vramplan.units import parse_bytes
 
@@ -86,13 +87,14 @@ def request_on(
 ) -> SimulationRequest:
     """A closed run on a node, with what the driver counts beside the allocator taken off its capacity."""
     device_type: DeviceType = "cpu" if node.device.kind == "cpu" else "cuda"
-    beside = sum(term.num_bytes for term in driver_terms(node)) + extra_bytes
+    beside = sum(term.num_bytes for term in driver_terms(run, node)) + extra_bytes
     return SimulationRequest(run, device_type, node.capacity_bytes, beside, conditions or Conditions(), key=key)
 
 
-def driver_terms(node: Node) -> tuple[Term, ...]:
+def driver_terms(run: RunSpec, node: Node) -> tuple[Term, ...]:
     """Context, communicators and workspaces; fragmentation is the replay's to say."""
-    return tuple(term for term in overhead(node.device, node.world_size, 0) if term.num_bytes)
+    layout = run.layout or Layout(dp=node.world_size)
+    return overhead(node, layout, run.alloc_conf, 0).terms
 
 
 def _is_closed(run: RunSpec) -> bool:

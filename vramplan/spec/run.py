@@ -86,6 +86,9 @@ class HardwareSpec(UserModel):
     """Bytes that one rank may use, if less than the device offers, e.g. ``24GiB``."""
     host_memory: str | int | None = None
     """Memory of one node's host. None: this machine's, or a catalogue node's."""
+    overhead: str | None = None
+    """A file of what the driver and the allocator hold beyond tensors, in the form of facts/data/overhead.json. None:
+    the shipped figures."""
 
 
 class RunSpec(UserModel):
