@@ -37,7 +37,14 @@ def simulate_comparison(
 def _request(record: Record, key: str) -> SimulationRequest:
     """A record's run on the kind of device that it was measured on."""
     run, _ = run_from_record_spec(record.spec)
-    request = record_request(run, key=key, steps=record.spec.steps, skip_steps=steps_were_skipped(record))
+    request = record_request(
+        run,
+        key=key,
+        steps=record.spec.steps,
+        skip_steps=steps_were_skipped(record),
+        masked=record.spec.masked,
+        trained=record.env.get("backend") != "fake",
+    )
     return replace(request, device_type="cpu" if record.env.get("device_type", "cpu") == "cpu" else "cuda")
 
 

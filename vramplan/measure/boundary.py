@@ -104,7 +104,8 @@ def estimated_largest(job: JobSpec, device_type: str) -> int:
     def fits(micro_batch_size: int) -> bool:
         run, layout = run_from_record_spec(job.model_copy(update={"micro_batch_size": micro_batch_size}))
         node = Node(device, gpus_per_node=layout.world_size)
-        run = run.model_copy(update={"attention_mask": False})  # an all-ones mask is dropped (masking_utils.py)
+        # a mask that is all ones is dropped (masking_utils.py)
+        run = run.model_copy(update={"attention_mask": job.attention_mask and job.masked})
         found = estimate(run, node, resolve_architecture(run), rank=0)
         held = sum(term.num_bytes for term in found.overhead if term.name in HELD_BY_THE_ALLOCATOR)
         return found.allocated_peak_bytes + held <= (job.cap_bytes or 0)

@@ -44,7 +44,7 @@ class _Job:
         self.context_bytes = _prepare_device(device, spec)
         self.probe = PhaseProbe(device, births=self.births)
         run, layout = run_from_record_spec(spec)
-        self.player = RankPlayer(run, layout, self.phase, device=str(device), steps=spec.steps)
+        self.player = RankPlayer(run, layout, self.phase, device=str(device), steps=spec.steps, padded=spec.masked)
 
     def run(self) -> tuple[Outcome, str | None]:
         try:

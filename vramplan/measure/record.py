@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from vramplan.errors import SpecError
 from vramplan.spec.base import UserModel
+from vramplan.spec.data import DataSpec
 from vramplan.spec.layout import Layout, shard
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import (
@@ -313,6 +314,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
         loss=spec.loss,
         keep_outputs=spec.keep_outputs,
         retain=spec.retain,
+        data=DataSpec(packing="best_fit" if spec.masked and not spec.attention_mask else "none"),
         optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01),
         zero=zero,
         layout=layout,

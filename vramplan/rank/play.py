@@ -45,6 +45,8 @@ class RankPlayer:
     device: str = "cpu"
     steps: int = 2
     managed: bool = True
+    padded: bool = False
+    """Whether a padding mask that is passed hides something: each sequence's last token."""
     on_model: Callable[[torch.nn.Module], None] = lambda model: None
     """Told the model when it is built, before the engine."""
 
@@ -108,7 +110,12 @@ class RankPlayer:
         batch: dict[str, Any] = {"input_ids": input_ids, "labels": input_ids.clone(), "use_cache": False}
         if self.run.attention_mask:
             batch["attention_mask"] = torch.ones_like(input_ids)
-        if self.layout.sp > 1:
+            if self.padded:
+                batch["attention_mask"][:, -1] = 0
+        if self.run.data.packing != "none":
+            half = -(-local_len // 2)  # two documents
+            batch["position_ids"] = torch.arange(local_len, device=self.device).remainder(half).repeat(shape[0], 1)
+        elif self.layout.sp > 1:
             batch["position_ids"] = torch.arange(local_len, device=self.device).expand(shape)
         return batch
 

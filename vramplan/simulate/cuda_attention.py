@@ -49,18 +49,27 @@ def cuda_attention(
     return exact
 
 
-def register_flash() -> str:
+def register_flash(*, padded: bool = True) -> str:
     """Gives transformers an attention that keeps what the package flash-attn keeps; its name there.
 
     flash-attn saves queries, keys, values, the result, row sums and a random state, as torch's own flash kernel does;
     with padding, transformers copies queries, keys and values without it and the result back (``_upad_input``).
+    ``padded``: whether a mask that is passed hides something.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(FLASH_NAME, _flash_attention_2)
-    AttentionMaskInterface.register(FLASH_NAME, flash_attention_mask)
+    AttentionMaskInterface.register(FLASH_NAME, _mask_of_padding if padded else _no_mask)
     return FLASH_NAME
+
+
+def _mask_of_padding(*, attention_mask: torch.Tensor | None, kv_length: int, **_: Any) -> torch.Tensor | None:
+    """``flash_attention_mask`` of transformers' masking_utils.py where a token is padding."""
+    return None if attention_mask is None else attention_mask[:, -kv_length:]
+
+
+def _no_mask(**_: Any) -> None:
+    """The same where every token is real."""
 
 
 def _flash_attention_2(

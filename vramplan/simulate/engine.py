@@ -51,12 +51,20 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     join_fake_group(layout.world_size)
     sole_use_counts()
     if run.attention == "flash_attention_2":
-        run = run.model_copy(update={"attention": register_flash()})
-    player = RankPlayer(run, layout, tracker.phase, device, steps=conditions.steps, managed=conditions.managed)
+        run = run.model_copy(update={"attention": register_flash(padded=conditions.padded)})
+    player = RankPlayer(
+        run,
+        layout,
+        tracker.phase,
+        device,
+        steps=conditions.steps,
+        managed=conditions.managed,
+        padded=conditions.padded,
+    )
     player.on_model = tracker.learn_model
     traced = Traced(tracker.trace)
     with _quiet(), _FakeMode(allow_non_fake_inputs=True):
-        with patched(tracker, conditions, device_type), tracker:
+        with patched(tracker, conditions, device_type, packed=run.data.packing != "none"), tracker:
             try:
                 player.play()
             except Exception as error:  # noqa: BLE001 - whatever the stack does not bear is named with its place

@@ -21,8 +21,8 @@ CPU_RNG_STATE_BYTES = 5056
 
 
 @contextmanager
-def patched(tracker: Tracker, conditions: Conditions, device_type: str) -> Iterator[None]:
-    """Everything below, for the duration of the context."""
+def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packed: bool = False) -> Iterator[None]:
+    """Everything below, for the duration of the context; ``packed``: positions restart within a sequence."""
     import deepspeed.ops.adam.cpu_adam as cpu_adam
     import deepspeed.ops.adam.fused_adam as fused_adam
     import deepspeed.runtime.zero.stage3 as stage3
@@ -52,6 +52,8 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str) -> Itera
         put(masking_utils, "is_tracing", lambda tensor=None: False)
         put(modeling_utils, "is_tracing", lambda tensor=None: False)
         put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not conditions.padded))
+        if packed:
+            put(masking_utils, "find_packed_sequence_indices", _found_in(masking_utils.find_packed_sequence_indices))
         if device_type == "cuda":
             put(FakeTensor, "data", property(_DATA.__get__, _set_data))
             put(torch.nn.functional, "scaled_dot_product_attention", cuda_attention)
@@ -68,6 +70,17 @@ def _yes_after(question: Callable[..., Any], *, said: bool = True) -> Callable[.
         return said
 
     return answered
+
+
+def _found_in(find: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+    """``find_packed_sequence_indices``, which by the values that a fake has not would see a single document."""
+    from transformers import masking_utils
+
+    def found(position_ids: torch.Tensor) -> Any:
+        with mock.patch.object(masking_utils, "is_tracing", return_value=True):
+            return find(position_ids)
+
+    return found
 
 
 def _apply_by_data(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

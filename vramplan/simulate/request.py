@@ -125,12 +125,21 @@ class Simulator:
         return SimulationResult.from_dict(json.loads(out.read_text(encoding="utf-8")))
 
 
-def record_request(run: RunSpec, *, key: str = "", steps: int = 2, skip_steps: bool = False) -> SimulationRequest:
+def record_request(
+    run: RunSpec,
+    *,
+    key: str = "",
+    steps: int = 2,
+    skip_steps: bool = False,
+    masked: bool = False,
+    trained: bool = False,
+) -> SimulationRequest:
     """What simulates a measurement record taken on a CPU; ``run`` is the record's, with its layout in it.
 
-    ``skip_steps``: whether the record's optimizer steps were discarded (``measure/record.py``).
+    ``skip_steps``: whether the record's optimizer steps were discarded (``measure/record.py``). ``masked``: whether
+    its masks hid something. ``trained``: whether the trainer took it, whose loop steps after the last micro-batch.
     """
-    conditions = replace(AS_RECORDED, steps=steps, skip_steps=skip_steps)
+    conditions = replace(AS_RECORDED, steps=steps, skip_steps=skip_steps, padded=masked, managed=not trained)
     return SimulationRequest(run, "cpu", conditions=conditions, key=key)
 
 

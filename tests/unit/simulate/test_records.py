@@ -9,6 +9,7 @@ from vramplan.measure.record import read_records, run_from_record_spec, steps_we
 from vramplan.simulate import record_request, simulate_jobs
 
 RECORDS = Path(__file__).parents[2] / "golden" / "cpu_records.jsonl"
+MASKED = RECORDS.parent / "measured" / "cpu_masks.jsonl"
 QUICK = ("CA009", "CA022", "CA028", "CA050", "EA011")
 """Stages 0, 2 and 3, checkpointing, adapters, accumulation, and families beyond llama's and qwen's."""
 
@@ -43,6 +44,25 @@ def test_records_of_every_kind():
     records = [record for record in read_records(RECORDS) if record.id in QUICK]
     assert len(records) == len(QUICK)
     check(simulated(records), median=0.0001, p95=0.001)
+
+
+def test_masks_of_packed_and_padded_sequences():
+    """Measured by `vramplan train` on two ranks, which loads its weights from a checkpoint and steps by itself."""
+    records = {record.id: record for record in read_records(MASKED)}
+    requests = [
+        record_request(run_from_record_spec(record.spec)[0], key=record.id, masked=True, trained=True)
+        for record in records.values()
+    ]
+    compared = 0
+    for key, result in simulate_jobs(requests, parallel=2):
+        assert result.error is None, (key, result.error)
+        found = {phase.phase: phase for phase in result.phases}
+        for phase in records[key].measured.phases:
+            if phase.phase.endswith(("forward", "backward")):  # the rest is 0.8 MiB at most
+                peak = found[phase.phase].peak_bytes
+                assert peak == pytest.approx(phase.allocated_peak_bytes, rel=0.0005), (key, phase.phase)
+                compared += 1
+    assert compared == 2 * 2 * 2 * 2
 
 
 @pytest.mark.slow
