@@ -37,7 +37,7 @@ def wait_until(condition, patience_s: float) -> None:
 def running(tiny_model, tmp_path):
     """A long run that is past its first steps, and its directory; ended at the latest with the test."""
     run_dir = tmp_path / "run"
-    process = start(long_spec(tmp_path, tiny_model), "-o", run_dir)
+    process = start(long_spec(tmp_path, tiny_model), "-o", run_dir, "--no-recover")
     try:
         wait_until(lambda: len(read_events(RunDir(run_dir).metrics)) > 6 or process.poll() is not None, PATIENCE_S)
         assert process.poll() is None, process.stdout.read()
@@ -156,7 +156,7 @@ def test_out_of_memory_is_said_with_its_phase(tiny_model, tmp_path):
     subprocess.run([sys.executable, "-m", "vramplan", "plan", spec, "-o", tmp_path], check=True, cwd=ROOT)
     plan = tmp_path / "plan.yaml"
     plan.write_text(plan.read_text().replace("reduce_bucket_size: 100000\n", "reduce_bucket_size: 4000000000\n"))
-    limited = ["prlimit", f"--data={8 * 2**30}", *command(plan, "-o", run_dir)]
+    limited = ["prlimit", f"--data={8 * 2**30}", *command(plan, "-o", run_dir, "--no-recover")]
     done = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 3
     assert re.search(r"rank \d ran out of memory in step1\.micro1\.backward: .*can't allocate memory", done.stderr)

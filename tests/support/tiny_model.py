@@ -26,13 +26,13 @@ CONFIG = {
 }
 
 
-def save_tiny_model(directory: Path) -> Path:
-    """Writes the model (about 30,000 parameters, fp32) and its tokenizer (512 tokens) to ``directory``."""
+def save_tiny_model(directory: Path, **fields: int) -> Path:
+    """Writes the model (about 30,000 parameters, fp32, but for ``fields`` of its config) and its tokenizer (512 tokens)
+    to ``directory``."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        **CONFIG,
-        vocab_size=len(tokenizer),
+        **{**CONFIG, "vocab_size": len(tokenizer), **fields},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -43,6 +43,13 @@ def train(
             show_default=False,
         ),
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option("--recover/--no-recover", help="After out-of-memory or a killed process, go on by itself."),
+    ] = True,
+    hang_after: Annotated[
+        float, typer.Option(min=5.0, metavar="SECONDS", help="End ranks that give no sign of life for so long.")
+    ] = 60.0,
     hostfile: Annotated[
         Path | None, typer.Option(help="Hosts of a run on several nodes, as DeepSpeed takes them.", show_default=False)
     ] = None,
@@ -52,7 +59,9 @@ def train(
     The run directory holds metrics.jsonl, TensorBoard events, checkpoints, the measurement record and what was trained.
     """
     from vramplan.cli.output import show
+    from vramplan.facts.resolve import resolve_architecture
     from vramplan.report.progress import TrainingView
+    from vramplan.supervise.recover import train_to_the_end
     from vramplan.supervise.supervisor import (
         answer_sample,
         check_before_launch,
@@ -70,7 +79,11 @@ def train(
     _prepare(run_dir, plan, resume)
     show(f"run directory: {run_dir.root}")
     with TrainingView(plan) as view:
-        run_plan(plan, run_dir, view.on_event, resuming=resume, hostfile=hostfile)
+        how: dict[str, Any] = {"resuming": resume, "hostfile": hostfile, "silent_after_s": hang_after}
+        if recover:
+            plan = train_to_the_end(plan, run_dir, resolve_architecture(plan.run), view.on_event, **how)
+        else:
+            run_plan(plan, run_dir, view.on_event, **how)
         if plan.run.retain.interpolate:
             interpolate_with_base(run_dir, view.on_event)
         if plan.run.training.merge_adapters and plan.run.method.kind != "full":

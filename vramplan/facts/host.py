@@ -53,6 +53,22 @@ def cgroup_limit_bytes(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes that the kernel has killed for want of memory so far, in this process's control groups or anywhere;
+    only the rise of the number tells something.
+
+    Counted in v2's ``memory.events``, in v1's ``memory.oom_control`` and in ``/proc/vmstat``.
+    """
+    names = {"memory.max": "memory.events", "memory.limit_in_bytes": "memory.oom_control"}
+    files = [directory / names[limit] for directory, limit in _cgroup_directories(root)]
+    return sum(_counter(file, "oom_kill") for file in (*files, root / "proc/vmstat"))
+
+
+def _counter(path: Path, name: str) -> int:
+    words = (line.split() for line in _text(path).splitlines())
+    return next((int(line[1]) for line in words if len(line) == 2 and line[0] == name), 0)
+
+
 def _cgroup_directories(root: Path) -> list[tuple[Path, str]]:
     """Directories that may hold a limit, with the name of the file that holds it."""
     found = []

@@ -37,6 +37,11 @@ class RunDir:
         return self.root / "record.jsonl"
 
     @property
+    def attempts(self) -> Path:
+        """The ledger of the run's launches: plan, cause, bytes, seconds lost."""
+        return self.root / "attempts.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

@@ -73,6 +73,15 @@ class TrainingView:
     def _on_resumed(self, event: dict[str, Any]) -> None:
         self._say(f"goes on after step {event['step']}, from {event['path']}")
 
+    def _on_recovery(self, event: dict[str, Any]) -> None:
+        changes = ", ".join(f"{name} {value}" for name, value in event["changes"].items())
+        plan = f"{changes} ({event['layout']})" if changes else "the same plan"
+        repeated, lost = event["steps_repeated"], format_seconds(event["seconds_lost"])
+        self._say(
+            f"{event['reason']}\nrecovery: goes on after step {event['from_step']} with {plan}; "
+            f"{repeated} step{'' if repeated == 1 else 's'} to repeat, {lost} lost"
+        )
+
     def _on_start(self, event: dict[str, Any]) -> None:
         trained, total = event["numel_trainable"], event["numel_total"]
         self._say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,6 +138,15 @@ class Plan:
     def load(cls, path: Path | str) -> Plan:
         """Reads plan.yaml; raises SpecError as ``from_dict`` does."""
         return cls.from_dict(read_yaml_mapping(Path(path)), source=str(path))
+
+
+_SAYS_LENGTH_ONLY = {"max_steps", "epochs", "sample", "sample_tokens", "log_every"}
+
+
+def plan_id(run: RunSpec) -> str:
+    """A short name of everything that decides the bytes of a closed run: how long it is and what it prints do not."""
+    text = run.model_dump_json(exclude={"training": _SAYS_LENGTH_ONLY, "hardware": True})
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 _HEADER = """\

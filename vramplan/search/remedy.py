@@ -28,7 +28,7 @@ _MAX_NODES = 128
 _SEQ_STEP = 64
 """Sequence lengths are tried in steps of as many tokens: kernels like multiples of it."""
 
-_PLANNED_FIELDS = (
+PLANNED_FIELDS = (
     "micro_batch_size",
     "activation_checkpointing",
     "zero.stage",
@@ -59,7 +59,7 @@ def remedies(run: RunSpec, node: Node, architecture: Architecture) -> tuple[Reme
     opened = list(_opened(run, node, architecture))
     if opened:
         return tuple(opened[:MAX_REMEDIES])
-    free = _with_open(run, _PLANNED_FIELDS)
+    free = with_open(run, PLANNED_FIELDS)
     found = [way for find in _SEARCHES if (way := find(free, node, architecture)) is not None]
     return tuple(found[:MAX_REMEDIES])
 
@@ -78,7 +78,8 @@ def with_field(run: RunSpec, name: str, value: Any) -> RunSpec:
     return run.model_copy(update={section: getattr(run, section).model_copy(update={key: value})})
 
 
-def _with_open(run: RunSpec, names: Sequence[str]) -> RunSpec:
+def with_open(run: RunSpec, names: Sequence[str]) -> RunSpec:
+    """``run`` with these fields left to the planner; accumulation too, where it follows from the micro-batch."""
     for name in names:
         run = with_field(run, name, None)
         if name == "micro_batch_size" and run.global_batch_size is not None:
@@ -88,7 +89,7 @@ def _with_open(run: RunSpec, names: Sequence[str]) -> RunSpec:
 
 def _opened(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Remedy]:
     """Leaving the planner one of the fields that the user fixed; where no one is enough, all of them."""
-    fixed = [name for name in _PLANNED_FIELDS if get_field(run, name) is not None]
+    fixed = [name for name in PLANNED_FIELDS if get_field(run, name) is not None]
     single = [way for name in fixed if (way := _reopen(run, (name,), node, architecture)) is not None]
     yield from single
     if not single and len(fixed) > 1 and (way := _reopen(run, fixed, node, architecture)) is not None:
@@ -97,7 +98,7 @@ def _opened(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Re
 
 def _reopen(run: RunSpec, names: Sequence[str], node: Node, architecture: Architecture) -> Remedy | None:
     try:
-        answer = search(_with_open(run, names), node, architecture)
+        answer = search(with_open(run, names), node, architecture)
     except VramplanError:  # what is left fixed cannot be combined with anything
         return None
     if not answer.fits:

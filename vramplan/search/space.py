@@ -31,6 +31,18 @@ class Candidate:
     offload_param: Offload
     activation_checkpointing: Checkpointing
 
+    @classmethod
+    def of(cls, run: RunSpec) -> Candidate:
+        """How a closed run fills them in."""
+        return cls(
+            run.micro_batch_size or 1,
+            run.grad_accum_steps or 1,
+            run.zero.stage or 0,
+            run.zero.offload_optimizer or "none",
+            run.zero.offload_param or "none",
+            run.activation_checkpointing or "none",
+        )
+
     def label(self) -> str:
         """E.g. ``micro-batch 2 x 4, ZeRO 3, checkpointing full, optimizer on the CPU``."""
         moved = {("cpu", "none"): ", optimizer on the CPU", ("none", "cpu"): ", weights on the CPU"}

@@ -28,6 +28,8 @@ class TrainingSpec(UserModel):
     """Decides data order, dropout and adapters' initial values."""
     eval_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations. None: at the end only."""
+    eval_micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences of one rank's forward in an evaluation. None: as in training."""
     save_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints. None: at the end only."""
     best_on: str | None = None

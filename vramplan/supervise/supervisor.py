@@ -16,14 +16,18 @@ from typing import Any
 from vramplan.data.source import check_rows
 from vramplan.emit.launch import launch_command, launch_environment, local_launcher
 from vramplan.errors import RunFailedError, SpecError
+from vramplan.facts.host import oom_kills
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
 from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
 from vramplan.supervise.tail import Tail
+from vramplan.supervise.watch import SILENT_AFTER_S, RankWatch, Trouble
 
 _POLL_S = 0.1
+_LAST_WORDS_S = 3.0
+"""How long ranks may take to say why they end, and the launcher to end, after the first sign of trouble."""
 _NEEDED = ("torch", "transformers", "deepspeed", "peft", "tensorboard")
 INTERRUPTED_CODE = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
@@ -46,16 +50,24 @@ def check_before_launch(plan: Plan) -> None:
 
 
 def run_plan(
-    plan: Plan, run_dir: RunDir, listener: Listener, *, resuming: bool = False, hostfile: Path | None = None
+    plan: Plan,
+    run_dir: RunDir,
+    listener: Listener,
+    *,
+    resuming: bool = False,
+    hostfile: Path | None = None,
+    silent_after_s: float = SILENT_AFTER_S,
 ) -> None:
     """Trains: returns when every rank came to its end. ``listener`` is given each event of ``metrics.jsonl``.
 
+    All ranks are ended as soon as one has failed, is gone, or gave no heartbeat for ``silent_after_s``.
+
     Raises:
-        TrainingFailed: a rank failed or was killed, or the user interrupted; no process of the run is left.
+        TrainingFailed: a rank failed, hung or was killed, or the user interrupted; no process of the run is left.
     """
     _clear_old_failures(run_dir)
     remove_forgotten_buffers()
-    port = free_port()
+    port, kills_before = free_port(), oom_kills()
     command = launch_command(
         plan.node,
         run_dir.plan,
@@ -67,17 +79,19 @@ def run_plan(
         executable=local_launcher(),
     )
     tail = Tail(run_dir.metrics)
+    watch = RankWatch(run_dir, local=plan.node.num_nodes == 1, silent_after_s=silent_after_s)
     with interrupts_raise():
         child = Child(command, launch_environment(plan.run, plan.node), run_dir.logs / "launcher.log")
         try:
-            finished = _follow(child, tail, listener, run_dir.status_of(0))
+            trouble = _follow(child, tail, listener, run_dir.status_of(0), watch)
+            code = child.poll()
         except Interrupted as error:
             raise TrainingFailed(_interrupted(run_dir), INTERRUPTED_CODE) from error
         finally:
             child.end()
             remove_buffers(port)
-    if not finished:
-        raise explain(run_dir, child.poll())
+    if trouble is not None:
+        raise explain(run_dir, code, trouble, oom_kills() - kills_before)
 
 
 def _interrupted(run_dir: RunDir) -> str:
@@ -135,23 +149,30 @@ def interrupts_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _follow(child: Child, tail: Tail, listener: Listener, status: Path | None = None) -> bool:
-    """Passes events on until the launcher ends; whether the run said that it was finished.
+def _follow(
+    child: Child, tail: Tail, listener: Listener, status: Path | None = None, watch: RankWatch | None = None
+) -> Trouble | None:
+    """Passes events on until the launcher ends or ``watch`` finds trouble; None where the run said that it was
+    finished.
 
     Changes of the phase in ``status`` come as events too. The launcher's code alone does not tell that all went well:
     it is 0 too when a signal killed DeepSpeed's inner launcher.
     """
-    finished, phase = False, ""
+    finished, phase, trouble, deadline = False, "", Trouble(), float("inf")
     while True:
-        ended = child.poll() is not None  # asked before reading, so that nothing written before the end is missed
+        # asked before reading, so that nothing written before the end is missed
+        ended = child.poll() is not None or time.monotonic() > deadline
         for event in tail.read():
             finished = finished or event["event"] == "end"
             listener(event)
         before, phase = phase, _phase(status) or phase
         if phase != before:
             listener({"event": "phase", "phase": phase})
+        if watch is not None and not ended and not trouble:
+            trouble = watch.look()
+            deadline = time.monotonic() + _LAST_WORDS_S if trouble else deadline
         if ended:
-            return finished and child.poll() == 0
+            return None if finished and child.poll() == 0 else trouble
         time.sleep(_POLL_S)
 
 

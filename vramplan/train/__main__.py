@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vramplan.measure.run_dir import RunDir
-from vramplan.search.plan import Plan
+from vramplan.search.plan import Plan, plan_id
 from vramplan.train.status import RankStatus, start_guard, write_failure
 
 
@@ -27,12 +27,14 @@ def main() -> NoReturn:
 
         from vramplan.train.session import train
 
-        train(Plan.load(arguments.plan), run_dir, status, resuming=arguments.resume)
+        plan = Plan.load(arguments.plan)
+        status.plan = plan_id(plan.run)
+        train(plan, run_dir, status, resuming=arguments.resume)
         barrier()  # no rank leaves while another still needs it
     except BaseException as error:  # noqa: BLE001  # whatever it is, the supervisor must learn of it
         import traceback
 
-        code = write_failure(run_dir.failure_of(rank), status.now, error)
+        code = write_failure(run_dir.failure_of(rank), status, error)
         traceback.print_exception(error)
         _leave(code)
     _leave(0)

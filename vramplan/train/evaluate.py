@@ -45,7 +45,7 @@ def _batches(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Ite
     run = engine.run
     rounds = -(-len(samples) // engine.world_size)
     mine = [index * engine.world_size + engine.rank for index in range(rounds)]
-    for chunk in micro_batches(mine, run.micro_batch_size or 1):
+    for chunk in micro_batches(mine, run.training.eval_micro_batch_size or run.micro_batch_size or 1):
         present = [samples[index] for index in chunk if index < len(samples)]
         shown = present or [samples[-1]]
         yield collate(shown, padded_length(shown, run.seq_len), pad_id, with_mask=run.attention_mask), bool(present)

@@ -198,6 +198,7 @@ class Loop:
         for micro, chunk in enumerate(chunks):
             seed_micro_batch(self.run.training.seed, step, micro, engine.rank)
             tensors = self._tensors(step, chunk, batch.length)
+            phases.hold(tensors, chunk)
             rows = None if row_losses is None else row_losses[start : start + len(chunk)]
             start += len(chunk)
             prefix = f"step{step + 1}.micro{micro + 1}"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from vramplan.data.batch import Batch
 from vramplan.measure.probe import PhaseProbe
 from vramplan.measure.record import PhaseReading
 from vramplan.train.status import RankStatus
@@ -36,6 +37,10 @@ class Phases:
             return
         with self._probe.phase(name):
             yield
+
+    def hold(self, batch: Batch, samples: tuple[int, ...]) -> None:
+        """Keeps the names of what a micro-batch is made of, for the marker of one that does not fit."""
+        self._status.hold((tuple(batch.input_ids.shape), tuple(batch.labels.shape)), samples)
 
     @property
     def measuring(self) -> bool:

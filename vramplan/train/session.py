@@ -67,6 +67,7 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
         write_json(run_dir.ds_config, config)
     phases, metrics, memory = Phases(status, device), Metrics(run_dir, rank), Memory(device)
     start = start_directory(run, inputs.directory, run_dir, rank)
+    status.remember_baseline()
     with phases.phase("model_load"):
         loaded = load_model(run, start, config)
         if run.data.augment.neftune_alpha is not None:

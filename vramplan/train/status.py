@@ -12,7 +12,9 @@ from pathlib import Path
 
 from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
 from vramplan.errors import VramplanError
+from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, is_out_of_memory
 from vramplan.measure.run_dir import write_json
+from vramplan.train.out_of_memory import Reserve, data_bytes, memory_state
 
 ORPHAN_EXIT_CODE = 87
 _WIDTH = 512
@@ -29,6 +31,9 @@ class Status:
     step: int = 0
     micro: int = 0
     time: float = 0.0
+    """Of the last heartbeat, in seconds since 1970."""
+    since: float = 0.0
+    """When the phase began."""
 
 
 class RankStatus:
@@ -37,15 +42,30 @@ class RankStatus:
     One ``pwrite`` of a fixed width: the file survives SIGKILL, and costs microseconds.
     """
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, plan: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
         self.now = Status(rank, os.getpid())
+        self.plan = plan
+        self.reserve = Reserve()
+        self.baseline_bytes = 0
+        self.shapes: tuple[tuple[int, ...], ...] = ()
+        self.samples: tuple[int, ...] = ()
         self._write()
 
     def mark(self, phase: str, step: int = 0, micro: int = 0) -> None:
-        self.now = replace(self.now, phase=phase, step=step, micro=micro)
+        if not micro:
+            self.hold((), ())
+        self.now = replace(self.now, phase=phase, step=step, micro=micro, since=time.time())
         self._write()
+
+    def remember_baseline(self) -> None:
+        """What the process takes before it holds anything of the model."""
+        self.baseline_bytes = data_bytes()
+
+    def hold(self, shapes: tuple[tuple[int, ...], ...], samples: tuple[int, ...]) -> None:
+        """The micro-batch that is worked on, to be named if it does not fit."""
+        self.shapes, self.samples = shapes, samples
 
     def beat(self) -> None:
         """Says that the rank lives."""
@@ -73,19 +93,28 @@ def _lives(identity: str) -> bool:
     return process_identity(int(identity.partition(":")[0])) == identity
 
 
-def write_failure(path: Path, status: Status, error: BaseException) -> int:
+def write_failure(path: Path, status: RankStatus, error: BaseException) -> int:
     """Tells the supervisor why this rank ends; gives the exit code to end with."""
+    status.reserve.release()
+    now, kind, message = status.now, type(error).__name__, str(error)
+    out_of_memory = is_out_of_memory(kind, message)
     code = error.exit_code if isinstance(error, VramplanError) else 1
-    write_json(
-        path,
-        {
-            **asdict(status),
-            "kind": type(error).__name__,
-            "message": str(error),
-            "by_user": isinstance(error, VramplanError),
-            "exit_code": code,
-            "traceback": "".join(traceback.format_exception(error)),
-            "time": time.time(),
-        },
+    code = OUT_OF_MEMORY_EXIT_CODE if out_of_memory else code
+    marker = Marker(
+        rank=now.rank,
+        phase=now.phase,
+        kind=kind,
+        message=message,
+        by_user=isinstance(error, VramplanError) and not out_of_memory,
+        exit_code=code,
+        time=time.time(),
+        step=now.step,
+        micro=now.micro,
+        plan=status.plan,
+        memory=memory_state(message, status.baseline_bytes, status.reserve.num_bytes) if out_of_memory else None,
+        shapes=status.shapes,
+        samples=status.samples,
+        traceback="".join(traceback.format_exception(error)),
     )
+    write_json(path, marker.to_dict())
     return code

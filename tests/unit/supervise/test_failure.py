@@ -22,7 +22,7 @@ def _fail(run_dir: RunDir, rank: int, message: str) -> Path:
     status = RankStatus(run_dir.ranks / f"rank{rank}.status.json", rank)
     status.mark("backward", 2, 1)
     path = run_dir.ranks / f"rank{rank}.failure.json"
-    write_failure(path, status.now, RuntimeError(message))
+    write_failure(path, status, RuntimeError(message))
     return path
 
 

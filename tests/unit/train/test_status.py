@@ -43,10 +43,10 @@ def test_a_heartbeat_moves_the_time_only(tmp_path):
 def test_a_failure_tells_whose_fault_it_is(tmp_path):
     status = RankStatus(tmp_path / "s.json", 0)
     status.mark("data")
-    assert write_failure(tmp_path / "f.json", status.now, DataError("row 3 is bad")) == 2
+    assert write_failure(tmp_path / "f.json", status, DataError("row 3 is bad")) == 2
     read = json.loads((tmp_path / "f.json").read_text())
     assert (read["by_user"], read["message"], read["phase"]) == (True, "row 3 is bad", "data")
-    assert write_failure(tmp_path / "f.json", status.now, ValueError("x")) == 1
+    assert write_failure(tmp_path / "f.json", status, ValueError("x")) == 1
     read = json.loads((tmp_path / "f.json").read_text())
     assert (read["by_user"], read["kind"]) == (False, "ValueError")
     assert "ValueError: x" in read["traceback"]

@@ -1,0 +1,69 @@
+"""Faults that a rank meets for real. Python imports this by itself where this directory is on PYTHONPATH.
+
+``VRAMPLAN_TEST_FAULTS`` holds a JSON list; each fault names the rank, a pattern of the phase and what happens when it
+begins. ``times`` (1 unless given) is counted over all attempts of a run, in files under ``marks``; 0 is every time.
+
+- ``{"do": "data", "more": BYTES}``: RLIMIT_DATA that many bytes above what the process takes: allocations fail
+- ``{"do": "data_from_load", "more": BYTES}``: the same above what it took when the model's loading began
+- ``{"do": "file_size", "bytes": N}``: RLIMIT_FSIZE: no file can grow beyond
+- ``{"do": "signal", "number": N}``: a signal to the rank itself (SIGKILL, SIGSTOP)
+"""
+
+import json
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+_INFINITY = resource.RLIM_INFINITY
+
+
+def _data_bytes() -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(text.partition("VmData:")[2].split(maxsplit=1)[0]) * 1024
+
+
+def _is_due(fault, rank, phase):
+    if fault["rank"] != rank or not re.fullmatch(fault["phase"], phase):
+        return False
+    times = fault.get("times", 1)
+    marks = Path(fault["marks"])
+    marks.mkdir(parents=True, exist_ok=True)
+    done = len(list(marks.iterdir()))
+    if times and done >= times:
+        return False
+    (marks / str(done)).touch()
+    return True
+
+
+def _happen(fault, at_load):
+    if fault["do"] == "data":
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + fault["more"], _INFINITY))
+    elif fault["do"] == "data_from_load":
+        resource.setrlimit(resource.RLIMIT_DATA, (at_load + fault["more"], _INFINITY))
+    elif fault["do"] == "file_size":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], _INFINITY))
+    elif fault["do"] == "signal":
+        os.kill(os.getpid(), fault["number"])
+
+
+def _install(faults, rank):
+    from vramplan.train import status
+
+    mark, at_load = status.RankStatus.mark, [0]
+
+    def mark_and_fail(self, phase, step=0, micro=0):
+        mark(self, phase, step, micro)
+        if phase == "model_load":
+            at_load[0] = _data_bytes()
+        for fault in faults:
+            if _is_due(fault, rank, phase):
+                _happen(fault, at_load[0])
+
+    status.RankStatus.mark = mark_and_fail
+
+
+_faults = os.environ.get("VRAMPLAN_TEST_FAULTS")
+if _faults and "RANK" in os.environ and sys.orig_argv[-1:] and "vramplan.train" in sys.orig_argv:
+    _install(json.loads(_faults), int(os.environ["RANK"]))

@@ -1,0 +1,163 @@
+"""The next plan: lower where it failed, within what was seen, new, and the same training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from vramplan.facts.devices import resolve_node
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.measure.marker import MemoryState
+from vramplan.memory.estimate import estimate
+from vramplan.search.lower import RUNGS, changes
+from vramplan.search.plan import Plan, plan_id
+from vramplan.search.planner import make_plan
+from vramplan.spec.run import HardwareSpec, RunSpec, ZeroSpec
+from vramplan.supervise.attempts import Attempt
+from vramplan.supervise.classify import Cause, Verdict
+from vramplan.supervise.ladder import Exhausted, Ladder, eval_batch, predicted_bytes, predicted_of
+
+GIB = 2**30
+FORWARD, BACKWARD = "step2.micro1.forward", "step7.micro1.backward"
+
+
+def plan_for(gpu: str = "h100-80gb", **fields) -> Plan:
+    base = {
+        "model": "meta-llama/Llama-3.2-1B-Instruct",
+        "global_batch_size": 64,
+        "seq_len": 2048,
+        "hardware": HardwareSpec(gpu=gpu, gpus_per_node=4, host_memory="512GiB"),
+    }
+    run = RunSpec(**{**base, **fields})
+    return make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_for()
+
+
+def failed(plan: Plan, cause: Cause, phase: str, memory: MemoryState | None = None, step: int = 2):
+    architecture = resolve_architecture(plan.run)
+    verdict = Verdict(cause, phase, 0, step, memory)
+    seen = memory or MemoryState()
+    attempt = Attempt(
+        plan=plan_id(plan.run),
+        layout="",
+        cause=cause.value,
+        phase=phase,
+        step=step,
+        needed_bytes=seen.needed,
+        capacity_bytes=seen.capacity,
+        predicted_bytes=predicted_of(plan, architecture, verdict),
+    )
+    return architecture, verdict, attempt
+
+
+def test_the_next_plan_is_lower_in_the_phase_that_failed_and_trains_the_same(plan):
+    architecture, verdict, attempt = failed(plan, Cause.ACTIVATIONS, BACKWARD)
+    found = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=False)
+    before, after = plan.run, found.plan.run
+    peak = predicted_bytes(after, found.estimate, BACKWARD, 7)
+    assert peak < attempt.predicted_bytes
+    assert after.global_batch_size == before.global_batch_size == 64
+    assert after.micro_batch_size * after.grad_accum_steps * 4 == 64
+    assert after.layout == before.layout
+    assert after.optimizer == before.optimizer
+    assert {name for name, _ in found.changes} <= set(RUNGS)
+    assert found.changes == changes(before, after)
+
+
+def test_the_seen_capacity_holds_for_every_phase_and_the_bytes_beyond_the_estimate_are_added(plan):
+    architecture, verdict, attempt = failed(plan, Cause.ACTIVATIONS, BACKWARD)
+    predicted = attempt.predicted_bytes
+    memory = MemoryState(requested=3 * GIB, allocated=predicted, reserved=predicted, free=GIB)
+    architecture, verdict, attempt = failed(plan, Cause.ACTIVATIONS, BACKWARD, memory)
+    found = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=False)
+    beyond = attempt.needed_bytes - predicted
+    assert beyond == 3 * GIB
+    assert predicted_bytes(found.plan.run, found.estimate, BACKWARD, 7) + beyond <= memory.capacity
+    assert max(phase.peak_bytes for phase in found.estimate.phases) <= memory.capacity
+
+
+def test_a_faster_plan_that_fits_what_was_seen_is_preferred_to_a_leaner_one(plan):
+    architecture, verdict, attempt = failed(plan, Cause.ACTIVATIONS, BACKWARD)
+    roomy = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=False)
+    small = replace(attempt, capacity_bytes=8 * GIB)
+    lean = Ladder(plan, architecture, [small]).next(verdict, keep_stage=False)
+    assert lean.estimate.allocated_peak_bytes <= 8 * GIB < roomy.estimate.allocated_peak_bytes
+    assert lean.plan.prediction.step_time_s > roomy.plan.prediction.step_time_s
+
+
+def test_going_down_ends_and_never_comes_back(plan):
+    architecture = resolve_architecture(plan.run)
+    tried, current = [], plan
+    for _ in range(200):
+        _, verdict, attempt = failed(current, Cause.ACTIVATIONS, BACKWARD)
+        tried.append(attempt)
+        found = Ladder(current, architecture, tried).next(verdict, keep_stage=False)
+        if isinstance(found, Exhausted):
+            break
+        current = found.plan
+        assert plan_id(current.run) not in {each.plan for each in tried}
+    assert isinstance(found, Exhausted)
+    peaks = [each.predicted_bytes for each in tried]
+    assert all(after <= before * 0.98 for before, after in pairwise(peaks))
+    assert "without changing the training" in found.reason
+
+
+def test_a_stage_that_checkpoints_depend_on_is_kept(plan):
+    fixed = plan_for(zero=ZeroSpec(stage=1, offload_optimizer="none", offload_param="none"))
+    architecture, verdict, attempt = failed(fixed, Cause.ACTIVATIONS, BACKWARD)
+    attempt = replace(attempt, capacity_bytes=attempt.predicted_bytes // 2)
+    found = Ladder(fixed, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert found.plan.run.zero.stage == 1
+    assert found.plan.run.zero.offload_optimizer == "none"
+
+
+def test_the_first_step_goes_up_a_stage_or_off_the_device():
+    fixed = plan_for(zero=ZeroSpec(stage=0, offload_optimizer="none", offload_param="none"), micro_batch_size=1)
+    architecture, verdict, attempt = failed(fixed, Cause.FIRST_STEP, "step1.micro16.optimizer_step", step=1)
+    found = Ladder(fixed, architecture, [attempt]).next(verdict, keep_stage=False)
+    assert found.plan.run.zero.stage > 0
+    kept = Ladder(fixed, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert isinstance(kept, Exhausted)
+    assert "ZeRO 0" in kept.reason
+
+
+def test_fragmentation_is_met_with_the_allocators_setting_and_nothing_else(plan):
+    memory = MemoryState(requested=GIB, allocated=10 * GIB, reserved=12 * GIB, free=0)
+    architecture, verdict, attempt = failed(plan, Cause.FRAGMENTATION, BACKWARD, memory)
+    found = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert found.changes == (("alloc_conf", "expandable_segments:True"),)
+    _, verdict, again = failed(found.plan, Cause.FRAGMENTATION, BACKWARD, memory)
+    after = Ladder(found.plan, architecture, [attempt, again]).next(verdict, keep_stage=True)
+    assert after.plan.run.alloc_conf == "expandable_segments:True"
+    assert len(after.changes) >= 1
+
+
+def test_an_evaluation_that_does_not_fit_gets_smaller_batches_and_the_training_stays(plan):
+    wide = plan_for(micro_batch_size=8)
+    architecture, verdict, attempt = failed(wide, Cause.EVALUATION, "evaluation")
+    found = Ladder(wide, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert found.changes == ()
+    assert eval_batch(found.plan.run) < 8
+    assert found.plan.run.micro_batch_size == 8
+    assert plan_id(found.plan.run) != plan_id(wide.run)
+
+
+def test_host_memory_on_a_gpu_node_moves_less_to_the_host():
+    moved = plan_for(zero=ZeroSpec(stage=2, offload_optimizer="cpu", offload_param="none"))
+    architecture, verdict, attempt = failed(moved, Cause.HOST_MEMORY, "step1.micro1.optimizer_step")
+    found = Ladder(moved, architecture, [attempt]).next(verdict, keep_stage=False)
+    assert found.plan.prediction.host_bytes_per_node < moved.prediction.host_bytes_per_node
+    assert found.estimate.fits
+
+
+def test_evaluation_and_save_are_predicted_from_what_is_held_between_steps(plan):
+    known = estimate(plan.run, plan.node, resolve_architecture(plan.run))
+    between = known.phases[-1].end_bytes
+    assert predicted_bytes(plan.run, known, "save", 5) == between
+    assert between < predicted_bytes(plan.run, known, "evaluation", 5) <= predicted_bytes(plan.run, known, FORWARD, 2)

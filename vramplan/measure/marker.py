@@ -1,0 +1,124 @@
+"""What a rank that runs out of memory leaves behind, and how out-of-memory is told from other errors. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vramplan.units import parse_bytes
+
+OUT_OF_MEMORY_EXIT_CODE = 86
+"""Exit code of a rank that ran out of memory and said so (the next one, 87, is that of a rank without a supervisor)."""
+
+_TEXTS = (
+    "CUDA out of memory",  # the caching allocator
+    "CUDA error: out of memory",  # the driver
+    "CUBLAS_STATUS_ALLOC_FAILED",  # a workspace of cuBLAS
+    "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",  # ENOMEM of mmap, fork and thread creation
+    "can't start new thread",  # pthread_create, whose stack does not fit
+)
+_KINDS = ("OutOfMemoryError", "MemoryError")
+_REQUESTED = re.compile(r"(?:tried|unable) to allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGT]iB)", re.IGNORECASE)
+
+
+def is_out_of_memory(kind: str, message: str) -> bool:
+    """By the type that torch or Python raises, and by the texts of what is raised as a plain RuntimeError."""
+    return kind in _KINDS or any(text in message for text in _TEXTS)
+
+
+def requested_bytes(message: str) -> int | None:
+    """The size of the allocation that failed, as torch's texts give it (CPUAllocator, CUDACachingAllocator)."""
+    found = _REQUESTED.search(message)
+    return None if found is None else parse_bytes(f"{found[1]} {found[2].replace('bytes', 'B')}")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryState:
+    """Bytes of one rank at the moment of its failure; None where the device does not tell.
+
+    On CUDA ``allocated`` is what tensors hold, ``reserved`` what the caching allocator holds, ``free`` what the driver
+    has left. On the CPU ``reserved`` is the growth of the process's data since before the model was loaded, and
+    ``free`` what its limit (RLIMIT_DATA), its control group or the machine leaves.
+    """
+
+    requested: int | None = None
+    allocated: int | None = None
+    reserved: int | None = None
+    free: int | None = None
+
+    @property
+    def capacity(self) -> int | None:
+        """The most that tensors could have held in this process: what the allocator holds and what is free."""
+        return None if self.reserved is None or self.free is None else self.reserved + self.free
+
+    @property
+    def held(self) -> int | None:
+        """What tensors hold, or on the CPU about that."""
+        return self.reserved if self.allocated is None else self.allocated
+
+    @property
+    def needed(self) -> int | None:
+        """Bytes that the run needs at this moment at least: what is held, and what was asked for on top."""
+        return None if self.held is None else self.held + (self.requested or 0)
+
+    @property
+    def is_fragmented(self) -> bool:
+        """Whether the allocator held enough unused bytes for the request, in pieces."""
+        if self.requested is None or self.allocated is None or self.reserved is None:
+            return False
+        return self.reserved - self.allocated >= self.requested
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What a rank wrote when it ended; ``by_user``: its message is a sentence for the user as it stands."""
+
+    rank: int
+    phase: str
+    kind: str
+    message: str
+    by_user: bool
+    exit_code: int
+    time: float
+    step: int = 0
+    """Counts from 1; 0 outside the steps, as ``micro``."""
+    micro: int = 0
+    plan: str = ""
+    """``search.plan.plan_id`` of the plan that was run."""
+    memory: MemoryState | None = None
+    """Of a rank that ran out of it."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the micro-batch's tensors."""
+    samples: tuple[int, ...] = ()
+    """Ids of the micro-batch's samples."""
+    traceback: str = ""
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Told by what was raised."""
+        return is_out_of_memory(self.kind, self.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> Marker:
+        """The marker of a file.
+
+        Raises:
+            ValueError, KeyError, TypeError: the file is not whole.
+        """
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        if known.get("memory") is not None:
+            known["memory"] = MemoryState(**known["memory"])
+        known["shapes"] = tuple(tuple(shape) for shape in known.get("shapes", ()))
+        known["samples"] = tuple(known.get("samples", ()))
+        return cls(**known)

@@ -1,0 +1,162 @@
+"""Plans below one that met a wall: what a user or the planner fixed is opened again, and the training stays as it is.
+
+The allocator's setting, the micro-batch, the loss's kernel, checkpointing, buckets, ZeRO's stage and offload may
+change. The global batch, the sequences and the ranks do not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from vramplan.errors import VramplanError
+from vramplan.facts.architecture import Architecture
+from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.ledger import Estimate
+from vramplan.search.plan import Plan, Prediction, plan_id
+from vramplan.search.price import TIE_FRAC, Priced, priced
+from vramplan.search.remedy import get_field, with_field, with_open
+from vramplan.spec.run import RunSpec
+
+RUNGS = (
+    "alloc_conf",
+    "micro_batch_size",
+    "grad_accum_steps",
+    "loss",
+    "activation_checkpointing",
+    "zero.reduce_bucket_size",
+    "zero.stage3_prefetch_bucket_size",
+    "zero.stage",
+    "zero.overlap_comm",
+    "zero.offload_optimizer",
+    "zero.offload_param",
+)
+"""Fields that may change, in the order in which they are changed where that costs about the same time."""
+_OF_STAGE = frozenset(RUNGS[7:])
+"""Those that a checkpoint of DeepSpeed's own form depends on."""
+_BUCKETS = RUNGS[5:7]
+_BUCKET_DIVISORS = (1, 4, 16, 64)
+LEAST_BUCKET = 1_000_000
+"""Elements: a smaller bucket saves less than it costs in messages."""
+
+Accept = Callable[[RunSpec, Estimate], bool]
+Measure = Callable[[RunSpec, Estimate], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A plan found below another, and what of it is changed."""
+
+    plan: Plan
+    estimate: Estimate
+    changes: tuple[tuple[str, Any], ...]
+    """Fields with their new values, in the order of ``RUNGS``."""
+
+
+class Below:
+    """The plans that a plan can be exchanged for.
+
+    ``keep_stage``: whether ZeRO's stage and the places of states and weights must stay.
+    """
+
+    def __init__(self, plan: Plan, architecture: Architecture, *, keep_stage: bool) -> None:
+        self._plan, self._architecture = plan, architecture
+        every: dict[str, Priced] = {}
+        for run in _variants(_opened(plan.run, keep_stage)):
+            for each in self._priced(run):
+                every.setdefault(plan_id(each.run), each)
+        self._ranked = sorted(every.values(), key=lambda each: each.seconds_per_sequence)
+
+    def fastest(self, accept: Accept) -> Lowered | None:
+        """The fastest that ``accept`` takes; of about equally fast ones that which changes least."""
+        found: list[tuple[Priced, Estimate]] = []
+        for each in self._ranked:
+            if found and each.seconds_per_sequence > found[0][0].seconds_per_sequence * (1 + TIE_FRAC):
+                break
+            known = self._estimate(each.run)
+            if known is not None and accept(each.run, known):
+                found.append((each, known))
+        if not found:
+            return None
+        best, known = min(found, key=lambda pair: _height(self._plan.run, pair[0].run))
+        return self._lowered(best.run, known, best.step_time_s)
+
+    def leanest(self, accept: Accept, measure: Measure) -> Lowered | None:
+        """That with the fewest bytes by ``measure`` of those that ``accept`` takes, whatever its speed."""
+        found = [
+            (measure(each.run, known), place, each, known)
+            for place, each in enumerate(self._ranked)
+            if (known := self._estimate(each.run)) is not None and accept(each.run, known)
+        ]
+        if not found:
+            return None
+        _, _, best, known = min(found, key=lambda entry: entry[:2])
+        return self._lowered(best.run, known, best.step_time_s)
+
+    def with_run(self, run: RunSpec) -> Lowered:
+        """The plan with a run of the same speed."""
+        return self._lowered(run, estimate(run, self._plan.node, self._architecture), self._plan.prediction.step_time_s)
+
+    def _priced(self, run: RunSpec) -> list[Priced]:
+        try:
+            return priced(run, self._plan.node, self._architecture)
+        except VramplanError:  # e.g. a loss that the device lacks: the other variants are left
+            return []
+
+    def _estimate(self, run: RunSpec) -> Estimate | None:
+        try:
+            return estimate(run, self._plan.node, self._architecture)
+        except UncoveredError:
+            return None
+
+    def _lowered(self, run: RunSpec, known: Estimate, step_time_s: float) -> Lowered:
+        plan = Plan(
+            run,
+            self._plan.node,
+            Prediction.of(run, known, step_time_s),
+            self._plan.margin_frac,
+            (),
+            self._plan.versions,
+        )
+        return Lowered(plan, known, changes(self._plan.run, run))
+
+
+def changes(before: RunSpec, after: RunSpec) -> tuple[tuple[str, Any], ...]:
+    """Fields of ``RUNGS`` that differ, with their new values."""
+    names = (name for name in RUNGS if get_field(before, name) != get_field(after, name))
+    return tuple((name, get_field(after, name)) for name in names)
+
+
+def touches_stage(before: RunSpec, after: RunSpec) -> bool:
+    """Whether a checkpoint in DeepSpeed's own form, made under ``before``, cannot be read under ``after``."""
+    return any(name in _OF_STAGE for name, _ in changes(before, after))
+
+
+def _height(before: RunSpec, after: RunSpec) -> tuple[int, int]:
+    """Orders equally fast plans: by the last rung that is stepped on, then by how many are."""
+    changed = changes(before, after)
+    return max((RUNGS.index(name) for name, _ in changed), default=-1), len(changed)
+
+
+def _opened(run: RunSpec, keep_stage: bool) -> RunSpec:
+    free = with_open(run, ("micro_batch_size", "activation_checkpointing"))
+    if keep_stage:
+        return free
+    if run.zero.overlap_comm == (run.zero.stage == 3):  # DeepSpeed's default for the stage, which goes with it
+        free = with_field(free, "zero.overlap_comm", None)
+    return with_open(free, ("zero.stage", "zero.offload_optimizer", "zero.offload_param"))
+
+
+def _variants(run: RunSpec) -> Iterator[RunSpec]:
+    """``run`` with each loss that can be had and with smaller buckets."""
+    for loss in dict.fromkeys((run.loss, *get_args(RunSpec.model_fields["loss"].annotation))):
+        if loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
+            continue
+        for divisor in _BUCKET_DIVISORS:
+            smaller = run.model_copy(update={"loss": loss})
+            for name in _BUCKETS:
+                size = get_field(run, name)
+                smaller = with_field(smaller, name, max(size // divisor, min(size, LEAST_BUCKET)))
+            yield smaller

@@ -1,0 +1,170 @@
+"""The next plan for a run that ran out of memory: asked of the search, held to what was seen, and never one again.
+
+What an attempt saw of memory corrects the estimate in two ways: a rank cannot hold more than it could then
+(``capacity_bytes``), and where it needed more than was predicted, the difference is added to every prediction of that
+kind of phase. The plan taken is the fastest whose predicted peak in each phase that failed is lower than it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vramplan.facts.architecture import Architecture
+from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.ledger import Estimate
+from vramplan.search.lower import Below, Lowered
+from vramplan.search.plan import Plan, plan_id
+from vramplan.search.remedy import with_field
+from vramplan.spec.run import RunSpec
+from vramplan.supervise.attempts import Attempt
+from vramplan.supervise.classify import Cause, Verdict
+
+EXPANDABLE = "expandable_segments:True"
+MARGIN_FRAC = 0.02
+"""By how much a peak must be lower to count as lower, and the share of the seen capacity that is left free (as the
+planner's own margin)."""
+_IN_STEPS = ("forward", "backward", "optimizer_step")
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """Nothing is left that keeps the training as it is."""
+
+    reason: str
+
+
+def predicted_bytes(run: RunSpec, known: Estimate, phase: str, step: int) -> int:
+    """What the estimate says of a phase, by whatever step and micro-batch of that kind holds most.
+
+    Evaluation keeps no graph: it needs at most its batch's share of what the forward adds. Saving, resuming and
+    exporting are met with what the run holds between steps.
+    """
+    kind = phase.rpartition(".")[2]
+    if kind in _IN_STEPS:
+        which = "step1." if step <= 1 else "step2."
+        return max(
+            each.peak_bytes for each in known.phases if each.phase.startswith(which) and each.phase.endswith(kind)
+        )
+    for each in known.phases:
+        if each.phase == kind:
+            return each.peak_bytes
+    between = known.phases[-1].end_bytes
+    if kind != "evaluation":
+        return between
+    forward = predicted_bytes(run, known, "forward", 2) - between
+    return between + forward * eval_batch(run) // (run.micro_batch_size or 1)
+
+
+def eval_batch(run: RunSpec) -> int:
+    """Sequences of one rank's forward in an evaluation."""
+    return run.training.eval_micro_batch_size or run.micro_batch_size or 1
+
+
+class Ladder:
+    """Chooses below ``plan``, given everything that was tried (``history``, this run's attempts so far)."""
+
+    def __init__(self, plan: Plan, architecture: Architecture, history: Sequence[Attempt]) -> None:
+        self._plan, self._architecture = plan, architecture
+        self._failed = [attempt for attempt in history if attempt.is_memory]
+        self._forbidden = {attempt.plan for attempt in self._failed} | {plan_id(plan.run)}
+
+    def next(self, verdict: Verdict, *, keep_stage: bool) -> Lowered | Exhausted:
+        """The next plan after ``verdict``, which is about memory and already in the history."""
+        own = self._own_step(verdict)
+        if own is not None:
+            return own
+        below = Below(self._plan, self._architecture, keep_stage=keep_stage)
+        found = below.fastest(lambda run, known: self._is_lower(run, known, verdict) and self._fits(run, known))
+        if found is None and self._capacity is not None:
+            # the arithmetic says that nothing fits in what was seen; it has been wrong before, so the least is tried
+            found = below.leanest(
+                lambda run, known: self._is_lower(run, known, verdict),
+                lambda run, known: self._bytes(run, known, verdict.phase, verdict.step),
+            )
+        return found or Exhausted(self._why_none(verdict, keep_stage))
+
+    def _own_step(self, verdict: Verdict) -> Lowered | None:
+        """What mends a cause without slowing the training: a setting of the allocator, a smaller evaluation batch."""
+        run = self._plan.run
+        if verdict.cause is Cause.FRAGMENTATION and EXPANDABLE not in run.alloc_conf:
+            changed = run.model_copy(update={"alloc_conf": ",".join(filter(None, (run.alloc_conf, EXPANDABLE)))})
+        elif verdict.cause is Cause.EVALUATION and eval_batch(run) > 1:
+            changed = with_field(run, "training.eval_micro_batch_size", self._eval_batch_that_fits(run))
+        else:
+            return None
+        return None if plan_id(changed) in self._forbidden else self._below_itself(changed)
+
+    def _eval_batch_that_fits(self, run: RunSpec) -> int:
+        known = estimate(run, self._plan.node, self._architecture)
+        size = eval_batch(run) // 2
+        while size > 1:
+            smaller = with_field(run, "training.eval_micro_batch_size", size)
+            if self._fits(smaller, known, ("evaluation",)):
+                break
+            size //= 2
+        return size
+
+    def _below_itself(self, run: RunSpec) -> Lowered:
+        return Below(self._plan, self._architecture, keep_stage=True).with_run(run)
+
+    @property
+    def _capacity(self) -> int | None:
+        """The least that was ever seen to be all."""
+        return min((a.capacity_bytes for a in self._failed if a.capacity_bytes is not None), default=None)
+
+    def _is_lower(self, run: RunSpec, known: Estimate, verdict: Verdict) -> bool:
+        """Whether a plan is new and needs less in every phase that failed so far."""
+        if plan_id(run) in self._forbidden:
+            return False
+        if self._is_of_host(verdict):
+            return known.fits and known.host_bytes_per_node < self._plan.prediction.host_bytes_per_node
+        limits = ((a.phase, a.step, a.predicted_bytes) for a in self._failed if a.predicted_bytes is not None)
+        return all(
+            predicted_bytes(run, known, phase, step) <= limit * (1 - MARGIN_FRAC) for phase, step, limit in limits
+        )
+
+    def _is_of_host(self, verdict: Verdict) -> bool:
+        """Whether the memory that ran out is the host's and not that which the ledger's peak counts."""
+        return verdict.cause is Cause.HOST_MEMORY and self._plan.node.device.kind != "cpu"
+
+    def _fits(self, run: RunSpec, known: Estimate, more: tuple[str, ...] = ()) -> bool:
+        """Whether every phase, as corrected, stays within the capacity that was seen."""
+        if self._capacity is None:
+            return known.fits
+        room = self._capacity * (1 - MARGIN_FRAC)
+        phases = [(each.phase, 1 if each.phase.startswith("step1.") else 2) for each in known.phases]
+        return all(self._bytes(run, known, phase, step) <= room for phase, step in (*phases, *((m, 2) for m in more)))
+
+    def _bytes(self, run: RunSpec, known: Estimate, phase: str, step: int) -> int:
+        """The estimate of a phase with what was seen beyond it in phases of its kind."""
+        kind = phase.rpartition(".")[2]
+        beyond = (
+            a.needed_bytes - a.predicted_bytes
+            for a in self._failed
+            if a.phase.rpartition(".")[2] == kind and a.needed_bytes is not None and a.predicted_bytes is not None
+        )
+        return predicted_bytes(run, known, phase, step) + max(0, *beyond, 0)
+
+    def _why_none(self, verdict: Verdict, keep_stage: bool) -> str:
+        tried = len(self._forbidden)
+        stage = f" with ZeRO {self._plan.run.zero.stage}, which its checkpoints are made for," if keep_stage else ""
+        return (
+            f"{verdict}; {tried} plan{'s were' if tried > 1 else ' was'} tried, and no other{stage} needs less there "
+            "without changing the training"
+        )
+
+
+def predicted_of(plan: Plan, architecture: Architecture, verdict: Verdict) -> int | None:
+    """The estimate of the phase that a run ended in; None where the arithmetic does not cover it."""
+    try:
+        known = estimate(plan.run, plan.node, architecture)
+    except UncoveredError:
+        return None
+    return predicted_bytes(plan.run, known, verdict.phase, verdict.step)
+
+
+def change_words(changes: tuple[tuple[str, Any], ...]) -> str:
+    """E.g. ``micro_batch_size 2, grad_accum_steps 4``."""
+    return ", ".join(f"{name} {value}" for name, value in changes)

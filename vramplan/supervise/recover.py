@@ -1,0 +1,199 @@
+"""Trains to the end although memory runs out or a process dies: classify, choose again, go on from the checkpoint.
+
+Each attempt is a fresh set of processes. Only want of memory changes the plan; what may pass (a killed process, a
+hang, a lost connection) is tried again as it is; everything else ends the run with its reason.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vramplan.facts.architecture import Architecture
+from vramplan.measure.marker import MemoryState
+from vramplan.measure.run_dir import RunDir, append_event
+from vramplan.search.lower import Lowered
+from vramplan.search.plan import Plan, plan_id
+from vramplan.search.space import Candidate
+from vramplan.supervise import attempts as ledger
+from vramplan.supervise.attempts import Attempt
+from vramplan.supervise.failure import TrainingFailed
+from vramplan.supervise.free_memory import free_bytes, wait_until_free
+from vramplan.supervise.ladder import Exhausted, Ladder, predicted_of
+from vramplan.supervise.supervisor import Listener, run_plan
+from vramplan.supervise.watch import SILENT_AFTER_S
+
+NOTHING_LEFT_CODE = 4
+"""Exit code of a run that ran out of memory under every plan that keeps its training as it is."""
+MAX_PLANS = 8
+"""Changes of the plan in one run: each is a refuted prediction, and so many are a sign of another fault."""
+MAX_REPEATS = 3
+"""Launches of one plan, without a step won, after something that may pass."""
+
+
+@dataclass
+class Progress:
+    """How far an attempt came, by its events; ``listener`` hears them too."""
+
+    listener: Listener
+    started: float = field(default_factory=time.time)
+    first_step: int = 0
+    last_step: int = 0
+    saved_step: int = 0
+    saved_at: float | None = None
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind in ("start", "resumed"):
+            self.first_step = self.last_step = self.saved_step = event["step"]
+        elif kind == "step":
+            self.last_step = event["step"]
+        elif kind == "checkpoint":
+            self.saved_step, self.saved_at = event["step"], event["time"]
+        self.listener(event)
+
+    @property
+    def seconds_lost(self) -> float:
+        return time.time() - (self.saved_at or self.started)
+
+
+def train_to_the_end(
+    plan: Plan,
+    run_dir: RunDir,
+    architecture: Architecture,
+    listener: Listener,
+    *,
+    resuming: bool = False,
+    hostfile: Path | None = None,
+    silent_after_s: float = SILENT_AFTER_S,
+) -> Plan:
+    """Runs a plan, and those that follow from its failures, until one finishes; gives that one.
+
+    Raises:
+        TrainingFailed: as ``run_plan``, where another attempt would not help; code 4 where no plan is left.
+    """
+    tried = list(ledger.read(run_dir.attempts)) if resuming else []
+    while True:
+        free = free_bytes()
+        progress = Progress(listener)
+        try:
+            run_plan(
+                plan,
+                run_dir,
+                progress.on_event,
+                resuming=resuming,
+                hostfile=hostfile,
+                silent_after_s=silent_after_s,
+            )
+        except TrainingFailed as error:
+            attempt = _attempt(plan, progress, architecture, error)
+            decided = _decide(plan, run_dir, architecture, [*tried, attempt], error)
+            if isinstance(decided, Lowered):
+                attempt = replace(attempt, changes=dict(decided.changes))
+            ledger.append(run_dir.attempts, attempt)
+            tried.append(attempt)
+            if isinstance(decided, TrainingFailed):
+                raise decided from error
+            _announce(run_dir, listener, attempt, str(error.verdict), decided)
+            wait_until_free(free)
+            if decided is not None:
+                _put_record_aside(run_dir, plan)
+                plan = decided.plan
+                plan.save(run_dir.plan)
+            resuming = True
+        else:
+            ledger.append(run_dir.attempts, replace(_ended(plan, progress), cause=ledger.FINISHED, seconds_lost=0.0))
+            return plan
+
+
+def _decide(
+    plan: Plan, run_dir: RunDir, architecture: Architecture, tried: Sequence[Attempt], error: TrainingFailed
+) -> Lowered | TrainingFailed | None:
+    """The plan to go on with, None for the same one, or the error that ends the run."""
+    verdict = error.verdict
+    if verdict is None:
+        return error
+    if verdict.may_pass:
+        return error if _repeats(tried) > MAX_REPEATS else None
+    if not verdict.is_memory:
+        return error
+    if len({attempt.plan for attempt in tried if attempt.is_memory}) > MAX_PLANS:
+        return TrainingFailed(f"{error}; {MAX_PLANS} other plans did not help", NOTHING_LEFT_CODE, verdict)
+    found = Ladder(plan, architecture, tried).next(verdict, keep_stage=_has_checkpoint(run_dir))
+    if isinstance(found, Exhausted):
+        return TrainingFailed(f"{error}; {found.reason}", NOTHING_LEFT_CODE, verdict)
+    return found
+
+
+def _put_record_aside(run_dir: RunDir, plan: Plan) -> None:
+    """What was measured under a plan is not compared with what is predicted of another."""
+    if run_dir.record.exists():
+        run_dir.record.rename(run_dir.root / f"record-{plan_id(plan.run)}.jsonl")
+
+
+def _repeats(tried: Sequence[Attempt]) -> int:
+    """How many attempts in a row ended by something that passes without a new checkpoint."""
+    count = 0
+    for attempt in reversed(tried):
+        if not attempt.may_pass or attempt.last_saved_step > attempt.first_step:
+            break
+        count += 1
+    return count
+
+
+def _has_checkpoint(run_dir: RunDir) -> bool:
+    return any(run_dir.checkpoints.glob("step-*"))
+
+
+def _ended(plan: Plan, progress: Progress) -> Attempt:
+    return Attempt(
+        plan=plan_id(plan.run),
+        layout=Candidate.of(plan.run).label(),
+        cause=ledger.INTERRUPTED,
+        first_step=progress.first_step,
+        last_saved_step=progress.saved_step,
+        last_step=progress.last_step,
+        seconds=time.time() - progress.started,
+        seconds_lost=progress.seconds_lost,
+        time=time.time(),
+    )
+
+
+def _attempt(plan: Plan, progress: Progress, architecture: Architecture, error: TrainingFailed) -> Attempt:
+    ended, verdict = _ended(plan, progress), error.verdict
+    if verdict is None:
+        return ended
+    memory = verdict.memory or MemoryState()
+    return replace(
+        ended,
+        cause=verdict.cause.value,
+        phase=verdict.phase,
+        rank=verdict.rank,
+        step=verdict.step,
+        requested_bytes=memory.requested,
+        held_bytes=memory.held,
+        needed_bytes=memory.needed,
+        capacity_bytes=memory.capacity,
+        predicted_bytes=predicted_of(plan, architecture, verdict) if verdict.is_memory else None,
+    )
+
+
+def _announce(run_dir: RunDir, listener: Listener, attempt: Attempt, reason: str, lowered: Lowered | None) -> None:
+    """Says what happened and what follows, to the listener and in the run's events."""
+    fields: dict[str, Any] = {
+        "reason": reason,
+        "cause": attempt.cause,
+        "phase": attempt.phase,
+        "from_step": attempt.last_saved_step,
+        "steps_repeated": max(0, attempt.last_step - attempt.last_saved_step),
+        "seconds_lost": attempt.seconds_lost,
+        "changes": dict(attempt.changes),
+        "layout": attempt.layout if lowered is None else Candidate.of(lowered.plan.run).label(),
+    }
+    with suppress(OSError):  # a full disk
+        append_event(run_dir.metrics, "recovery", **fields)
+    listener({"event": "recovery", **fields})
