@@ -32,6 +32,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = (
+    Subcommand("init", "Write a recipe for a task: a spec with the reason for each choice in it."),
     Subcommand("fit", "Say whether a run fits, and which tensors take the memory."),
     Subcommand("simulate", "Run the real engine of one rank on fake tensors, and show every byte."),
     Subcommand("explain", "Lay estimate and simulation side by side, and simulate what each change would give."),

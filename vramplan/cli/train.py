@@ -35,6 +35,10 @@ def train(
     sample: Annotated[
         str | None, typer.Option(help="A question for the trained model at the end.", show_default=False)
     ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of a spec, as KEY=VALUE; may be repeated.", show_default=False),
+    ] = None,
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -71,7 +75,7 @@ def train(
     )
 
     path = _plan_file(source)
-    plan = _with_overrides(_plan_of(path), max_steps, sample)
+    plan = _with_overrides(_plan_of(path, assign or []), max_steps, sample)
     run_dir = RunDir(output or _default_output(path, plan, resume))
     check_before_launch(plan)
     if verify or (verify is None and not resume and plan.node.device.kind != "cpu"):
@@ -112,14 +116,22 @@ def _plan_file(source: Path) -> Path:
     return path
 
 
-def _plan_of(path: Path) -> Plan:
-    """The plan that a file holds, or that its spec leads to."""
-    from vramplan.spec.load import read_yaml_mapping, run_from_mapping
+def _plan_of(path: Path, assignments: list[str]) -> Plan:
+    """The plan that a file holds, or that its spec, with ``assignments`` laid over it, leads to.
+
+    Raises:
+        SpecError: a plan is not changed, for its prediction would no longer be of it.
+    """
+    from vramplan.spec.load import merge, parse_assignments, read_yaml_mapping, run_from_mapping
 
     fields = read_yaml_mapping(path)
-    if is_plan(fields):
-        return Plan.from_dict(fields, source=str(path))
-    return _make_plan(run_from_mapping(fields, str(path)))
+    if not is_plan(fields):
+        return _make_plan(run_from_mapping(merge(fields, parse_assignments(assignments)), str(path)))
+    if assignments:
+        raise SpecError(
+            f"{path} is a plan, and --set changes a spec: vramplan plan {path} --set ... -o DIR, then train"
+        )
+    return Plan.from_dict(fields, source=str(path))
 
 
 def _make_plan(run: RunSpec) -> Plan:

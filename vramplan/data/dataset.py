@@ -42,6 +42,8 @@ class RunData:
     """Whether a source has weights of its rows."""
     dropout: TokenDropout | None = None
     notes: tuple[str, ...] = ()
+    held_out_replay: Sequence[Sample] = ()
+    """General samples that are not trained on: ``data.replay.eval_frac`` of them."""
 
     def shown(self, step: int, index: int) -> Sample:
         """Training sample ``index`` as step ``step`` shows it to the model."""
@@ -59,7 +61,7 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     reader = Reader(run, tokenizer)
     spec, seed = run.data, run.training.seed
     read = [reader.samples(source) for source in spec.train_sources]
-    replay = [] if spec.replay is None else [reader.samples(spec.replay)]
+    replay, general = _replay(spec, reader, seed)
     if spec.eval is not None:
         train, held_out = read, reader.samples(as_source(spec.eval))
     else:
@@ -70,7 +72,15 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     lengths = measure_lengths(units, held_out, run.seq_len)
     dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
     notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
-    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes)
+    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes, general)
+
+
+def _replay(spec: DataSpec, reader: Reader, seed: int) -> tuple[list[Sequence[Sample]], Sequence[Sample]]:
+    """(general samples to mix in: none or one sequence of them, those held out)."""
+    if spec.replay is None:
+        return [], ()
+    train, held_out = split(reader.samples(spec.replay), spec.replay.eval_frac, seed, "data.replay.eval_frac")
+    return [train], held_out
 
 
 def _check_packing(run: RunSpec) -> None:
@@ -149,8 +159,11 @@ def encoding_of(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Encoding:
     )
 
 
-def split(samples: Sequence[Sample], eval_frac: float, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """(training, held-out) samples: ``eval_frac`` of them, at least one, drawn by the seed; both keep their order.
+def split(
+    samples: Sequence[Sample], eval_frac: float, seed: int, key: str = "data.eval_frac"
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """(training, held-out) samples: ``eval_frac`` of them (``key`` in errors), at least one, drawn by the seed; both
+    keep their order.
 
     Raises:
         DataError: nothing would be left to train on.
@@ -159,9 +172,7 @@ def split(samples: Sequence[Sample], eval_frac: float, seed: int) -> tuple[Seque
         return samples, ()
     num_held_out = max(1, round(eval_frac * len(samples)))
     if num_held_out >= len(samples):
-        raise DataError(
-            f"data.eval_frac {eval_frac} holds out all of {len(samples)} samples: lower it, or name data.eval"
-        )
+        raise DataError(f"{key} {eval_frac} holds out all of {len(samples)} samples: lower it, or give more rows")
     chosen = set(permutation(seed, _HOLDOUT_EPOCH, len(samples))[:num_held_out].tolist())
     kept = [index for index in range(len(samples)) if index not in chosen]
     return Picked(samples, kept), Picked(samples, sorted(chosen))

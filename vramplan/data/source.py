@@ -158,11 +158,12 @@ def _builtin_rows(source: SourceSpec) -> Iterator[Row]:
     return _BUILTIN[name](source)
 
 
-def _arithmetic(source: SourceSpec) -> Iterator[Row]:
-    text = resources.files("vramplan.data").joinpath("builtin/arithmetic.jsonl").read_text(encoding="utf-8")
+def _packaged(source: SourceSpec) -> Iterator[Row]:
+    name = source.path.removeprefix(BUILTIN_PREFIX)
+    text = resources.files("vramplan.data").joinpath(f"builtin/{name}.jsonl").read_text(encoding="utf-8")
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield parse_row(line, f"builtin:arithmetic line {number}", source)
+            yield parse_row(line, f"{source.path} line {number}", source)
 
 
 def _python_reference(source: SourceSpec) -> Iterator[Row]:
@@ -175,4 +176,4 @@ def _python_reference(source: SourceSpec) -> Iterator[Row]:
             yield Text(f"pydoc_data.topics[{topic!r}]", text)
 
 
-_BUILTIN = {"arithmetic": _arithmetic, "python-reference": _python_reference}
+_BUILTIN = {"arithmetic": _packaged, "python-reference": _python_reference, "tickets": _packaged}

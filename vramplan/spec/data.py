@@ -20,7 +20,7 @@ class SourceSpec(UserModel):
 
     path: str
     """A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt, .md, .rst), a directory of text files, a glob of
-    such files, ``hub:OWNER/NAME``, ``builtin:arithmetic`` or ``builtin:python-reference``."""
+    such files, ``hub:OWNER/NAME``, ``builtin:arithmetic``, ``builtin:python-reference`` or ``builtin:tickets``."""
     name: str | None = None
     """What it is called in reports. None: its path."""
     weight: float | None = Field(default=None, gt=0)
@@ -48,6 +48,8 @@ class ReplaySpec(SourceSpec):
 
     share: float = Field(default=0.1, gt=0, lt=1)
     """Share of every global batch's sequences: never off by a whole sequence at any step, and exact over the run."""
+    eval_frac: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of its rows that are not trained on but are the held-out set ``replay``: what training takes away."""
 
 
 class HardExamplesSpec(UserModel):
@@ -109,6 +111,12 @@ Source = Annotated[_Path | _One, Discriminator(_shape)]
 Sources = Annotated[_Path | _One | _Several, Discriminator(_shape)]
 
 
+HELD_OUT = "held_out"
+"""Name of the first held-out set: ``data.eval``, or ``data.eval_frac`` of what is trained on."""
+REPLAY_SET = "replay"
+"""Name of the held-out rows of ``data.replay``."""
+
+
 class DataSpec(UserModel):
     """Where the training text lies and how it becomes tokens."""
 
@@ -124,6 +132,8 @@ class DataSpec(UserModel):
     """Share of the training rows held out for evaluation when ``eval`` is None."""
     eval_sets: dict[str, str] = Field(default_factory=dict)
     """More held-out sets by name (such as ``general: other.jsonl``), each evaluated beside the first."""
+    eval_max: int | None = Field(default=None, ge=1)
+    """The most sequences of each held-out set that an evaluation takes: the first ones. None: all."""
     train_on: Literal["assistant", "all", "last"] = "assistant"
     """Which tokens of ``messages`` count in the loss: all assistant turns, every token, or the last assistant turn."""
     packing: Literal["none", "best_fit"] = "none"
@@ -146,6 +156,19 @@ class DataSpec(UserModel):
         if any(given) and not all(given):
             raise ValueError("train: give every source a weight, or none")
         return self
+
+    @model_validator(mode="after")
+    def _names_of_eval_sets_are_free(self) -> Self:
+        for name in self.eval_sets.keys() & {HELD_OUT, REPLAY_SET}:
+            raise ValueError(f"eval_sets: the name {name!r} is taken; call the set otherwise")
+        return self
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """Names of the held-out sets that a run evaluates on."""
+        own = (HELD_OUT,) if self.eval is not None or self.eval_frac else ()
+        replay = (REPLAY_SET,) if self.replay is not None and self.replay.eval_frac else ()
+        return (*own, *replay, *self.eval_sets)
 
     @property
     def train_sources(self) -> tuple[SourceSpec, ...]:

@@ -15,10 +15,13 @@ from typing import Any
 
 from vramplan.data.source import check_rows
 from vramplan.emit.launch import launch_command, launch_environment, local_launcher
-from vramplan.errors import RunFailedError, SpecError
+from vramplan.errors import DataError, RunFailedError, SpecError, UnknownNameError
 from vramplan.facts.host import oom_kills
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
+from vramplan.spec.check import check_run
+from vramplan.spec.data import SourceSpec
+from vramplan.spec.run import RunSpec
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
 from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
@@ -39,14 +42,26 @@ def check_before_launch(plan: Plan) -> None:
     """What can be found wrong in a second, before any process starts or any device is touched.
 
     Raises:
-        SpecError: a package is missing.
-        DataError: a row is malformed.
+        SpecError: a package is missing, or a key names what the run does not have.
+        DataError: a row is malformed, or a file is not there.
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")
+    check_run(plan.run)
     for source in plan.run.data.sources:
         check_rows(source)
+    for key, path in _general_texts(plan.run).items():
+        try:
+            check_rows(SourceSpec(path=path))
+        except (DataError, UnknownNameError) as error:
+            raise DataError(f"{key}: {error}") from error
+
+
+def _general_texts(run: RunSpec) -> dict[str, str]:
+    """What is read beside the training data, by the key that names it."""
+    named = {f"data.eval_sets.{name}": path for name, path in run.data.eval_sets.items()}
+    return named if run.retain.ewc is None else {**named, "retain.ewc.data": run.retain.ewc.data}
 
 
 def run_plan(

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from vramplan.measure.run_dir import RunDir, read_events
+from vramplan.spec.data import HELD_OUT
 from vramplan.spec.run import RunSpec
-from vramplan.train.watch import HELD_OUT
 from vramplan.version import __version__
 
 

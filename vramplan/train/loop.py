@@ -18,6 +18,7 @@ from vramplan.data.sample import Sample
 from vramplan.data.sampler import micro_batches, rank_slice
 from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
+from vramplan.spec.data import HELD_OUT, REPLAY_SET
 from vramplan.spec.run import RunSpec
 from vramplan.train.checkpoint import RunState, load_step, save_checkpoint
 from vramplan.train.engine import TrainEngine
@@ -26,7 +27,7 @@ from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.schedule import learning_rate
 from vramplan.train.seeds import seed_micro_batch
-from vramplan.train.watch import HELD_OUT, Watch
+from vramplan.train.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +77,9 @@ class Loop:
         self.steps_done = 0
         self.stopped = False
         """Whether early stopping has ended the run."""
-        self._sets = {name: samples for name, samples in (eval_sets or {}).items() if samples}
-        if data.held_out:
-            self._sets[HELD_OUT] = data.held_out
+        every = {**(eval_sets or {}), REPLAY_SET: data.held_out_replay, HELD_OUT: data.held_out}
+        most = engine.run.data.eval_max
+        self._sets = {name: samples[:most] for name, samples in every.items() if len(samples)}
 
     def step(self, step: int) -> StepResult:
         """Optimizer step ``step`` (from 0).
@@ -118,7 +119,7 @@ class Loop:
 
     def before_training(self) -> None:
         """What the base model makes of the named held-out sets: what retention is measured against."""
-        if self.run.data.eval_sets or self.run.retain.early_stop is not None:
+        if self._sets.keys() - {HELD_OUT} or self.run.retain.early_stop is not None:
             self.evaluate(0)
 
     def between_steps(self, steps_done: int) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from vramplan.data.batch import collate, padded_length
 from vramplan.data.dataset import read_samples
 from vramplan.data.sample import Sample
-from vramplan.errors import LegalityError, SpecError
 from vramplan.retain.anchored import AnchoredPenalties
 from vramplan.retain.layer_lr import rate_groups
 from vramplan.spec.run import RunSpec
@@ -17,25 +16,6 @@ from vramplan.spec.trainable import LoraMethod
 
 if TYPE_CHECKING:
     from vramplan.train.engine import TrainEngine
-
-
-def check_retention(run: RunSpec) -> None:
-    """Raises:
-    LegalityError: methods that do not go together.
-    SpecError: a held-out set is named that is not given.
-    """
-    retain = run.retain
-    if retain.kl is not None and run.loss == "liger":
-        raise LegalityError("retain.kl needs the logits, which loss liger never makes: use loss hf, or l2sp or ewc")
-    if retain.interpolate and isinstance(run.method, LoraMethod) and run.method.use_dora:
-        raise LegalityError("retain.interpolate cannot scale DoRA's adapters: set method.use_dora false, or drop it")
-    names = {"held_out", *run.data.eval_sets}
-    wanted = {"training.best_on": run.training.best_on}
-    if retain.early_stop is not None:
-        wanted["retain.early_stop.set"] = retain.early_stop.set
-    for key, name in wanted.items():
-        if name is not None and name not in names:
-            raise SpecError(f"{key} is {name!r}, but held-out sets are {', '.join(sorted(names))} (data.eval_sets)")
 
 
 def anchored_penalties(run: RunSpec, module: Any, rank: int, world_size: int) -> AnchoredPenalties | None:

@@ -17,6 +17,7 @@ from vramplan.errors import ConfigError
 from vramplan.facts.resolve import read_config
 from vramplan.measure.run_dir import RunDir, write_json
 from vramplan.search.plan import Plan
+from vramplan.spec.check import check_run
 from vramplan.train.card import write_model_card
 from vramplan.train.checkpoint import Resumed, resume
 from vramplan.train.engine import TrainEngine, join_group
@@ -27,7 +28,7 @@ from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 from vramplan.train.record import highest_of_ranks, versions, write_record
-from vramplan.train.retention import check_retention, general_samples, reference_model, start_penalties
+from vramplan.train.retention import general_samples, reference_model, start_penalties
 from vramplan.train.status import RankStatus
 
 
@@ -97,7 +98,7 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
 
 def _read_inputs(plan: Plan) -> Inputs:
     run = plan.run
-    check_retention(run)
+    check_run(run)
     directory = model_directory(run)
     tokenizer = load_tokenizer(directory, run)
     config = dict(read_config(directory / "config.json"))

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from vramplan.measure.run_dir import read_events
 from vramplan.retain.early_stop import should_stop
+from vramplan.spec.data import HELD_OUT
 from vramplan.spec.run import RunSpec
-
-HELD_OUT = "held_out"
-"""Name of the first held-out set, beside those of ``data.eval_sets``."""
 
 
 @dataclass

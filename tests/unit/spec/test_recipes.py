@@ -1,0 +1,110 @@
+"""The recipes of ``configs/``: each says why, is a spec, is planned, and fits by simulation too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vramplan import plan
+from vramplan.cli.app import main
+from vramplan.errors import UnknownNameError
+from vramplan.simulate.verify import verify_plan
+from vramplan.spec.check import check_run
+from vramplan.spec.load import load_run, merge
+from vramplan.spec.recipes import TASKS, read_recipe
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SMALL = {
+    "model": "small",
+    "model_config_fields": {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4000,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
+    "hardware": {"gpu": "rtx4090"},
+}
+"""A model that is simulated in a second."""
+
+
+def test_every_recipe_is_of_a_task_or_the_demo():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TASKS, "demo-smollm2-lora"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_recipe_gives_reasons_and_runs_as_it_stands(task):
+    recipe = read_recipe(task)
+    commented = [line for line in recipe.text.splitlines() if "#" in line]
+    assert len(commented) > 0.4 * len([line for line in recipe.text.splitlines() if line.strip()])
+    for word in ("Base model", "adapters", "full", "epochs"):
+        assert word in recipe.text
+    run = load_run(CONFIGS / f"{task}.yaml")
+    check_run(run)
+    assert plan(run, hardware={"gpu": "rtx4090"}).prediction.used_peak_bytes < 24 * 2**30
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_recipe_is_simulated(task):
+    planned = plan(merge(read_recipe(task).fields, SMALL))
+    verified = verify_plan(planned)
+    assert verified.found.fits
+    predicted, found = planned.prediction.allocated_peak_bytes, verified.found.allocated_peak_bytes
+    if planned.run.retain.kl is None and not planned.run.masked:  # these the simulator leaves out
+        assert found == pytest.approx(predicted, rel=0.01)
+    assert found <= 1.01 * predicted
+
+
+def init(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["init", *map(str, arguments)])
+    return end.value.code
+
+
+def test_init_writes_the_recipe_as_it_is(tmp_path):
+    assert init("--task", "sft-base", "-o", tmp_path / "a" / "run.yaml") == 0
+    assert (tmp_path / "a" / "run.yaml").read_text() == (CONFIGS / "sft-base.yaml").read_text()
+
+
+def test_init_puts_in_what_is_given_and_leaves_the_rest(tmp_path):
+    awkward = 'my data/a: "b", {c}.jsonl'
+    given = ["--model", "Qwen/Qwen2.5-7B-Instruct", "--method", "qlora", "--data", awkward, "--general", "hub:x/y"]
+    assert init("--task", "sft-chat", "-o", tmp_path / "run.yaml", *given) == 0
+    before, after = read_recipe("sft-chat").text, (tmp_path / "run.yaml").read_text()
+    assert [line.partition("#")[2] for line in after.splitlines()] == [
+        line.partition("#")[2] for line in before.splitlines()
+    ]
+    fields, asked = yaml.safe_load(before), yaml.safe_load(after)
+    fields |= {"model": "Qwen/Qwen2.5-7B-Instruct", "method": {"kind": "qlora"}}
+    fields["data"]["train"], fields["data"]["replay"]["path"] = awkward, "hub:x/y"
+    assert asked == fields
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "chat"], "unknown task 'chat'; did you mean sft-chat? (tasks: sft-chat, sft-base, domain-cpt"),
+        (["--task", "classify", "--general", "x.jsonl"], "the recipe for classify replays nothing"),
+        (["--task", "sft-chat", "--method", "lorra"], "did you mean lora?"),
+        (["--task", "sft-chat", "-o", "there.yaml"], "there.yaml exists"),
+    ],
+)
+def test_what_init_cannot_do_is_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("there.yaml").touch()
+    assert init(*arguments) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
+
+
+def test_an_unknown_task_is_an_error():
+    with pytest.raises(UnknownNameError):
+        read_recipe("nonsense")

@@ -1,0 +1,69 @@
+"""``vramplan init``: a recipe for a task, with your model and data put into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vramplan.errors import SpecError
+from vramplan.spec.recipes import TASKS, Recipe, read_recipe
+
+
+def init(
+    task: Annotated[
+        str,
+        typer.Option(
+            help="; ".join(f"{name}: {text}" for name, text in TASKS.items()), metavar="TASK", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write (default: TASK.yaml).", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A catalogue name, a hub id, or a local directory.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, lora or qlora, instead of the recipe's.", show_default=False)
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Your rows, as data.train takes them.", show_default=False)] = None,
+    general: Annotated[
+        str | None, typer.Option(help="General rows, replayed against forgetting.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a spec for a task, with its reasons beside it: base model, rates, epochs, mixture, retention.
+
+    It runs as it stands on the model and data that come with the installation; put yours in and adapt it.
+    """
+    from vramplan.cli.output import show
+    from vramplan.spec.load import run_from_mapping
+
+    target = output or Path(f"{task}.yaml")
+    recipe = read_recipe(task)
+    recipe = recipe.with_values(_values(recipe, model, method, data, general))
+    run_from_mapping(recipe.fields)
+    if target.exists():
+        raise SpecError(f"{target} exists: give another file with -o")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(recipe.text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{target}: cannot be written ({error.strerror}); choose another -o") from error
+    show(f"written: {target}\nnext: vramplan data show {target}; vramplan plan {target} -o plan")
+
+
+def _values(
+    recipe: Recipe, model: str | None, method: str | None, data: str | None, general: str | None
+) -> dict[str, Any]:
+    """By dotted key, what is put into the recipe."""
+    fields = recipe.fields
+    if general is not None and "replay" not in fields["data"]:
+        raise SpecError(f"--general: the recipe for {recipe.task} replays nothing; add data.replay by hand")
+    given = {
+        "model": model,
+        "method": None if method in (None, fields["method"]["kind"]) else {"kind": method},
+        "data.train.path" if isinstance(fields["data"]["train"], dict) else "data.train": data,
+        "data.replay.path": general,
+    }
+    return {key: value for key, value in given.items() if value is not None}

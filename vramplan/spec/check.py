@@ -1,0 +1,34 @@
+"""What keys of a run must say of each other; found before any process starts."""
+
+from __future__ import annotations
+
+from vramplan.errors import LegalityError, SpecError, nearest_names
+from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
+
+
+def check_run(run: RunSpec) -> None:
+    """Raises:
+    LegalityError: methods that do not go together.
+    SpecError: a held-out set is named that the run does not have.
+    """
+    retain = run.retain
+    if retain.kl is not None and run.loss == "liger":
+        raise LegalityError("retain.kl needs the logits, which loss liger never makes: use loss hf, or l2sp or ewc")
+    if retain.interpolate and isinstance(run.method, LoraMethod) and run.method.use_dora:
+        raise LegalityError("retain.interpolate cannot scale DoRA's adapters: set method.use_dora false, or drop it")
+    wanted = {"training.best_on": run.training.best_on}
+    if retain.early_stop is not None:
+        wanted["retain.early_stop.set"] = retain.early_stop.set
+    for key, name in wanted.items():
+        if name is not None and name not in run.data.set_names:
+            raise SpecError(_no_such_set(key, name, run.data.set_names))
+
+
+def _no_such_set(key: str, name: str, known: tuple[str, ...]) -> str:
+    near = nearest_names(name, known, count=1)
+    asked = f"; did you mean {near[0]}?" if near else ""
+    return (
+        f"{key} is {name!r}, but the held-out sets are {', '.join(known) or 'none'}{asked} "
+        f"(data.eval_frac gives held_out, data.replay.eval_frac replay, data.eval_sets any other)"
+    )
