@@ -104,4 +104,4 @@ def test_state_says_where_it_is(finished_run):
     state = json.loads((RunDir(finished_run(2, "full")).checkpoints / MIDDLE / "state.json").read_text())
     assert state["step"] == 3
     assert state["global_batch_size"] == 8
-    assert state["world_size"] == 2
+    assert state["layout"]["world_size"] == 2

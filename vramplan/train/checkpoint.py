@@ -1,12 +1,12 @@
 """Checkpoints: written beside, checked, published by one rename; the newest whole one is found again.
 
 DeepSpeed writes each rank's shards; beside them lies our own state: the step, which is the whole data cursor, and what
-must not have changed for the run to go on as if nothing had happened.
+must not have changed for the run to go on as if nothing had happened. How the state was cut may have changed: then it
+goes through the neutral form.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,52 +19,30 @@ import torch.distributed as dist
 
 from vramplan.errors import CheckpointError
 from vramplan.measure.run_dir import write_json
-from vramplan.spec.run import RunSpec
 from vramplan.train.engine import TrainEngine
+from vramplan.train.fragments import MOMENTS
 from vramplan.train.manifest import find_damage, find_missing_bytes, write_manifest
+from vramplan.train.neutral import load_neutral, write_neutral
+from vramplan.train.shards import ShardedState, write_holdings
+from vramplan.train.state import STATE, RunState, StateLayout, check_same_run
 
 _TAG = "deepspeed"
-_STATE = "state.json"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What a checkpoint says of its run: the optimizer steps done, and what decides data and layout."""
-
-    step: int
-    total_steps: int
-    seed: int
-    num_samples: int
-    global_batch_size: int
-    world_size: int
-    zero_stage: int
-    method: str
-    model: str
-
-    @classmethod
-    def of(cls, run: RunSpec, *, step: int, total_steps: int, num_samples: int, world_size: int) -> RunState:
-        return cls(
-            step=step,
-            total_steps=total_steps,
-            seed=run.training.seed,
-            num_samples=num_samples,
-            global_batch_size=run.global_batch_size or 0,
-            world_size=world_size,
-            zero_stage=run.zero.stage or 0,
-            method=run.method.kind,
-            model=run.model,
-        )
+_NEUTRAL = ".neutral"
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """Where a run goes on: the step of the checkpoint, and what was said of newer ones that were passed over."""
+    """Where a run goes on: what its checkpoint says, and what is to be told of how it was found and read."""
 
-    step: int
+    state: RunState
     path: Path
-    passed_over: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return self.state.step
 
 
 def save_checkpoint(
@@ -101,10 +79,11 @@ def save_checkpoint(
 def resume(engine: TrainEngine, directory: Path, expected: RunState) -> Resumed | None:
     """Loads the newest whole checkpoint into a fresh engine; None where there is none.
 
-    ``expected.step`` is not compared.
+    One that was made by a plan with another ZeRO stage, offload or number of ranks is converted. Steps and the pinned
+    loss of ``expected`` are not compared.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another run or layout, or none of several is whole.
+        CheckpointError: the checkpoint belongs to another run, or none of several is whole.
     """
     passed_over: list[str] = []
     for path in published(directory):
@@ -112,10 +91,9 @@ def resume(engine: TrainEngine, directory: Path, expected: RunState) -> Resumed 
         if damage is not None:
             passed_over.append(f"checkpoint {path.name} is damaged ({damage}) and was passed over")
             continue
-        state = RunState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
-        _check_same_run(state, expected, path)
-        _load(engine, path)
-        return Resumed(state.step, path, tuple(passed_over))
+        state = RunState.read(path)
+        check_same_run(state, expected, path)
+        return Resumed(state, path, (*passed_over, *load(engine, path, state)))
     if passed_over:
         raise CheckpointError(f"no whole checkpoint in {directory}: " + "; ".join(passed_over))
     return None
@@ -131,8 +109,30 @@ def load_step(engine: TrainEngine, directory: Path, step: int) -> Path:
     damage = find_damage(path) if path.is_dir() else "there is no such directory"
     if damage is not None:
         raise CheckpointError(f"{path}: {damage}")
-    _load(engine, path)
+    load(engine, path, RunState.read(path))
     return path
+
+
+def load(engine: TrainEngine, path: Path, state: RunState) -> tuple[str, ...]:
+    """Loads a whole checkpoint, in the layout of the engine; what there is to tell of it."""
+    wanted = StateLayout.of(engine.run, engine.world_size)
+    if state.layout == wanted:
+        _load_as_it_is(engine, path)
+        return ()
+    if engine.run.optimizer.kind not in MOMENTS:
+        raise CheckpointError(
+            f"{path} was made with {state.layout}, this plan has {wanted}: the state of optimizer "
+            f"{engine.run.optimizer.kind} cannot be converted, so resume with the plan that made it"
+        )
+    neutral = path.with_name(f"{_NEUTRAL}-{path.name}")
+    try:
+        write_neutral(ShardedState(path, _TAG), neutral)
+        load_neutral(engine, neutral)
+        dist.barrier()
+    finally:
+        if engine.rank == 0:
+            shutil.rmtree(neutral, ignore_errors=True)
+    return (f"checkpoint {path.name} of {state.layout} was converted to {wanted}",)
 
 
 def _name(step: int) -> str:
@@ -150,8 +150,9 @@ def _write(engine: TrainEngine, partial: Path, state: RunState) -> None:
         engine.deepspeed.save_checkpoint(
             str(partial), tag=_TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
         )
+    write_holdings(engine, partial)
     if engine.rank == 0:
-        write_json(partial / _STATE, asdict(state))
+        write_json(partial / STATE, asdict(state))
     dist.barrier()
     write_manifest(partial)
 
@@ -198,11 +199,11 @@ def _prune(directory: Path, keep: int, keep_step: int | None = None) -> None:
     complete = [path for path in published(directory) if find_missing_bytes(path) is None]
     kept = {path.name for path in complete[:keep]} | ({_name(keep_step)} if keep_step is not None else set())
     stale = [path for path in published(directory) if path.name not in kept]
-    for path in (*stale, *directory.glob(f"{_PARTIAL}*")):
+    for path in (*stale, *directory.glob(f"{_PARTIAL}*"), *directory.glob(f"{_NEUTRAL}*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _load(engine: TrainEngine, path: Path) -> None:
+def _load_as_it_is(engine: TrainEngine, path: Path) -> None:
     loaded, _ = engine.deepspeed.load_checkpoint(
         str(path), tag=_TAG, load_module_strict=not _has_frozen(engine), load_lr_scheduler_states=False
     )
@@ -212,18 +213,3 @@ def _load(engine: TrainEngine, path: Path) -> None:
 
 def _has_frozen(engine: TrainEngine) -> bool:
     return any(not param.requires_grad for param in engine.module.parameters())
-
-
-def _check_same_run(state: RunState, expected: RunState, path: Path) -> None:
-    for name, saved, now in _differences(state, expected):
-        raise CheckpointError(
-            f"{path} was made with {name} {saved}, this run has {now}: resume with the plan that made it, "
-            "or start in another run directory"
-        )
-
-
-def _differences(state: RunState, expected: RunState) -> Iterator[tuple[str, Any, Any]]:
-    saved, now = asdict(state), asdict(expected)
-    for name in saved.keys() - {"step", "total_steps"}:
-        if saved[name] != now[name]:
-            yield name, saved[name], now[name]

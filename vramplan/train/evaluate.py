@@ -26,11 +26,16 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))  # beyond it a float overflows
 
 
-def evaluate(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Evaluation:
-    """The loss over ``samples``, each counted once however many ranks there are."""
+def evaluate(
+    engine: TrainEngine, samples: Sequence[Sample], pad_id: int, micro_batch_size: int | None = None
+) -> Evaluation:
+    """The loss over ``samples``, each counted once however many ranks there are; ``micro_batch_size``: over the
+    run's own."""
+    run = engine.run
+    size = micro_batch_size or run.training.eval_micro_batch_size or run.micro_batch_size or 1
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with engine.evaluating():
-        for batch, counts in _batches(engine, samples, pad_id):
+        for batch, counts in _batches(engine, samples, pad_id, size):
             summed_nll = engine.forward(batch.to(engine.device), target_weight=1)
             if counts:
                 total += summed_nll
@@ -39,13 +44,15 @@ def evaluate(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Eva
     return Evaluation(summed / num_targets, num_targets)
 
 
-def _batches(engine: TrainEngine, samples: Sequence[Sample], pad_id: int) -> Iterator[tuple[Batch, bool]]:
+def _batches(
+    engine: TrainEngine, samples: Sequence[Sample], pad_id: int, micro_batch_size: int
+) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches, and whether each counts. All ranks have as many, for ZeRO-3 gathers weights in each
     forward: a rank that has run out of samples computes one along."""
     run = engine.run
     rounds = -(-len(samples) // engine.world_size)
     mine = [index * engine.world_size + engine.rank for index in range(rounds)]
-    for chunk in micro_batches(mine, run.training.eval_micro_batch_size or run.micro_batch_size or 1):
+    for chunk in micro_batches(mine, micro_batch_size):
         present = [samples[index] for index in chunk if index < len(samples)]
         shown = present or [samples[-1]]
         yield collate(shown, padded_length(shown, run.seq_len), pad_id, with_mask=run.attention_mask), bool(present)

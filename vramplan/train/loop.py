@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,13 +20,15 @@ from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
 from vramplan.spec.data import HELD_OUT, REPLAY_SET
 from vramplan.spec.run import RunSpec
-from vramplan.train.checkpoint import RunState, load_step, save_checkpoint
+from vramplan.train.checkpoint import load_step, save_checkpoint
 from vramplan.train.engine import TrainEngine
 from vramplan.train.evaluate import evaluate
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.phases import PROBED_STEPS, Phases
+from vramplan.train.pinned import pinned_loss
 from vramplan.train.schedule import learning_rate
 from vramplan.train.seeds import seed_micro_batch
+from vramplan.train.state import RunState
 from vramplan.train.watch import Watch
 
 
@@ -173,7 +175,7 @@ class Loop:
             path = save_checkpoint(
                 self.engine,
                 self.run_dir.checkpoints,
-                self.state(steps_done),
+                replace(self.state(steps_done), pinned_loss=self.pinned_loss()),
                 self.run.training.keep_checkpoints,
                 keep_step=self.watch.best_step,
             )
@@ -188,6 +190,10 @@ class Loop:
             num_samples=len(self.data.train),
             world_size=self.engine.world_size,
         )
+
+    def pinned_loss(self) -> float:
+        """The loss of the weights as they are on the pinned batch."""
+        return pinned_loss(self.engine, self.data.train, self._pad_id)
 
     def _accumulate(self, step: int, batch: GlobalBatch) -> torch.Tensor:
         """Forward and backward of each micro-batch of this rank; the sum of their parts of the loss."""

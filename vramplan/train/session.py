@@ -26,6 +26,7 @@ from vramplan.train.loop import Loop
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_model, start_directory
 from vramplan.train.phases import PROBED_STEPS, Phases
+from vramplan.train.pinned import check_pinned_loss
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 from vramplan.train.record import highest_of_ranks, versions, write_record
 from vramplan.train.retention import general_samples, reference_model, start_penalties
@@ -120,11 +121,13 @@ def _resume(loop: Loop, resuming: bool) -> int:
     if resuming:
         with loop.phases.phase("resume"):
             found = resume(loop.engine, loop.run_dir.checkpoints, loop.state(0))
+            if found is not None:
+                check_pinned_loss(found, loop.pinned_loss(), loop.run.precision)
     if found is None:
         if resuming:
             loop.metrics.event("note", text="no checkpoint yet: the run starts from the beginning")
         return 0
-    for text in found.passed_over:
+    for text in found.notes:
         loop.metrics.event("note", text=text)
     loop.metrics.event("resumed", step=found.step, path=str(found.path))
     loop.phases.stop_measuring()  # the record is of a run's first steps

@@ -1,0 +1,99 @@
+"""A checkpoint is resumed by another ZeRO stage, with offload, or on fewer ranks: the state is the same to the bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vramplan.measure.run_dir import RunDir
+from vramplan.supervise.child import free_port
+
+from support.training import ROOT, losses, train, write_spec
+
+pytestmark = pytest.mark.ranks
+
+SAVED = ["0", "2", "3"]
+LOADED_BY_TWO = ["0", "3", "2+optimizer"]
+LOADED_BY_ONE = ["0", "2"]
+WORKER_TIMEOUT_S = 240
+
+
+def run_workers(world_size: int, *arguments: str | Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "support.convert_worker", *map(str, arguments)],
+            cwd=ROOT / "tests",
+            env=os.environ | _environment(rank, world_size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for port in [free_port()]
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=WORKER_TIMEOUT_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    numbers |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    return {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)} | {
+        name: str(number) for name, number in numbers.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_model, tmp_path_factory):
+    """A directory with what each layout saved, and what each other made of it."""
+    root = tmp_path_factory.mktemp("converted")
+    given = (root, tiny_model, "full", "fp32")
+    run_workers(2, *given, f"save:{','.join(SAVED)}", f"load:{','.join(LOADED_BY_TWO)}", "damage:3")
+    run_workers(1, *given, f"load:{','.join(LOADED_BY_ONE)}")
+    return root
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize(
+    ("loaded", "num_ranks"), [*((each, 2) for each in LOADED_BY_TWO), *((each, 1) for each in LOADED_BY_ONE)]
+)
+def test_the_state_is_the_same_to_the_bit(seen, saved, loaded, num_ranks):
+    before = torch.load(seen / f"{saved}.saved")
+    after = torch.load(seen / f"{saved}-{loaded}-{num_ranks}.loaded")
+    converted = (saved, 2) != (loaded, num_ranks)
+    assert any("was converted to" in note for note in after["notes"]) == converted
+    for kind in ("state", "weights"):
+        assert after[kind].keys() == before[kind].keys()
+        for name, tensor in before[kind].items():
+            assert torch.equal(after[kind][name], tensor), name
+    assert float(before["state"]["step"]) == 2
+    assert after["losses"] == pytest.approx(before["losses"], rel=1e-6)
+
+
+def test_a_wrong_checksum_is_one_sentence_on_every_rank(seen):
+    said = {(seen / f"damage.rank{rank}").read_text() for rank in range(2)}
+    assert len(said) == 1
+    (sentence,) = said
+    assert sentence.endswith("in the converted state does not have the content that was written")
+    assert "\n" not in sentence
+
+
+def test_train_goes_on_under_another_plan(finished_run, copy_of_run, tiny_model, tmp_path):
+    """Adapters of ZeRO-3 on two ranks go on without ZeRO on one; the data does not notice."""
+    run_dir = copy_of_run(3, "lora")
+    shutil.rmtree(RunDir(run_dir).checkpoints / "step-00000006")
+    one = {"grad_accum_steps": 4, "hardware": {"gpu": "cpu", "gpus_per_node": 1}}
+    done = train(write_spec(tmp_path / "spec.yaml", tiny_model, 0, "lora", **one), "-o", run_dir, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint step-00000003 of ZeRO 3 on 2 ranks was converted to ZeRO 0 on 1 rank" in done.stdout
+    assert losses(run_dir) == pytest.approx(losses(finished_run(3, "lora")), rel=1e-5)
