@@ -25,6 +25,8 @@ def ds_config(run: RunSpec, world_size: int) -> dict[str, Any]:
     Raises:
         SpecError: a field that the planner decides is still None, or the layout does not make ``world_size`` ranks.
     """
+    if run.engine != "deepspeed":
+        raise SpecError(f"engine {run.engine} has no DeepSpeed config and is not trained here: use engine deepspeed")
     _check_closed(run, world_size)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.micro_batch_size,

@@ -22,6 +22,7 @@ from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import (
     Attention,
     Checkpointing,
+    Engine,
     HardwareSpec,
     Optimizer,
     OptimizerSpec,
@@ -66,6 +67,8 @@ class JobSpec(UserModel):
     id: str = ""
     """Names the job within its file; a run is resumed by it."""
     model: JobModel
+    engine: Engine = "deepspeed"
+    """deepspeed, or torch: plain PyTorch on one device or under DDP."""
     precision: Precision = "bf16"
     """bf16 and fp16: DeepSpeed's engines; bf16-autocast: fp32 weights under DeepSpeed's ``torch_autocast``."""
     micro_batch_size: int = Field(default=1, ge=1)
@@ -88,6 +91,8 @@ class JobSpec(UserModel):
     """full, lora or qlora."""
     optimizer: Optimizer = "adamw"
     """adamw is DeepSpeed's FusedAdam."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of sgd."""
     zero: ZeroSpec = ZeroSpec(stage=0)
     """``zero_optimization`` keys; DeepSpeed's default where absent."""
     world: World = World()
@@ -303,6 +308,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
         model=spec.model.name,
         model_config_fields=spec.model.config,
         method=spec.method,
+        engine=spec.engine,
         precision=spec.precision,
         seq_len=spec.seq_len,
         global_batch_size=spec.micro_batch_size * spec.grad_accum_steps * layout.dp,
@@ -315,7 +321,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
         keep_outputs=spec.keep_outputs,
         retain=spec.retain,
         data=DataSpec(packing="best_fit" if spec.masked and not spec.attention_mask else "none"),
-        optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01),
+        optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01, momentum=spec.momentum),
         zero=zero,
         layout=layout,
         alloc_conf=spec.alloc_conf,
@@ -330,6 +336,7 @@ def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, r
     return JobSpec(
         id=run_id,
         model=JobModel(name=run.model, config=config),
+        engine=run.engine,
         precision=run.precision,
         micro_batch_size=run.micro_batch_size or 1,
         seq_len=run.seq_len,
@@ -341,6 +348,7 @@ def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, r
         loss=run.loss,
         method=run.method,
         optimizer=run.optimizer.kind,
+        momentum=run.optimizer.momentum,
         zero=run.zero,
         world=World(dp=layout.dp, tp=layout.tp, sp=layout.sp, pp=layout.pp),
         alloc_conf=run.alloc_conf,

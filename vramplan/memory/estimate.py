@@ -130,7 +130,7 @@ def _check_covered(job: Job) -> None:
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,
         "zero.reduce_scatter: false": not job.zero.reduce_scatter,
-        f"the optimizer {job.optimizer}": job.optimizer == "adafactor",
+        f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer == "adafactor" and job.engine == "deepspeed",
         "adamw_8bit on the CPU": job.optimizer == "adamw_8bit" and job.device == "cpu",
         "the fused (liger) loss": job.loss != "hf",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, Linear
@@ -33,6 +34,15 @@ class Parameter:
     in_linear: bool
     """Whether it belongs to an ``nn.Linear`` (torch_autocast communicates those in low precision)."""
     adapter: bool = False
+    factored_numel: int = 0
+    """Elements of a row and a column of each of its matrices; of a vector all."""
+
+
+def factored_numel(shape: tuple[int, ...]) -> int:
+    """What an optimizer keeps that factors matrices (Adafactor), one element each."""
+    if len(shape) < 2:
+        return prod(shape)
+    return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,8 @@ class Job:
 
     architecture: Architecture
     method: Method
+    engine: str
+    """``deepspeed`` or ``torch``."""
     dtype: Dtype
     """Format of the weights in the engine."""
     autocast: Dtype | None
@@ -57,6 +69,7 @@ class Job:
     checkpointing: bool
     attention: str
     optimizer: str
+    momentum: float
     device: str
     keep_outputs: bool
     loss: str
@@ -93,9 +106,13 @@ class Job:
 
     @property
     def adapter_dtype(self) -> Dtype | None:
-        """ZeRO-3 leaves adapters as PEFT made them, in fp32; the other stages cast them with the module
-        (runtime/engine.py, ``_configure_distributed_model``). None: the format of the weights."""
-        keeps = self.stage == 3 and isinstance(self.method, LoraMethod) and self.dtype is not ADAPTER_DTYPE
+        """ZeRO-3 and plain PyTorch leave adapters as PEFT made them, in fp32; DeepSpeed's other stages cast them with
+        the module (runtime/engine.py, ``_configure_distributed_model``). None: the format of the weights."""
+        keeps = (
+            (self.stage == 3 or self.engine == "torch")
+            and isinstance(self.method, LoraMethod)
+            and self.dtype is not ADAPTER_DTYPE
+        )
         return ADAPTER_DTYPE if keeps else None
 
     @property
@@ -184,6 +201,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         "fp16": (Dtype.FP16, None),
         "fp32": (Dtype.FP32, None),
         "bf16-autocast": (Dtype.FP32, Dtype.BF16),
+        "bf16-weights-autocast": (Dtype.BF16, Dtype.BF16),
     }[run.precision]
     grad_dtype, communicates = dtype, None
     if weights_halved:
@@ -195,6 +213,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
     return Job(
         architecture=architecture,
         method=run.method,
+        engine=run.engine,
         dtype=dtype,
         autocast=autocast,
         grad_dtype=grad_dtype,
@@ -208,6 +227,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         checkpointing=run.activation_checkpointing == "full",
         attention=run.attention,
         optimizer=run.optimizer.kind,
+        momentum=run.optimizer.momentum,
         device="cpu" if node.device.kind == "cpu" else "cuda",
         keep_outputs=run.keep_outputs,
         loss=run.loss,
@@ -241,7 +261,9 @@ def _parameters(architecture: Architecture, method: Method) -> Iterator[Paramete
     if isinstance(method, FullMethod):
         for tensor in architecture.named_tensors():
             trained = method.trains(tensor.name, architecture.num_layers)
-            yield Parameter(tensor.name, tensor.numel, trained, tensor.name.rpartition(".")[0] in linears)
+            in_linear = tensor.name.rpartition(".")[0] in linears
+            factored = factored_numel(tensor.shape)
+            yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored)
         return
     pending: tuple[str, list[Parameter]] | None = None
     for tensor in architecture.named_tensors():
@@ -263,9 +285,14 @@ def _adapters(architecture: Architecture, method: LoraMethod, module: str, linea
     if (is_head and method.target_modules == "all-linear") or not method.adapts(module):
         return []
     made = [
-        Parameter(f"{module}.lora_A.weight", method.r * linear.in_features, True, True, adapter=True),
-        Parameter(f"{module}.lora_B.weight", method.r * linear.out_features, True, True, adapter=True),
+        _factor(f"{module}.lora_A.weight", method.r, linear.in_features),
+        _factor(f"{module}.lora_B.weight", linear.out_features, method.r),
     ]
     if method.use_dora:
-        made.append(Parameter(f"{module}.lora_magnitude_vector.weight", linear.out_features, True, False, adapter=True))
+        width = linear.out_features
+        made.append(Parameter(f"{module}.lora_magnitude_vector.weight", width, True, False, True, width))
     return made
+
+
+def _factor(name: str, rows: int, columns: int) -> Parameter:
+    return Parameter(name, rows * columns, True, True, adapter=True, factored_numel=rows + columns)

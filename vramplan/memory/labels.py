@@ -25,6 +25,7 @@ GRAD_PARTITION = "gradient partition"
 ACCUMULATED = "accumulated gradients"
 BUCKET = "reduce bucket"
 REDUCTION = "reduction copy"
+DDP_BUCKETS = "DDP buckets"
 INIT = "copies during initialisation"
 NORM = "gradient norm in fp64"
 FLAT_GRAD = "flat gradient for the step"
@@ -87,6 +88,10 @@ LABELS: dict[str, Label] = {
         "reduce_bucket_size x width, whatever the model's size (stage_1_and_2.py, setup_buckets)",
     ),
     REDUCTION: Label(Category.COMMUNICATION, "a flattened copy of the bucket's elements (allreduce_bucket)"),
+    DDP_BUCKETS: Label(
+        Category.COMMUNICATION,
+        "width x trained elements: DDP's reducer copies each gradient into a bucket (gradient_as_bucket_view is off)",
+    ),
     INIT: Label(Category.TEMPORARY, "flat copies of weights and master made while the engine starts"),
     NORM: Label(Category.TEMPORARY, "8 B x largest gradient slice of the partition (get_grad_norm_direct)"),
     FLAT_GRAD: Label(Category.GRADIENT, "the partition's gradients as one tensor, in the master's format (step)"),

@@ -10,6 +10,7 @@ from typing import overload
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
+from vramplan.memory.plain_torch import PlainTorch
 from vramplan.memory.size import Size, evaluate, undominated
 from vramplan.memory.term import Moment
 from vramplan.memory.zero0 import Zero0
@@ -36,6 +37,8 @@ def walk(job: Job, rank: int, steps_skipped: bool) -> Walked:
 
 
 def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
+    if job.engine == "torch":
+        return PlainTorch(job, rank)
     if job.stage == 0:
         return Zero0(job, rank)
     return Zero12(job, rank) if job.stage in (1, 2) else Zero3(job, rank, steps_skipped)

@@ -16,9 +16,12 @@ WEIGHT_STD = 0.02
 """Spread of the random weights: small enough that nothing overflows in bf16 or fp16; bytes do not depend on it."""
 
 
+_WEIGHT_DTYPES = {"bf16": torch.bfloat16, "bf16-weights-autocast": torch.bfloat16, "fp16": torch.float16}
+
+
 def weight_dtype(run: RunSpec) -> torch.dtype:
     """What the weights are stored in: bf16-autocast keeps them in fp32 and casts as it computes."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.precision, torch.float32)
+    return _WEIGHT_DTYPES.get(run.precision, torch.float32)
 
 
 def transformers_config(run: RunSpec) -> Any:

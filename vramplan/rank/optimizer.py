@@ -1,4 +1,4 @@
-"""Optimizers that DeepSpeed cannot build by name, built here and handed over."""
+"""Optimizers that DeepSpeed cannot build by name, built here and handed over, and those of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -37,3 +37,22 @@ def client_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer |
         params, lr=run.peak_lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     return optimizer
+
+
+def plain_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer:
+    """The optimizer that transformers' Trainer makes for the run's kind (trainer_optimizer.py)."""
+    options, kind = run.optimizer, run.optimizer.kind
+    common: dict[str, Any] = {"lr": run.peak_lr, "weight_decay": options.weight_decay}
+    if kind == "sgd":
+        return torch.optim.SGD(params, momentum=options.momentum, **common)
+    if kind == "adafactor":
+        from transformers.optimization import Adafactor
+
+        adafactor: torch.optim.Optimizer = Adafactor(params, scale_parameter=False, relative_step=False, **common)
+        return adafactor
+    if kind == "adamw_8bit":
+        made = client_optimizer(run, params)
+        assert made is not None
+        return made
+    fused = kind == "adamw_torch_fused"
+    return torch.optim.AdamW(params, betas=options.betas, eps=options.eps, fused=fused or None, **common)

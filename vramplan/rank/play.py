@@ -14,6 +14,7 @@ from vramplan.emit.deepspeed import ds_config
 from vramplan.rank.group import join_fake_group, sequence_parallel_group
 from vramplan.rank.model import build_model
 from vramplan.rank.optimizer import client_optimizer
+from vramplan.rank.plain import PlainEngine
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 
@@ -57,11 +58,7 @@ class RankPlayer:
 
     def play(self) -> Played:
         join_fake_group(self.layout.world_size)
-        config = ds_config(self.run, self.layout.world_size)
-        if self.managed:
-            config["managed_gradient_accumulation"] = True
-        self.managed = config["managed_gradient_accumulation"]
-        config["steps_per_print"] = 2**31
+        config = self._engine_config()
         with self.phase("model_load"):
             self.model = build_model(self.run, config)
         self._count(self.model)
@@ -75,7 +72,21 @@ class RankPlayer:
             self.played.seconds_per_step = time.perf_counter() - started
         return self.played
 
+    def _engine_config(self) -> dict[str, Any]:
+        """DeepSpeed's config; empty for plain PyTorch, which counts micro-batches as DeepSpeed does."""
+        if self.run.engine == "torch":
+            self.managed = True
+            return {}
+        config = ds_config(self.run, self.layout.world_size)
+        if self.managed:
+            config["managed_gradient_accumulation"] = True
+        self.managed = config["managed_gradient_accumulation"]
+        config["steps_per_print"] = 2**31
+        return config
+
     def _initialize(self, model: torch.nn.Module, config: dict[str, Any]) -> Any:
+        if self.run.engine == "torch":
+            return PlainEngine(self.run, model, self.layout.world_size, self.device)
         import deepspeed
 
         mpu = sequence_parallel_group(self.layout, model, self.run.attention, self.run.micro_batch_size or 1)

@@ -96,9 +96,15 @@ def describe_layout(run: RunSpec) -> str:
     offload = f"{' and '.join(offloaded)} on the CPU" if offloaded else "no offload"
     return (
         f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {_plural(dp, 'rank')} = "
-        f"{_plural(run.global_batch_size or 0, 'sequence')} a step, ZeRO {run.zero.stage}, "
+        f"{_plural(run.global_batch_size or 0, 'sequence')} a step, {_engine(run)}, "
         f"checkpointing {run.activation_checkpointing}, {offload}"
     )
+
+
+def _engine(run: RunSpec) -> str:
+    if run.engine == "deepspeed":
+        return f"ZeRO {run.zero.stage}"
+    return "plain PyTorch" if run.layout is None or run.layout.dp == 1 else "DDP"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -106,7 +106,8 @@ def candidates(run: RunSpec, node: Node) -> list[Candidate]:
         NoPlanError: no micro-batch and accumulation make the global batch; the text says which number to change.
     """
     batches = batch_splits(run, layout_of(run, node).dp)
-    stages: tuple[Stage, ...] = _STAGES if run.zero.stage is None else (run.zero.stage,)
+    every_stage: tuple[Stage, ...] = (0,) if run.engine == "torch" else _STAGES
+    stages: tuple[Stage, ...] = every_stage if run.zero.stage is None else (run.zero.stage,)
     checkpointings = _CHECKPOINTING if run.activation_checkpointing is None else (run.activation_checkpointing,)
     grid = product(batches, stages, _offloads(run, node), checkpointings)
     every = [Candidate(*batch, stage, *offload, checkpointing) for batch, stage, offload, checkpointing in grid]
@@ -159,7 +160,7 @@ def divisors(number: int) -> list[int]:
 def _offloads(run: RunSpec, node: Node) -> list[tuple[Offload, Offload]]:
     """Pairs (optimizer, weights) of places that the user's own choice allows."""
     # on a CPU the weights are in host memory already: moving them there is nothing to search for
-    searched = _OFFLOADS[:1] if node.device.kind == "cpu" else _OFFLOADS
+    searched = _OFFLOADS[:1] if node.device.kind == "cpu" or run.engine == "torch" else _OFFLOADS
     optimizer, param = run.zero.offload_optimizer, run.zero.offload_param
     allowed = [pair for pair in searched if optimizer in (None, pair[0]) and param in (None, pair[1])]
     return allowed or [(optimizer or "none", param or "none")]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vramplan.spec.base import UserModel
 from vramplan.spec.data import DataSpec
@@ -13,7 +13,8 @@ from vramplan.spec.retain import RetainSpec
 from vramplan.spec.trainable import FullMethod, Method
 from vramplan.spec.training import TrainingSpec
 
-Precision = Literal["bf16", "fp16", "fp32", "bf16-autocast"]
+Precision = Literal["bf16", "fp16", "fp32", "bf16-autocast", "bf16-weights-autocast"]
+Engine = Literal["deepspeed", "torch"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Checkpointing = Literal["none", "full"]
 Offload = Literal["none", "cpu"]
@@ -58,6 +59,24 @@ class ZeroSpec(UserModel):
     """Where weights live between uses (stage 3 only). None: searched."""
 
 
+def engine_refuses(engine: Engine, precision: Precision, zero: ZeroSpec, layout: Layout | None) -> str:
+    """Why an engine cannot run these together; empty where it can."""
+    if engine == "deepspeed":
+        weights = "precision bf16-weights-autocast needs engine torch: DeepSpeed casts autocast's weights from fp32"
+        return weights if precision == "bf16-weights-autocast" else ""
+    if precision == "fp16":
+        return (
+            "engine torch has no precision fp16: torch's GradScaler refuses fp16 gradients; use bf16 or bf16-autocast"
+        )
+    if zero.stage:
+        return f"engine torch partitions nothing, but zero.stage is {zero.stage}: leave it out, or use engine deepspeed"
+    if "cpu" in (zero.offload_optimizer, zero.offload_param):
+        return "engine torch offloads nothing: leave zero.offload_* out, or use engine deepspeed"
+    if layout is not None and max(layout.tp, layout.sp, layout.pp, layout.ep) > 1:
+        return "engine torch is data parallel only: set every degree of layout but dp to 1, or use engine deepspeed"
+    return ""
+
+
 class OptimizerSpec(UserModel):
     """The optimizer and its numbers."""
 
@@ -71,6 +90,8 @@ class OptimizerSpec(UserModel):
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Of sgd: share of the last update that goes on; 0 keeps no state."""
 
 
 class HardwareSpec(UserModel):
@@ -100,8 +121,12 @@ class RunSpec(UserModel):
     """Fields of the model's ``config.json`` given in place; they decide over the name."""
     method: Method = FullMethod()
     """full, lora or qlora."""
+    engine: Engine = "deepspeed"
+    """deepspeed; or torch: plain PyTorch on one device or under DDP, as transformers' Trainer and TRL run without
+    DeepSpeed (estimated, simulated and measured; training is DeepSpeed's)."""
     precision: Precision = "bf16"
-    """Format of weights and compute: DeepSpeed's bf16 or fp16 engine, fp32, or fp32 weights under bf16 autocast."""
+    """Format of weights and compute: bf16 or fp16 (DeepSpeed's engines; with engine torch bf16 weights and states),
+    fp32, or bf16 autocast over fp32 weights, or (engine torch) over bf16 ones."""
     seq_len: int = Field(default=2048, ge=1)
     """Tokens of one sequence, padding included."""
     global_batch_size: int | None = Field(default=None, ge=1)
@@ -130,6 +155,13 @@ class RunSpec(UserModel):
     data: DataSpec = DataSpec()
     training: TrainingSpec = TrainingSpec()
     retain: RetainSpec = RetainSpec()
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Self:
+        reason = engine_refuses(self.engine, self.precision, self.zero, self.layout)
+        if reason:
+            raise ValueError(reason)
+        return self
 
     @property
     def masked(self) -> bool:

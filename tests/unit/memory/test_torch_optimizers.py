@@ -1,0 +1,51 @@
+"""Bytes of plain PyTorch's optimizers: what they keep and the highest instant of a step, as their loops make them."""
+
+import pytest
+
+from vramplan.errors import UnknownNameError
+from vramplan.memory.torch_optimizers import Steps, torch_optimizer
+
+PARAMS = ((1000, 70), (10, 10), (4000, 130))
+"""A matrix, a vector, a larger matrix."""
+
+
+def steps(kind, device="cpu", width=4, momentum=0.0):
+    return Steps(torch_optimizer(kind, device, momentum), PARAMS, width)
+
+
+def test_states_have_the_format_of_their_parameter():
+    assert steps("adamw_torch", width=2).state_bytes == 2 * 2 * 5010
+    assert steps("adamw_torch", width=4).state_bytes == 2 * 4 * 5010
+
+
+def test_one_tensor_at_a_time_holds_what_the_one_before_left():
+    assert steps("adamw_torch").highest(False) == (8 * 5010, 4 * (10 + 2 * 4000))
+
+
+def test_all_at_once_makes_a_list_as_large_as_the_parameters():
+    assert steps("adamw_torch", "cuda", width=2).highest(False) == (4 * 5010, 2 * 5010)
+
+
+def test_a_fused_step_makes_nothing():
+    assert steps("adamw_torch_fused", "cuda").highest(False) == (8 * 5010, 0)
+
+
+def test_sgd_keeps_nothing_without_momentum():
+    assert steps("sgd").highest(False) == (0, 4 * 4000)
+    assert steps("sgd", momentum=0.9).state_bytes == 4 * 5010
+
+
+def test_buffers_made_in_turn_are_not_all_there_at_the_first_step():
+    params = ((4000, 130), (1000, 70))
+    first = Steps(torch_optimizer("sgd", "cpu", 0.9), params, 4).highest(True)
+    assert first == (4 * 4000, 4 * 4000)
+
+
+def test_adafactor_keeps_rows_and_columns_in_fp32():
+    assert steps("adafactor", width=2).state_bytes == 4 * (70 + 10 + 130)
+    assert steps("adafactor", width=2).highest(False)[1] == 4 * (10 + 4 * 4000)
+
+
+def test_an_optimizer_that_is_not_known_is_one_sentence():
+    with pytest.raises(UnknownNameError, match="adamw_8bit"):
+        torch_optimizer("adamw_8bit", "cpu", 0.0)

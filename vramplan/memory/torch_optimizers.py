@@ -1,0 +1,118 @@
+"""What an optimizer of plain PyTorch keeps for each parameter, and what its step makes besides (torch 2.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vramplan.errors import UnknownNameError
+from vramplan.memory.optimizers import optimizer_bytes
+
+Numels = tuple[int, int]
+"""Elements of a parameter, and of a row and a column of each of its matrices (of a vector: all)."""
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TorchOptimizer:
+    """Slots and temporaries, in tensors of a parameter's shape and format unless ``fp32``.
+
+    ``one_by_one``: parameters are updated in turn; each pair is an instant of an update: tensors left over from the
+    parameter before, and tensors of the one in hand. Empty: all are updated at once.
+    """
+
+    slots: int
+    at_once: int = 0
+    one_by_one: tuple[tuple[int, int], ...] = ()
+    made_in_turn: bool = False
+    """Whether a parameter's slots come to be in its own first update, not all before the first."""
+    factored: bool = False
+    """Whether a matrix has a row and a column instead of each slot."""
+    fp32: bool = False
+    """Whether slots and temporaries are fp32 whatever the parameter's format."""
+    low_one_by_one: tuple[tuple[int, int], ...] = ()
+    """As ``one_by_one``, for parameters of a lower format than the slots, which are copied to be updated."""
+    named: str = ""
+    """The kind under which ``optimizer_bytes`` knows the slots, where they are none of the parameter's format."""
+
+
+_ADAMW = TorchOptimizer(slots=2, one_by_one=((1, 2),))
+"""torch/optim/adam.py, ``_single_tensor_adam``: ``denom`` of the parameter before, the root and the quotient."""
+_ADAMW_FOREACH = TorchOptimizer(slots=2, at_once=1)
+"""torch/optim/adam.py, ``_multi_tensor_adam``: ``_foreach_sqrt`` makes one list."""
+_ADAMW_FUSED = TorchOptimizer(slots=2)
+_ADAFACTOR = TorchOptimizer(
+    slots=1, one_by_one=((1, 2),), made_in_turn=True, factored=True, fp32=True, low_one_by_one=((3, 1), (2, 2), (1, 4))
+)
+"""transformers/optimization.py, ``Adafactor.step``: the update of the parameter before, then the square and its sum
+with eps; of a bf16 parameter fp32 copies of gradient and weight besides."""
+
+
+def torch_optimizer(kind: str, device: str, momentum: float) -> TorchOptimizer:
+    """The optimizer that transformers' Trainer makes for a kind, on ``cuda`` or ``cpu``.
+
+    Raises:
+        UnknownNameError: no bytes are known for that kind under plain PyTorch.
+    """
+    every = device == "cuda"
+    known = {
+        "adamw": _ADAMW_FOREACH if every else _ADAMW,
+        "adamw_torch": _ADAMW_FOREACH if every else _ADAMW,
+        "adamw_torch_fused": _ADAMW_FUSED,
+        "sgd": _sgd(every, momentum),
+        "adafactor": _ADAFACTOR,
+        **({"adamw_8bit": TorchOptimizer(slots=2, named="adamw_8bit")} if every else {}),
+    }
+    if kind not in known:
+        raise UnknownNameError("optimizer", kind, known, f"whose bytes are known under engine torch on {device}")
+    return known[kind]
+
+
+def _sgd(foreach: bool, momentum: float) -> TorchOptimizer:
+    """torch/optim/sgd.py: weight decay makes ``grad + decay * param``, which is let go of before the next; with
+    momentum its buffer is a clone of the first."""
+    if foreach:
+        return TorchOptimizer(slots=int(momentum > 0), at_once=1)
+    return TorchOptimizer(slots=int(momentum > 0), one_by_one=((0, 1),), made_in_turn=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """An optimizer's bytes for parameters of these shapes, in its order, of ``width`` bytes an element."""
+
+    optimizer: TorchOptimizer
+    params: tuple[Numels, ...]
+    width: int
+
+    @property
+    def state_bytes(self) -> int:
+        """What is kept between steps."""
+        if self.optimizer.named:
+            return optimizer_bytes(self.optimizer.named, "cuda").state_bytes(*(numel for numel, _ in self.params))
+        return sum(self._slots(param) for param in self.params)
+
+    def highest(self, first: bool) -> tuple[int, int]:
+        """Bytes of states and of temporaries at the highest instant of a step; ``first``: of the first."""
+        return max(self._instants(first), key=sum)
+
+    def _instants(self, first: bool) -> Iterator[tuple[int, int]]:
+        states = self.state_bytes
+        if not self.optimizer.one_by_one:
+            yield states, self.optimizer.at_once * self._width * sum(numel for numel, _ in self.params)
+            return
+        low = self.optimizer.fp32 and self.width < FP32 and self.optimizer.low_one_by_one
+        pairs = low or self.optimizer.one_by_one
+        made = before = 0
+        for param in self.params:
+            made += self._slots(param)
+            scratch = max(left * before + own * param[0] for left, own in pairs) * self._width
+            yield (made if first and self.optimizer.made_in_turn else states), scratch
+            before = param[0]
+
+    @property
+    def _width(self) -> int:
+        return FP32 if self.optimizer.fp32 else self.width
+
+    def _slots(self, param: Numels) -> int:
+        numel, factored = param
+        return self.optimizer.slots * (factored if self.optimizer.factored else numel) * self._width
