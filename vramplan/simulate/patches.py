@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramplan.simulate.cuda_attention import cuda_attention
+from vramplan.simulate.cuda_autocast import CudaAutocast
 from vramplan.simulate.many_ranks import few_views
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.tracker import Tracker
@@ -56,7 +57,9 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
             put(masking_utils, "find_packed_sequence_indices", _found_in(masking_utils.find_packed_sequence_indices))
         if device_type == "cuda":
             put(FakeTensor, "data", property(_DATA.__get__, _set_data))
-            put(torch.nn.functional, "scaled_dot_product_attention", cuda_attention)
+            autocast = CudaAutocast(tracker.device_type)
+            put(torch, "clear_autocast_cache", autocast.clear)
+            put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
         yield
@@ -109,7 +112,8 @@ def _set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:
     elif other is not tensor:
         other = other.detach().requires_grad_(tensor.requires_grad)
         torch._C._swap_tensor_impl(tensor, other)
-        tensor.__dict__, other.__dict__ = other.__dict__, tensor.__dict__
+        # what makes it a parameter, and DeepSpeed's own marks, stay with the object
+        tensor.__dict__, other.__dict__ = {**tensor.__dict__, **other.__dict__}, tensor.__dict__
 
 
 _DATA: Any = torch._C.TensorBase.data

@@ -45,7 +45,7 @@ class Tracker(TorchDispatchMode):
         self.failed_phase = ""
         self.failed_in = ""
         """The phase and the module in which an exception passed first."""
-        self._device_type = device_type
+        self.device_type = device_type
         self._scratch = scratch
         self._answers = answers
         self._block_of: dict[int, int] = {}
@@ -157,7 +157,7 @@ class Tracker(TorchDispatchMode):
         elif not num_bytes:
             return birth
         birth = self._birth(func) if birth is None else birth
-        place = Place.DEVICE if tensor.fake_device.type == self._device_type else Place.HOST
+        place = Place.DEVICE if tensor.fake_device.type == self.device_type else Place.HOST
         self._block_of[key] = self._bear(num_bytes, birth, place, tensor)
         if block is None:
             self._watched[key] = weakref.ref(storage, partial(self._on_death, key))

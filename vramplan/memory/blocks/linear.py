@@ -9,6 +9,7 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels, ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.dora import dora, rows
+from vramplan.memory.cast_linear import linear_cast_zero3
 from vramplan.memory.size import Size
 from vramplan.memory.tape import Parameter, Tensor
 from vramplan.spec.trainable import LoraMethod
@@ -53,10 +54,12 @@ def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tens
 def _product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
     if ctx.autocast is None:
         return ops.linear(x, weight, bias, out, label, zero3=ctx.hooks is not None, whole=_recomputed(ctx, weight))
+    if ctx.hooks is not None:
+        return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=_recomputed(ctx, weight))
     low = ops.to(x, ctx.autocast, label)
     cast_weight = _cast(ctx, weight, ctx.autocast)
     cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
-    return ops.linear(low, cast_weight, cast_bias, out, label, zero3=ctx.hooks is not None)
+    return ops.linear(low, cast_weight, cast_bias, out, label)
 
 
 def _matmul(

@@ -1,0 +1,66 @@
+"""Autocast on a GPU that is not there: the simulator's casts against the estimator's, which share no code."""
+
+from __future__ import annotations
+
+import pytest
+
+from vramplan.facts.devices import resolve_node
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory.estimate import estimate
+from vramplan.simulate.request import Conditions, SimulationRequest, simulate_jobs
+from vramplan.spec.layout import Layout
+from vramplan.spec.load import run_from_mapping
+
+CONFIG = {
+    "model_type": "qwen2",  # biases beside RMS norms
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 3000,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LORA = {"kind": "lora", "r": 8}
+
+
+def asked(stage, method="full", checkpointing="none"):
+    return run_from_mapping(
+        {
+            "model": "tiny",
+            "model_config_fields": CONFIG,
+            "method": method,
+            "seq_len": 256,
+            "micro_batch_size": 2,
+            "grad_accum_steps": 1,
+            "precision": "bf16-autocast",
+            "activation_checkpointing": checkpointing,
+            "hardware": {"gpu": "rtx4090", "gpus_per_node": 4},
+            "layout": Layout(dp=4),
+            "zero": {"stage": stage, "reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 200_000},
+        }
+    )
+
+
+def test_both_witnesses_cast_alike():
+    runs = {
+        f"zero{stage} {kind} {checkpointing}": asked(stage, method, checkpointing)
+        for stage in (0, 2, 3)
+        for kind, method, checkpointing in (("full", "full", "none"), ("full", "full", "full"), ("lora", LORA, "none"))
+    }
+    conditions = Conditions(managed=True, padded=False)
+    requests = [SimulationRequest(run, "cuda", conditions=conditions, key=key) for key, run in runs.items()]
+    for key, found in simulate_jobs(requests):
+        assert found.error is None, key
+        run = runs[key]
+        estimated = {phase.phase: phase for phase in _estimate(run).phases}
+        for phase in found.phases:
+            if phase.is_step:
+                assert estimated[phase.phase].peak_bytes == pytest.approx(phase.peak_bytes, rel=0.02), (key, phase.phase)
+        highest = max(phase.peak_bytes for name, phase in estimated.items() if name.startswith("step"))
+        assert highest == pytest.approx(found.train_allocated_peak_bytes, rel=0.01), key
+
+
+def _estimate(run):
+    return estimate(run, resolve_node(run.hardware), resolve_architecture(run))
