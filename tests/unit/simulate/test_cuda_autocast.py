@@ -45,9 +45,11 @@ def asked(stage, method="full", checkpointing="none"):
 
 def test_both_witnesses_cast_alike():
     runs = {
-        f"zero{stage} {kind} {checkpointing}": asked(stage, method, checkpointing)
-        for stage in (0, 2, 3)
-        for kind, method, checkpointing in (("full", "full", "none"), ("full", "full", "full"), ("lora", LORA, "none"))
+        "zero0": asked(0),
+        "zero2 checkpointing": asked(2, checkpointing="full"),
+        "zero3": asked(3),
+        "zero3 checkpointing": asked(3, checkpointing="full"),
+        "zero3 adapters": asked(3, LORA),
     }
     conditions = Conditions(managed=True, padded=False)
     requests = [SimulationRequest(run, "cuda", conditions=conditions, key=key) for key, run in runs.items()]
