@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.kernels import TEMPORARY, WEIGHT_GRADIENT
-from vramplan.memory.views import GRADIENTS
 from vramplan.memory.ops import to
 from vramplan.memory.size import ZERO, Size
 from vramplan.memory.tape import Node, Tensor
+from vramplan.memory.views import GRADIENTS
 
 
 def linear_cast_zero3(

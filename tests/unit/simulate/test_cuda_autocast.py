@@ -59,7 +59,10 @@ def test_both_witnesses_cast_alike():
         estimated = {phase.phase: phase for phase in _estimate(run).phases}
         for phase in found.phases:
             if phase.is_step:
-                assert estimated[phase.phase].peak_bytes == pytest.approx(phase.peak_bytes, rel=0.02), (key, phase.phase)
+                assert estimated[phase.phase].peak_bytes == pytest.approx(phase.peak_bytes, rel=0.02), (
+                    key,
+                    phase.phase,
+                )
         highest = max(phase.peak_bytes for name, phase in estimated.items() if name.startswith("step"))
         assert highest == pytest.approx(found.train_allocated_peak_bytes, rel=0.01), key
 
