@@ -64,6 +64,7 @@ def train(
     """
     from vramplan.cli.output import show
     from vramplan.facts.resolve import resolve_architecture
+    from vramplan.measure.snapshots import put_away
     from vramplan.report.progress import TrainingView
     from vramplan.supervise.recover import train_to_the_end
     from vramplan.supervise.supervisor import (
@@ -84,10 +85,15 @@ def train(
     show(f"run directory: {run_dir.root}")
     with TrainingView(plan) as view:
         how: dict[str, Any] = {"resuming": resume, "hostfile": hostfile, "silent_after_s": hang_after}
-        if recover:
-            plan = train_to_the_end(plan, run_dir, resolve_architecture(plan.run), view.on_event, **how)
-        else:
-            run_plan(plan, run_dir, view.on_event, **how)
+        try:
+            if recover:
+                plan = train_to_the_end(plan, run_dir, resolve_architecture(plan.run), view.on_event, **how)
+            else:
+                run_plan(plan, run_dir, view.on_event, **how)
+        finally:
+            said = put_away(run_dir)
+            if said is not None:
+                view.on_event({"event": "note", "text": said})
         if plan.run.retain.interpolate:
             interpolate_with_base(run_dir, view.on_event)
         if plan.run.training.merge_adapters and plan.run.method.kind != "full":

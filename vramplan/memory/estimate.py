@@ -12,6 +12,7 @@ from vramplan.memory.moments import Stretch
 from vramplan.memory.overhead import WORKSPACES, overhead
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, evaluate
+from vramplan.memory.snapshot import snapshot_terms
 from vramplan.memory.term import Place, Term
 from vramplan.memory.walked import Moments, walk
 from vramplan.spec.run import RunSpec
@@ -47,19 +48,25 @@ def estimate(
     walks = [walk(shapeless, each, steps_skipped) for each in ranks]
     worst = walks[0] if len(walks) == 1 else max(walks, key=lambda walked: walked.peak_bytes(basis))
     phases = tuple(stretch.phase_bytes(basis) for stretch in worst.stretches)
+    snapshots = snapshot_terms(job, node.gpus_per_node) if run.training.snapshot_every is not None else ()
     beyond = overhead(node, job.layout, run.alloc_conf, max(phase.peak_bytes for phase in phases))
     return Estimate(
         moments=Moments(worst.stretches, basis),
         phases=phases,
         overhead=beyond.terms,
-        host_terms=_host_terms(worst.stretches, basis),
-        capacity_bytes=node.capacity_bytes,
+        host_terms=(*_host_terms(worst.stretches, basis), *snapshots),
+        capacity_bytes=node.capacity_bytes - _bytes_on_device(node, snapshots),
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
         workspace_bytes=sum(term.num_bytes for term in beyond.terms if term.name in WORKSPACES),
         reserved_band=beyond.reserved_band,
         used_band=beyond.used_band,
     )
+
+
+def _bytes_on_device(node: Node, host_terms: tuple[Term, ...]) -> int:
+    """What the host's bytes take of the device's: all on the CPU, whose memory is the host's."""
+    return sum(each.num_bytes for each in host_terms) if node.device.kind == "cpu" else 0
 
 
 def _host_terms(stretches: tuple[Stretch, ...], basis: Size) -> tuple[Term, ...]:

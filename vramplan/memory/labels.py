@@ -42,6 +42,7 @@ HOST_PARTITION = f"{HOST}gradient partition"
 HOST_STAGING = f"{HOST}staging buffers"
 HOST_ACCUMULATED = f"{HOST}accumulated gradients"
 HOST_PINNED = f"{HOST}rounding of pinned blocks"
+HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
 GATHER_BUFFER = "gather buffer"
 ANCHORS = "starting weights"
 FISHER = "Fisher diagonal"
@@ -67,6 +68,9 @@ LABELS: dict[str, Label] = {
     ),
     HOST_ACCUMULATED: Label(Category.GRADIENT, "width x elements of the rank's own tensors (accumulated_grads_in_cpu)"),
     HOST_PINNED: Label(Category.OVERHEAD, "torch rounds each pinned block up to a power of two (CachingHostAllocator)"),
+    HOST_SNAPSHOT: Label(
+        Category.OPTIMIZER, "2 x one rank's share of a checkpoint: the last one stays until the next is whole"
+    ),
     FROZEN: Label(Category.PARAMETER, "elements x width; under ZeRO-3 each tensor / ranks, rounded up", Basis.EXACT),
     WEIGHTS: Label(
         Category.PARAMETER,

@@ -93,6 +93,12 @@ class OptimizerSpec(UserModel):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of sgd: share of the last update that goes on; 0 keeps no state."""
 
+    @property
+    def state_can_be_cut_anew(self) -> bool:
+        """Whether what it keeps is fp32, element by element, so that any ZeRO stage and number of ranks can take it
+        over; 8-bit states share scales, Adafactor's are sums of rows and columns."""
+        return self.kind not in ("adamw_8bit", "adafactor")
+
 
 class HardwareSpec(UserModel):
     """What the run may use. Nothing given: this machine."""

@@ -31,7 +31,13 @@ class TrainingSpec(UserModel):
     eval_micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences of one rank's forward in an evaluation. None: as in training."""
     save_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between checkpoints. None: at the end only."""
+    """Optimizer steps between checkpoints. None: so many that failures cost at most 1% of the time in lost work, and
+    writing no more than that is worth (``hours_between_failures``)."""
+    hours_between_failures: float = Field(default=24.0, gt=0)
+    """Mean time between failures that the spacing of checkpoints reckons with. ASSUMED: one a day."""
+    snapshot_every: int | None = Field(default=None, ge=1)
+    """Optimizer steps between snapshots in shared memory (/dev/shm), which outlive the run's processes and cost host
+    memory instead of time; one node only. None: none are written."""
     best_on: str | None = None
     """The held-out set (``held_out``, or a name of ``data.eval_sets``) whose lowest loss marks the best checkpoint,
     which is kept and exported. None: the last is."""

@@ -16,6 +16,7 @@ from typing import Any
 from vramplan.facts.architecture import Architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir, append_event
+from vramplan.measure.snapshots import has_saved_state
 from vramplan.search.lower import Lowered
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.space import Candidate
@@ -52,7 +53,7 @@ class Progress:
             self.first_step = self.last_step = self.saved_step = event["step"]
         elif kind == "step":
             self.last_step = event["step"]
-        elif kind == "checkpoint":
+        elif kind in ("checkpoint", "snapshot"):
             self.saved_step, self.saved_at = event["step"], event["time"]
         self.listener(event)
 
@@ -123,7 +124,7 @@ def _decide(
         return error
     if len({attempt.plan for attempt in tried if attempt.is_memory}) > MAX_PLANS:
         return TrainingFailed(f"{error}; {MAX_PLANS} other plans did not help", NOTHING_LEFT_CODE, verdict)
-    found = Ladder(plan, architecture, tried).next(verdict, keep_stage=_has_checkpoint(run_dir))
+    found = Ladder(plan, architecture, tried).next(verdict, keep_stage=_is_tied(plan, run_dir))
     if isinstance(found, Exhausted):
         return TrainingFailed(f"{error}; {found.reason}", NOTHING_LEFT_CODE, verdict)
     return found
@@ -145,8 +146,9 @@ def _repeats(tried: Sequence[Attempt]) -> int:
     return count
 
 
-def _has_checkpoint(run_dir: RunDir) -> bool:
-    return any(run_dir.checkpoints.glob("step-*"))
+def _is_tied(plan: Plan, run_dir: RunDir) -> bool:
+    """Whether what was saved can only be read by plans that cut the optimizer's state as this one does."""
+    return has_saved_state(run_dir) and not plan.run.optimizer.state_can_be_cut_anew
 
 
 def _ended(plan: Plan, progress: Progress) -> Attempt:

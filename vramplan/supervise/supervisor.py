@@ -18,6 +18,7 @@ from vramplan.emit.launch import launch_command, launch_environment, local_launc
 from vramplan.errors import DataError, RunFailedError, SpecError, UnknownNameError
 from vramplan.facts.host import oom_kills
 from vramplan.measure.run_dir import RunDir
+from vramplan.measure.snapshots import has_saved_state, remove_forgotten
 from vramplan.search.plan import Plan
 from vramplan.spec.check import check_run
 from vramplan.spec.data import SourceSpec
@@ -49,6 +50,8 @@ def check_before_launch(plan: Plan) -> None:
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")
     check_run(plan.run)
+    if plan.run.training.snapshot_every is not None and plan.node.num_nodes > 1:
+        raise SpecError("training.snapshot_every: snapshots in shared memory are of one node; leave it out on several")
     for source in plan.run.data.sources:
         check_rows(source)
     for key, path in _general_texts(plan.run).items():
@@ -82,6 +85,7 @@ def run_plan(
     """
     _clear_old_failures(run_dir)
     remove_forgotten_buffers()
+    remove_forgotten()
     port, kills_before = free_port(), oom_kills()
     command = launch_command(
         plan.node,
@@ -110,7 +114,7 @@ def run_plan(
 
 
 def _interrupted(run_dir: RunDir) -> str:
-    if not any(run_dir.checkpoints.glob("step-*")):
+    if not has_saved_state(run_dir):
         return "interrupted; all ranks are ended, and nothing was saved: there was no checkpoint yet"
     return (
         f"interrupted; all ranks are ended, and `vramplan train {run_dir.plan} -o {run_dir.root} --resume` "

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from vramplan.errors import CheckpointError
 from vramplan.measure.run_dir import write_json
 from vramplan.train.engine import TrainEngine
-from vramplan.train.fragments import MOMENTS
 from vramplan.train.manifest import find_damage, find_missing_bytes, write_manifest
 from vramplan.train.neutral import load_neutral, write_neutral
 from vramplan.train.shards import ShardedState, write_holdings
@@ -76,8 +75,8 @@ def save_checkpoint(
     return target
 
 
-def resume(engine: TrainEngine, directory: Path, expected: RunState) -> Resumed | None:
-    """Loads the newest whole checkpoint into a fresh engine; None where there is none.
+def resume(engine: TrainEngine, directory: Path, expected: RunState, snapshots: Path | None = None) -> Resumed | None:
+    """Loads the newest whole checkpoint, or snapshot if that is newer, into a fresh engine; None where there is none.
 
     One that was made by a plan with another ZeRO stage, offload or number of ranks is converted. Steps and the pinned
     loss of ``expected`` are not compared.
@@ -86,14 +85,14 @@ def resume(engine: TrainEngine, directory: Path, expected: RunState) -> Resumed 
         CheckpointError: the checkpoint belongs to another run, or none of several is whole.
     """
     passed_over: list[str] = []
-    for path in published(directory):
+    for path in _newest_first(directory, snapshots):
         damage = find_damage(path)
         if damage is not None:
-            passed_over.append(f"checkpoint {path.name} is damaged ({damage}) and was passed over")
+            passed_over.append(f"{_kind(path, directory)} {path.name} is damaged ({damage}) and was passed over")
             continue
         state = RunState.read(path)
         check_same_run(state, expected, path)
-        return Resumed(state, path, (*passed_over, *load(engine, path, state)))
+        return Resumed(state, path, (*passed_over, *load(engine, path, state, directory)))
     if passed_over:
         raise CheckpointError(f"no whole checkpoint in {directory}: " + "; ".join(passed_over))
     return None
@@ -109,22 +108,25 @@ def load_step(engine: TrainEngine, directory: Path, step: int) -> Path:
     damage = find_damage(path) if path.is_dir() else "there is no such directory"
     if damage is not None:
         raise CheckpointError(f"{path}: {damage}")
-    load(engine, path, RunState.read(path))
+    load(engine, path, RunState.read(path), directory)
     return path
 
 
-def load(engine: TrainEngine, path: Path, state: RunState) -> tuple[str, ...]:
-    """Loads a whole checkpoint, in the layout of the engine; what there is to tell of it."""
+def load(engine: TrainEngine, path: Path, state: RunState, directory: Path) -> tuple[str, ...]:
+    """Loads a whole checkpoint, in the layout of the engine; what there is to tell of it.
+
+    ``directory``: on the disk, where one that is of another layout is converted.
+    """
     wanted = StateLayout.of(engine.run, engine.world_size)
     if state.layout == wanted:
         _load_as_it_is(engine, path)
         return ()
-    if engine.run.optimizer.kind not in MOMENTS:
+    if not engine.run.optimizer.state_can_be_cut_anew:
         raise CheckpointError(
             f"{path} was made with {state.layout}, this plan has {wanted}: the state of optimizer "
             f"{engine.run.optimizer.kind} cannot be converted, so resume with the plan that made it"
         )
-    neutral = path.with_name(f"{_NEUTRAL}-{path.name}")
+    neutral = directory / f"{_NEUTRAL}-{path.name}"
     try:
         write_neutral(ShardedState(path, _TAG), neutral)
         load_neutral(engine, neutral)
@@ -132,7 +134,7 @@ def load(engine: TrainEngine, path: Path, state: RunState) -> tuple[str, ...]:
     finally:
         if engine.rank == 0:
             shutil.rmtree(neutral, ignore_errors=True)
-    return (f"checkpoint {path.name} of {state.layout} was converted to {wanted}",)
+    return (f"{_kind(path, directory)} {path.name} of {state.layout} was converted to {wanted}",)
 
 
 def _name(step: int) -> str:
@@ -142,6 +144,16 @@ def _name(step: int) -> str:
 def published(directory: Path) -> list[Path]:
     """Checkpoints by name, newest first."""
     return sorted(directory.glob(f"{_PREFIX}*"), reverse=True)
+
+
+def _newest_first(directory: Path, snapshots: Path | None) -> list[Path]:
+    """Of two that are equally new the checkpoint, which is kept for longer."""
+    found = [*published(directory), *(published(snapshots) if snapshots is not None else [])]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _kind(path: Path, directory: Path) -> str:
+    return "checkpoint" if path.parent == directory else "snapshot"
 
 
 def _write(engine: TrainEngine, partial: Path, state: RunState) -> None:

@@ -20,12 +20,13 @@ from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
 from vramplan.spec.data import HELD_OUT, REPLAY_SET
 from vramplan.spec.run import RunSpec
-from vramplan.train.checkpoint import load_step, save_checkpoint
+from vramplan.train.checkpoint import load_step
 from vramplan.train.engine import TrainEngine
 from vramplan.train.evaluate import evaluate
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pinned import pinned_loss
+from vramplan.train.saving import Saving
 from vramplan.train.schedule import learning_rate
 from vramplan.train.seeds import seed_micro_batch
 from vramplan.train.state import RunState
@@ -76,7 +77,9 @@ class Loop:
         self._pad_id = pad_id
         self.mining = data.stream.mining
         self.watch = Watch(engine.run)
+        self.saving = Saving(engine, run_dir, metrics)
         self.steps_done = 0
+        self._step_s = 0.0
         self.stopped = False
         """Whether early stopping has ended the run."""
         every = {**(eval_sets or {}), REPLAY_SET: data.held_out_replay, HELD_OUT: data.held_out}
@@ -102,6 +105,7 @@ class Loop:
                 "lower optimizer.lr, or look at these rows; the last checkpoint is from before it"
             )
         result = StepResult(loss, lr, time.perf_counter() - started)
+        self._step_s = result.seconds
         self._report(step, batch, result)
         return result
 
@@ -133,8 +137,12 @@ class Loop:
             self.evaluate(steps_done)
             is_best = self.watch.best_step == steps_done
             self.stopped = self.watch.must_stop
-        if is_last or is_best or self.stopped or _due(steps_done, training.save_every):
+        is_due = self.saving.checkpoint_is_due(steps_done, self._step_s)
+        if is_last or is_best or self.stopped or is_due:
             self.save(steps_done)
+        elif self.saving.snapshot_is_due(steps_done):
+            with self.phases.phase("save", steps_done):
+                self.saving.snapshot(self._state_to_save(steps_done))
         if self.stopped and not is_last:
             early = self.run.retain.early_stop
             self.metrics.event(
@@ -170,16 +178,12 @@ class Loop:
         self.metrics.scalars(steps_done, **{f"{prefix}__loss": evaluation.loss, f"{prefix}__perplexity": perplexity})
 
     def save(self, steps_done: int) -> None:
-        started = time.perf_counter()
+        """Writes a checkpoint."""
         with self.phases.phase("save", steps_done):
-            path = save_checkpoint(
-                self.engine,
-                self.run_dir.checkpoints,
-                replace(self.state(steps_done), pinned_loss=self.pinned_loss()),
-                self.run.training.keep_checkpoints,
-                keep_step=self.watch.best_step,
-            )
-        self.metrics.event("checkpoint", step=steps_done, path=str(path), seconds=time.perf_counter() - started)
+            self.saving.checkpoint(self._state_to_save(steps_done), self._step_s, self.watch.best_step)
+
+    def _state_to_save(self, steps_done: int) -> RunState:
+        return replace(self.state(steps_done), pinned_loss=self.pinned_loss())
 
     def state(self, steps_done: int) -> RunState:
         """What a checkpoint after ``steps_done`` steps says of the run."""

@@ -16,6 +16,7 @@ from vramplan.emit.deepspeed import ds_config
 from vramplan.errors import ConfigError
 from vramplan.facts.resolve import read_config
 from vramplan.measure.run_dir import RunDir, write_json
+from vramplan.measure.snapshots import snapshots_of
 from vramplan.search.plan import Plan
 from vramplan.spec.check import check_run
 from vramplan.train.card import write_model_card
@@ -82,6 +83,7 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
         with phases.phase("retention"):
             start_penalties(engine, inputs.general, pad_id)
     loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
+    loop.saving.start(resuming)
     first_step = _resume(loop, resuming)
     loop.restore_losses(first_step)
     _announce(loop, inputs.data, first_step)
@@ -120,7 +122,7 @@ def _resume(loop: Loop, resuming: bool) -> int:
     found: Resumed | None = None
     if resuming:
         with loop.phases.phase("resume"):
-            found = resume(loop.engine, loop.run_dir.checkpoints, loop.state(0))
+            found = resume(loop.engine, loop.run_dir.checkpoints, loop.state(0), snapshots_of(loop.run_dir))
             if found is not None:
                 check_pinned_loss(found, loop.pinned_loss(), loop.run.precision)
     if found is None:

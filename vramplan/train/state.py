@@ -26,6 +26,8 @@ class StateLayout:
     optimizer: str
     sub_group_size: int
     """Elements that stage 3 keeps in one flat tensor; 0 in other stages."""
+    round_robin: bool
+    """Whether stages 1 and 2 deal parameters out to the ranks in turn."""
 
     @classmethod
     def of(cls, run: RunSpec, world_size: int) -> StateLayout:
@@ -37,6 +39,7 @@ class StateLayout:
             offload_param=run.zero.offload_param or "none",
             optimizer=run.optimizer.kind,
             sub_group_size=run.zero.sub_group_size if stage == 3 else 0,
+            round_robin=run.zero.round_robin_gradients and stage in (1, 2),
         )
 
     def __str__(self) -> str:
