@@ -339,6 +339,14 @@ class MixtureOfExperts:
     experts_per_token: int
     activation: str
     parts: tuple[Router | Experts | GatedMLP | Linear, ...]
+    scoring: str = "softmax"
+    """How the router makes weights of its scores:
+
+    ``softmax``      fp32 softmax over all experts, the best of them, in the scores' format again (Qwen)
+    ``softmax_fp32`` the same, and the weights stay in fp32 (Mixtral)
+    """
+    normalises: bool = True
+    """A token's weights are divided by their sum."""
 
     @property
     def router(self) -> Router:

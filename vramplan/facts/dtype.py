@@ -12,6 +12,7 @@ class Dtype(Enum):
     BF16 = "bf16"
     FP16 = "fp16"
     INT64 = "int64"
+    INT32 = "int32"
     BOOL = "bool"
     UINT8 = "uint8"
 
@@ -25,6 +26,7 @@ _NBYTES = {
     Dtype.BF16: 2,
     Dtype.FP16: 2,
     Dtype.INT64: 8,
+    Dtype.INT32: 4,
     Dtype.BOOL: 1,
     Dtype.UINT8: 1,
 }

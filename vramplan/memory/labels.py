@@ -126,6 +126,11 @@ LABELS: dict[str, Label] = {
     "causal mask": Label(Category.ACTIVATION, "seq x seq x width, shared by layers"),
     "rotary tables": Label(Category.ACTIVATION, "2 x seq x rotary width x width, shared by layers"),
     "feed-forward": Label(Category.ACTIVATION, "tokens x intermediate x width for gate, up, activation and product"),
+    "routed experts": Label(
+        Category.ACTIVATION,
+        "a row for each (token, expert) pair: its hidden state, gate and up, activation and product, output",
+    ),
+    "router": Label(Category.ACTIVATION, "tokens x experts: scores and fp32 softmax; weights of the chosen"),
     "norms": Label(Category.ACTIVATION, "fp32 input, its row scale and the output of each norm that are kept"),
     "adapters": Label(Category.ACTIVATION, "tokens x rank, and the adapters' outputs while they are added"),
     "adapters: dropped input": Label(Category.ACTIVATION, "dropout's result and mask on each adapter's input"),

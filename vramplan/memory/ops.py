@@ -187,25 +187,36 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
     """``x * small`` (or ``small * x``) where ``small`` is broadcast over ``x``: a weight, a scale, a table.
 
     The result has the wider format of the two. The gradient of ``small`` is first made in ``x``'s shape, then summed,
-    that of ``x`` cast (``engine.cpp``, ``validate_outputs``); the gradients are made in the order of the operands.
+    that of ``x`` cast (``engine.cpp``, ``validate_outputs``); that of the second operand is made first.
     """
     tape = x.storage.tape
     dtype, numel, x_dtype = wider(x.dtype, small.dtype), x.numel, x.dtype
+    copies = _widened(dtype, x, small)
     out = tape.new(numel, dtype, label)
+    del copies
     need_x, need_small = x.requires_grad, small.requires_grad
     saved = ([small] if need_x else []) + ([x] if need_small else [])
     small_numel, small_dtype = small.numel, small.dtype
     small_label = WEIGHT_GRADIENT if isinstance(small, Parameter) else GRADIENTS
 
+    def times(other: Tensor, heading: str) -> Tensor:
+        copies = _widened(dtype, other)
+        result = tape.new(numel, dtype, heading)
+        del copies
+        return result
+
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         held = [node.unpack(index) for index in range(len(node.saved))]
-        wide = tape.new(numel, dtype, TEMPORARY) if need_small and small_first else None
-        grad_x = tape.new(numel, dtype, GRADIENTS) if need_x else None
-        if need_small and not small_first:
-            wide = tape.new(numel, dtype, TEMPORARY)
+        wide = times(held[-1], TEMPORARY) if need_small and not small_first else None
+        grad_x = times(held[0], GRADIENTS) if need_x else None
+        if need_small and small_first:
+            wide = times(held[-1], TEMPORARY)
+        del held
+        narrow = _cast(grad_x, x_dtype) if grad_x is not None else None
+        del grad_x
         grad_small = tape.new(small_numel, small_dtype, small_label) if need_small else None
-        del held, wide
-        return [_cast(grad_x, x_dtype) if grad_x is not None else None, grad_small]
+        del wide
+        return [narrow, grad_small]
 
     return tape.attach("mul", out, [x, small], saved, backward)
 
@@ -270,8 +281,9 @@ def linear(
     label: str,
     zero3: bool = False,
     whole: Tensor | None = None,
+    flat: bool = False,
 ) -> Tensor:
-    """``F.linear`` of a 3-D input: saves x if the weight is trained, the weight if x needs a gradient.
+    """``F.linear`` of a 3-D input, or, ``flat``, of a matrix: saves x if the weight is trained, the weight if x needs a gradient.
 
     Backward makes the gradient of x, then of the weight (``mm``: self, then mat2), and a bias's by a sum.
     ``zero3``: DeepSpeed's own function in its place, which always saves x and whose gradients are no views
@@ -291,7 +303,7 @@ def linear(
         grad_x = grad_w = grad_b = None
         if need_x:
             grad_x = tape.new(x_numel, dtype, GRADIENTS)
-            grad_x.is_view = not zero3
+            grad_x.is_view = not zero3 and not flat
         if need_w:
             grad_w = tape.new(w_numel, dtype, WEIGHT_GRADIENT)
             grad_w.is_view = not zero3

@@ -26,6 +26,7 @@ def build(fields: Fields) -> Architecture:
         fields.size("num_experts_per_tok", default=2),
         fields.text("hidden_act", default="silu"),
         (Router("mlp.gate", hidden, experts.num_experts), experts),
+        scoring="softmax_fp32",
     )
     mixer = replace(attention(fields, heads, split_projections(heads)), sliding_window=window)
     layers = (DecoderLayer((mixer, mixture, *norm_pair(hidden))),) * fields.required_size("num_hidden_layers")

@@ -61,4 +61,5 @@ def _mixture(fields: Fields, hidden: int) -> MixtureOfExperts:
             gated_mlp(hidden, shared, activation, prefix="mlp.shared_expert"),
             Linear("mlp.shared_expert_gate", hidden, 1, bias=False, role=Role.ROUTER),
         ),
+        normalises=fields.flag("norm_topk_prob", default=False),
     )

@@ -29,6 +29,7 @@ def build(fields: Fields) -> Architecture:
         fields.size("num_experts_per_tok", default=8),
         fields.text("hidden_act", default="silu"),
         (experts, Router("mlp.gate", hidden, experts.num_experts)),
+        normalises=fields.flag("norm_topk_prob", default=False),
     )
     mixer, dense, norms = _attention(fields, heads), standard_mlp(fields, hidden), norm_pair(hidden)
     layers = one_per_kind(

@@ -61,6 +61,8 @@ class BlockContext:
     sequence_parallel: int = 1
     lone_sequence: bool = False
     """Whether a micro-batch is one sequence: some transposed tensors are then in order as they lie."""
+    flat: bool = False
+    """Whether activations are matrices (tokens, features), as they are around routed experts."""
     prefix: str = ""
     parameters: dict[str, Parameter] = field(default_factory=dict)
     casts: dict[str, Tensor] = field(default_factory=dict)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vramplan.facts.architecture import DecoderLayer, GatedMLP, PlainMLP
+from vramplan.facts.architecture import DecoderLayer, GatedMLP, MixtureOfExperts, PlainMLP
 from vramplan.memory import ops
 from vramplan.memory.blocks.attention import attend
 from vramplan.memory.blocks.context import BlockContext
+from vramplan.memory.blocks.mixture import mixture
 from vramplan.memory.blocks.mlp import gated, plain
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.tape import Tensor
@@ -29,8 +30,13 @@ def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 
 
 def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
-    mlp = layer.mlp
-    return ctx.call("mlp", (), lambda x: gated(ctx, x, mlp) if isinstance(mlp, GatedMLP) else plain(ctx, x, mlp), x)
+    return ctx.call("mlp", (), lambda x: _feed_forward(ctx, x, layer.feed_forward), x)
+
+
+def _feed_forward(ctx: BlockContext, x: Tensor, block: GatedMLP | PlainMLP | MixtureOfExperts) -> Tensor:
+    if isinstance(block, MixtureOfExperts):
+        return mixture(ctx, x, block)
+    return gated(ctx, x, block) if isinstance(block, GatedMLP) else plain(ctx, x, block)
 
 
 def _attention_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
@@ -44,7 +50,7 @@ def _attention_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tens
 def _mlp_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """The MLP and what is done to it before it is added, if it has no dropout of its own."""
     x = _mlp(ctx, x, layer)
-    if not (isinstance(layer.mlp, PlainMLP) and layer.mlp.dropout):
+    if not (isinstance(layer.feed_forward, PlainMLP) and layer.feed_forward.dropout):
         x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
     return ops.scaled(x, RESIDUAL) if layer.residual_scaled else x
 

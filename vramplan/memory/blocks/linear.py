@@ -38,7 +38,7 @@ def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     if linear.by_matmul:
         return ctx.call(linear.name, (weight, bias), lambda x: _matmul(ctx, x, weight, bias, linear, label), x)
     return ctx.call(
-        linear.name, (weight, bias), lambda x: _product(ctx, x, weight, bias, tokens(linear.out_features), label), x
+        linear.name, (weight, bias), lambda x: product(ctx, x, weight, bias, tokens(linear.out_features), label), x
     )
 
 
@@ -51,15 +51,17 @@ def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tens
     return ops.to(out, given, label)
 
 
-def _product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
+def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
+    """``F.linear(x, weight, bias)``, cast as autocast says."""
     if ctx.autocast is None:
-        return ops.linear(x, weight, bias, out, label, zero3=ctx.hooks is not None, whole=_recomputed(ctx, weight))
+        whole = recomputed(ctx, weight)
+        return ops.linear(x, weight, bias, out, label, ctx.hooks is not None, whole, ctx.flat)
     if ctx.hooks is not None:
-        return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=_recomputed(ctx, weight))
+        return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=recomputed(ctx, weight))
     low = ops.to(x, ctx.autocast, label)
     cast_weight = _cast(ctx, weight, ctx.autocast)
     cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
-    return ops.linear(low, cast_weight, cast_bias, out, label)
+    return ops.linear(low, cast_weight, cast_bias, out, label, flat=ctx.flat)
 
 
 def _matmul(
@@ -74,7 +76,7 @@ def _matmul(
     return out if bias is None else ops.add_vector(out, bias, label)
 
 
-def _recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
+def recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
     """What recomputing saves of a gathered weight: a view of the whole, which outlives its release, if it is trained
     (torch/utils/checkpoint.py stores ``x.detach() if x.requires_grad else x``); elsewhere the parameter itself is
     saved, and loses its bytes when it is released."""
@@ -129,7 +131,7 @@ def _low_rank(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, 
     down = _down(ctx, linear, method)
     up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
     narrow = ctx.call(
-        f"{linear.name}.lora_A", (down,), lambda x: _product(ctx, x, down, None, rows(count, method.r), LABEL), x
+        f"{linear.name}.lora_A", (down,), lambda x: product(ctx, x, down, None, rows(count, method.r), LABEL), x
     )
     out = rows(count, linear.out_features)
-    return ctx.call(f"{linear.name}.lora_B", (up,), lambda x: _product(ctx, x, up, None, out, LABEL), narrow)
+    return ctx.call(f"{linear.name}.lora_B", (up,), lambda x: product(ctx, x, up, None, out, LABEL), narrow)

@@ -16,44 +16,48 @@ _ONE_KERNEL = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_python_tanh",
 """Activations that are one fused operator which saves its input (relu: its result, of the same size)."""
 
 
-def activate(ctx: BlockContext, x: Tensor, name: str) -> Tensor:
-    """``ACT2FN[name](x)`` (transformers/activations.py)."""
-    return ctx.call("mlp.act_fn", (), lambda x: _activation(x, name), x)
+def activate(ctx: BlockContext, x: Tensor, name: str, owner: str = "mlp", label: str = MLP) -> Tensor:
+    """``ACT2FN[name](x)`` (transformers/activations.py), a module of ``owner``'s."""
+    return ctx.call(f"{owner}.act_fn", (), lambda x: _activation(x, name, label), x)
 
 
-def _activation(x: Tensor, name: str) -> Tensor:
+def _activation(x: Tensor, name: str, label: str) -> Tensor:
     if name in _ONE_KERNEL:
-        return ops.unary(x, MLP, "input" if name != "relu" else "result")
+        return ops.unary(x, label, "input" if name != "relu" else "result")
     if name in ("gelu_new", "gelu_fast"):
-        return _gelu_new(x)
+        return _gelu_new(x, label)
     if name == "bloom_gelu":
-        return bloom_gelu(x, MLP)
+        return bloom_gelu(x, label)
     raise UnknownNameError("activation function", name, [*_ONE_KERNEL, "gelu_new", "gelu_fast"])
 
 
-def _gelu_new(x: Tensor) -> Tensor:
+def _gelu_new(x: Tensor, label: str) -> Tensor:
     """``0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3)))``, one operator at a time."""
-    half = ops.scaled(x, MLP)
-    cubed = ops.unary(x, MLP, "input", temporaries=2)
-    inner = ops.add(x, ops.scaled(cubed, MLP), MLP)
+    half = ops.scaled(x, label)
+    cubed = ops.unary(x, label, "input", temporaries=2)
+    inner = ops.add(x, ops.scaled(cubed, label), label)
     del cubed
-    inner = ops.unary(ops.scaled(inner, MLP), MLP, "result")
-    shifted = ops.shifted(inner, MLP)
+    inner = ops.unary(ops.scaled(inner, label), label, "result")
+    shifted = ops.shifted(inner, label)
     del inner
-    return ops.mul(half, shifted, MLP)
+    return ops.mul(half, shifted, label)
 
 
-def gated(ctx: BlockContext, x: Tensor, block: GatedMLP) -> Tensor:
+def gated(ctx: BlockContext, x: Tensor, block: GatedMLP, owner: str = "mlp") -> Tensor:
     """``down(act(gate(x)) * up(x))`` (``LlamaMLP.forward``), the two halves of one projection where it is fused."""
     if block.fused:
         both = project(ctx, x, block.projections[0], MLP)
         gate, up = ops.split(both, [tokens(block.intermediate), tokens(block.intermediate)])
         del both
-        return project(ctx, ops.mul(up, activate(ctx, gate, block.activation), MLP), block.projections[1], MLP)
+        return project(ctx, ops.mul(up, activate(ctx, gate, block.activation, owner), MLP), block.projections[1], MLP)
     gate_proj, up_proj, down_proj = block.projections
     return project(
         ctx,
-        ops.mul(activate(ctx, project(ctx, x, gate_proj, MLP), block.activation), project(ctx, x, up_proj, MLP), MLP),
+        ops.mul(
+            activate(ctx, project(ctx, x, gate_proj, MLP), block.activation, owner),
+            project(ctx, x, up_proj, MLP),
+            MLP,
+        ),
         down_proj,
         MLP,
     )

@@ -1,0 +1,41 @@
+"""Feed-forward blocks with experts: the order of router, routed experts and shared expert."""
+
+from __future__ import annotations
+
+from vramplan.facts.architecture import MixtureOfExperts
+from vramplan.memory import ops
+from vramplan.memory.blocks.context import BlockContext
+from vramplan.memory.blocks.experts import EXPERTS, run_experts
+from vramplan.memory.blocks.linear import project
+from vramplan.memory.blocks.mlp import MLP, gated
+from vramplan.memory.blocks.router import route
+from vramplan.memory.tape import Tensor
+
+
+def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
+    """``mlp(x)`` (``MixtralSparseMoeBlock.forward``, ``Qwen2MoeSparseMoeBlock.forward``)."""
+    ctx.flat = True
+    try:
+        return ops.view(_routed(ctx, ops.view(x), block))
+    finally:  # recomputing can end in the middle
+        ctx.flat = False
+
+
+def _routed(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
+    shared = _shared(ctx, x, block) if block.shared_gate is not None else None
+    routing = route(ctx, x, block)
+    out = run_experts(ctx, x, routing, block)
+    if shared is not None and block.shared_gate is not None:
+        share = ops.unary(project(ctx, x, block.shared_gate, MLP), MLP, "result")
+        shared = ops.mul_broadcast(shared, share, MLP, small_first=True)
+        del share
+        out = ops.add(out, shared, EXPERTS)
+    return out
+
+
+def _shared(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
+    """``shared_expert(x)``."""
+    mlp = block.shared
+    assert mlp is not None
+    name = mlp.projections[0].name.rpartition(".")[0]
+    return ctx.call(name, (), lambda x: gated(ctx, x, mlp, name), x)

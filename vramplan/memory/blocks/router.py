@@ -1,0 +1,61 @@
+"""The router of routed experts: scores of all experts for every token, and the weights of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vramplan.facts.architecture import MixtureOfExperts
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import ops, routed
+from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.linear import product
+from vramplan.memory.tape import Tensor
+
+ROUTER = "router"
+
+
+@dataclass(slots=True)
+class Routing:
+    """What a router returns: scores of all experts, and weights and numbers of each token's own."""
+
+    scores: Tensor
+    weights: Tensor
+    experts: Tensor
+
+
+def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
+    """``gate(x)`` of x as a matrix (tokens, features)."""
+    router = block.router
+    weight = ctx.parameter(f"{router.name}.weight", router.num_experts * router.in_features)
+    bias = ctx.parameter(f"{router.name}.bias", router.num_experts) if router.bias else None
+    found: list[Routing] = []
+
+    def run(x: Tensor) -> Tensor:
+        scores = product(ctx, x, weight, bias, tokens(router.num_experts), ROUTER)
+        found.append(Routing(scores, *_SCORINGS[block.scoring](ctx, scores, block)))
+        return found[0].weights
+
+    found[0].weights = ctx.call(router.name, (weight, bias), run, x)
+    return found[0]
+
+
+def _softmax_fp32(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
+    """``MixtralTopKRouter.forward``."""
+    probabilities = ops.softmax(scores, Dtype.FP32, ctx.device == "cuda" and block.scoring == "softmax", ROUTER)
+    weights, experts = routed.best(probabilities, tokens(block.experts_per_token), ROUTER)
+    if block.normalises:
+        weights = routed.divided_by_sum(weights, tokens(1), ROUTER)
+    return weights, experts
+
+
+def _softmax(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
+    """``Qwen3MoeTopKRouter.forward``."""
+    weights, experts = _softmax_fp32(ctx, scores, block)
+    return ops.to(weights, scores.dtype, ROUTER), experts
+
+
+_SCORINGS: dict[str, Callable[[BlockContext, Tensor, MixtureOfExperts], tuple[Tensor, Tensor]]] = {
+    "softmax": _softmax,
+    "softmax_fp32": _softmax_fp32,
+}

@@ -1,0 +1,104 @@
+"""Operators that send rows of tokens to experts and bring them back.
+
+Each mirrors the torch operator of its name (``tools/autograd/derivatives.yaml``, torch 2.13); ``k`` is the number of
+experts of a token, a row one (token, expert) pair.
+"""
+
+from __future__ import annotations
+
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.kernels import TEMPORARY, WEIGHT_GRADIENT
+from vramplan.memory.size import Size
+from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.views import GRADIENTS
+
+
+def rows(x: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
+    """``x[indices]``: a copy; its backward adds the gradients into zeros of x's shape (``index_backward``)."""
+    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
+    # torch saves the indices before it copies: recomputing can stop between the two
+    saved = tape.attach(
+        "index", x.detach(), [x], [indices], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)]
+    )
+    out = tape.new(numel, dtype, label)
+    out.node, out.slot = saved.node, saved.slot
+    return out
+
+
+def filled(x: Tensor, mask: Tensor, label: str, in_place: bool = False) -> Tensor:
+    """``x.masked_fill(mask, 0)``: saves the mask; its backward fills a copy of the gradient."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    out = x.detach() if in_place else tape.new(numel, dtype, label)
+    return tape.attach("masked_fill", out, [x], [mask], lambda node, grads: [tape.new(numel, dtype, GRADIENTS)])
+
+
+def grouped_product(
+    x: Tensor, weight: Parameter, offsets: Tensor, out_numel: Size, label: str, whole: Tensor | None
+) -> Tensor:
+    """``grouped_mm(x, weight, offs=offsets)``: each expert's rows times its own matrix.
+
+    Backward makes the gradient of all the experts' weights at once, then that of x. ``whole``: the gathered weight
+    that is saved in the weight's place.
+    """
+    tape, x_numel, dtype = x.storage.tape, x.numel, x.dtype
+    out = tape.new(out_numel, dtype, label)
+    need_x, need_w = x.requires_grad, weight.requires_grad
+    saved = [*([whole or weight] if need_x else []), offsets, *([x] if need_w else [])]
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        grad_w = tape.new(weight.numel, dtype, WEIGHT_GRADIENT) if need_w else None
+        grad_x = tape.new(x_numel, dtype, GRADIENTS) if need_x else None
+        del held
+        return [grad_x, grad_w]
+
+    return tape.attach("grouped_mm", out, [x, weight], saved, backward)
+
+
+def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
+    """``torch.topk(scores, k)``: values and indices; backward scatters into zeros of the scores' shape."""
+    tape, whole, dtype = scores.storage.tape, scores.numel, scores.dtype
+    values = tape.new(numel, dtype, label)
+    indices = tape.new(numel, Dtype.INT64, label)
+    backward = lambda node, grads: [tape.new(whole, dtype, GRADIENTS)]  # noqa: E731
+    return tape.attach("topk", values, [scores], [indices], backward), indices
+
+
+def divided_by_sum(x: Tensor, groups: Size, label: str) -> Tensor:
+    """``x /= x.sum(dim=-1, keepdim=True)``, ``groups`` being the sums: in place, so autograd keeps a copy of x."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+
+    def spread(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        return [Tensor(grad.storage, numel, dtype) if grad is not None else None]
+
+    total = tape.attach("sum", tape.new(groups, dtype, label), [x], [], spread)
+    before = tape.new(numel, dtype, label) if x.requires_grad else x
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(0), node.unpack(1)]
+        scratch = [tape.new(numel, dtype, TEMPORARY) for _ in range(3)]  # x / total, the same once more, -grad
+        wide = tape.new(numel, dtype, TEMPORARY)
+        del scratch
+        grad_x = tape.new(numel, dtype, GRADIENTS)
+        del held
+        grad_total = tape.new(groups, dtype, GRADIENTS)
+        del wide
+        return [grad_x, grad_total]
+
+    return tape.attach("div", x.detach(), [x, total], [before, total], backward)
+
+
+def summed(x: Tensor, k: int, numel: Size, label: str) -> Tensor:
+    """``x.view(tokens, k, features).sum(dim=1)``: backward spreads the gradient over the k rows of a token."""
+    tape, whole, dtype = x.storage.tape, x.numel, x.dtype
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        grad = grads[0]
+        if grad is None or k > 1:
+            return [tape.new(whole, dtype, GRADIENTS)]
+        same = Tensor(grad.storage, whole, dtype)
+        same.is_view = True
+        return [same]
+
+    return tape.attach("sum", tape.new(numel, dtype, label), [x], [], backward)
