@@ -87,6 +87,17 @@ def _adapts_embeddings(job: Job) -> bool:
     return any(method.adapts(table.name) for table in job.architecture.embeddings)
 
 
+_ADAPTED_EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+"""Names of targets by which PEFT reaches routers and experts (transformers_weight_conversion.py)."""
+
+
+def _adapts_experts(job: Job) -> bool:
+    """Whether a router or routed experts get an adapter, which PEFT makes of parameters in another way
+    (``ParamWrapper``)."""
+    method, names = job.method, _ADAPTED_EXPERTS.get(job.architecture.family, ())
+    return isinstance(method, LoraMethod) and any(method.adapts(name) for name in names)
+
+
 COVERED_FAMILIES = frozenset(
     [
         "bloom",
@@ -135,6 +146,7 @@ def _check_covered(job: Job) -> None:
         f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1
         and job.architecture.has_own_core,
         "adapters on embeddings": _adapts_embeddings(job),
+        "adapters on routers and experts": _adapts_experts(job),
         f"masks of padded or packed sequences in the {job.architecture.family} family": job.masked
         and job.architecture.has_own_core,
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,

@@ -9,6 +9,7 @@ the recorded order and keep what is needed again soon. Sizes of whole weights do
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vramplan.facts.dtype import Dtype
@@ -18,6 +19,10 @@ from vramplan.memory.size import const
 from vramplan.memory.tape import Parameter, Tape, Tensor
 
 NEVER = -(10**10)
+
+LEAF_FAMILIES = frozenset(["mixtral", "qwen2_moe", "qwen3_moe"])
+"""Families whose blocks with experts are taken as one module (runtime/zero/leaf_module_config.py,
+``DEFAULT_LEAF_MODULE_CLASSES``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Gathers:
         self.available: set[str] = set()
         self.persistent: set[str] = set()
         self._persistent_numel = 0
-        self._known: set[str] = set()
+        self._known: dict[str, Parameter] = {}
         self._inflight: dict[str, _Handle] = {}
         self._active: dict[str, set[str]] = defaultdict(set)
         self._available_numel = 0
@@ -180,7 +185,7 @@ class Gathers:
         """``mark_persistent_parameters``, in the order in which parameters are first seen."""
         if param.name in self._known:
             return
-        self._known.add(param.name)
+        self._known[param.name] = param
         numel = param.grad_numel
         room = self.limits.model_persistence_numel - self._persistent_numel
         if numel <= min(room, self.limits.persistence_numel):
@@ -258,10 +263,17 @@ class Gathers:
         for later in self._modules[self._step :]:
             if traversed >= self.limits.max_reuse_numel or not names:
                 break
-            for param in later.params:
+            for param in self._passed(later, under=module.is_leaf):
                 names.discard(param.name)
                 traversed += param.grad_numel
         return names
+
+    def _passed(self, module: Module, under: bool) -> Iterable[Parameter]:
+        """The parameters that a module counts with when reuse is looked for: its own, and those under it if it is a
+        leaf that is released (``__params_to_release`` asks that of the released module alone)."""
+        if not under:
+            return () if module.is_leaf else module.params
+        return [param for name, param in self._known.items() if name.startswith(module.path)]
 
     def _let_go(self, param: Parameter) -> None:
         if param.name in self.available and not self._active[param.name]:

@@ -170,7 +170,6 @@ def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
     """``a * b`` of equal shapes: each is saved if the other needs a gradient."""
     tape, dtypes = a.storage.tape, (a.dtype, b.dtype)
     dtype, numel = wider(*dtypes), a.numel
-    out = tape.new(numel, dtype, label)
     needs = (a.requires_grad, b.requires_grad)
     saved = ([b] if needs[0] else []) + ([a] if needs[1] else [])
 
@@ -180,20 +179,21 @@ def mul(a: Tensor, b: Tensor, label: str) -> Tensor:
         del held
         return [_cast(grad, each) if grad is not None else None for grad, each in zip(wide, dtypes, strict=True)]
 
-    return tape.attach("mul", out, [a, b], saved, backward)
+    node = tape.record("mul", [a, b], saved, backward)
+    out = tape.new(numel, dtype, label)
+    out.node = node
+    return out
 
 
 def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = False) -> Tensor:
     """``x * small`` (or ``small * x``) where ``small`` is broadcast over ``x``: a weight, a scale, a table.
 
     The result has the wider format of the two. The gradient of ``small`` is first made in ``x``'s shape, then summed,
-    that of ``x`` cast (``engine.cpp``, ``validate_outputs``); that of the second operand is made first.
+    that of ``x`` cast: that of the second operand is made first, that of the first is reduced or cast first
+    (``engine.cpp``, ``validate_outputs``).
     """
     tape = x.storage.tape
     dtype, numel, x_dtype = wider(x.dtype, small.dtype), x.numel, x.dtype
-    copies = _widened(dtype, x, small)
-    out = tape.new(numel, dtype, label)
-    del copies
     need_x, need_small = x.requires_grad, small.requires_grad
     saved = ([small] if need_x else []) + ([x] if need_small else [])
     small_numel, small_dtype = small.numel, small.dtype
@@ -212,13 +212,18 @@ def mul_broadcast(x: Tensor, small: Tensor, label: str, small_first: bool = Fals
         if need_small and small_first:
             wide = times(held[-1], TEMPORARY)
         del held
-        narrow = _cast(grad_x, x_dtype) if grad_x is not None else None
-        del grad_x
+        if not small_first and grad_x is not None:
+            grad_x = _cast(grad_x, x_dtype)
         grad_small = tape.new(small_numel, small_dtype, small_label) if need_small else None
         del wide
-        return [narrow, grad_small]
+        return [_cast(grad_x, x_dtype) if grad_x is not None else None, grad_small]
 
-    return tape.attach("mul", out, [x, small], saved, backward)
+    node = tape.record("mul", [x, small], saved, backward)
+    copies = _widened(dtype, x, small)
+    out = tape.new(numel, dtype, label)
+    del copies
+    out.node = node
+    return out
 
 
 def sub_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
@@ -283,12 +288,12 @@ def linear(
     whole: Tensor | None = None,
     flat: bool = False,
 ) -> Tensor:
-    """``F.linear`` of a 3-D input, or, ``flat``, of a matrix: saves x if the weight is trained, the weight if x needs a gradient.
+    """``F.linear``: saves x if the weight is trained, the weight if x needs a gradient.
 
     Backward makes the gradient of x, then of the weight (``mm``: self, then mat2), and a bias's by a sum.
     ``zero3``: DeepSpeed's own function in its place, which always saves x and whose gradients are no views
     (deepspeed/runtime/zero/linear.py, ``LinearFunctionForZeroStage3``). ``whole``: the gathered weight that is saved in
-    the weight's place.
+    the weight's place. ``flat``: x is a matrix, not 3-D, so its gradient is no view.
     """
     tape = x.storage.tape
     out = tape.new(out_numel, x.dtype, label)

@@ -22,7 +22,7 @@ from vramplan.memory.blocks.layer import RESIDUAL, run_layer
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
-from vramplan.memory.gathers import GatherLimits, Gathers
+from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits, Gathers
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
@@ -98,6 +98,7 @@ class _Runner:
             windowed=run.windowed,
             masked=run.masked,
             hooks=self.gathers,
+            leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
             num_layers=run.architecture.num_layers,
         )
         self.gradients: list[Gradient] = []

@@ -16,12 +16,9 @@ from vramplan.memory.views import GRADIENTS
 def rows(x: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
     """``x[indices]``: a copy; its backward adds the gradients into zeros of x's shape (``index_backward``)."""
     tape, whole, dtype = x.storage.tape, x.numel, x.dtype
-    # torch saves the indices before it copies: recomputing can stop between the two
-    saved = tape.attach(
-        "index", x.detach(), [x], [indices], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)]
-    )
+    node = tape.record("index", [x], [indices], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
     out = tape.new(numel, dtype, label)
-    out.node, out.slot = saved.node, saved.slot
+    out.node = node
     return out
 
 
@@ -41,7 +38,6 @@ def grouped_product(
     that is saved in the weight's place.
     """
     tape, x_numel, dtype = x.storage.tape, x.numel, x.dtype
-    out = tape.new(out_numel, dtype, label)
     need_x, need_w = x.requires_grad, weight.requires_grad
     saved = [*([whole or weight] if need_x else []), offsets, *([x] if need_w else [])]
 
@@ -52,7 +48,10 @@ def grouped_product(
         del held
         return [grad_x, grad_w]
 
-    return tape.attach("grouped_mm", out, [x, weight], saved, backward)
+    node = tape.record("grouped_mm", [x, weight], saved, backward)
+    out = tape.new(out_numel, dtype, label)
+    out.node = node
+    return out
 
 
 def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
@@ -60,7 +59,10 @@ def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
     tape, whole, dtype = scores.storage.tape, scores.numel, scores.dtype
     values = tape.new(numel, dtype, label)
     indices = tape.new(numel, Dtype.INT64, label)
-    backward = lambda node, grads: [tape.new(whole, dtype, GRADIENTS)]  # noqa: E731
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [tape.new(whole, dtype, GRADIENTS)]
+
     return tape.attach("topk", values, [scores], [indices], backward), indices
 
 

@@ -190,6 +190,8 @@ class Tape:
         """What a checkpointed region keeps of the device's random state (``preserve_rng_state``)."""
         self.in_first_forward = True
         """False while backward runs, and what it recomputes."""
+        self.waiting: dict[str, Tensor] = {}
+        """Gradients of parameters whose owner takes them together (``Parameter.waits``)."""
         self._rising: str | None = None
         """The stretch of the last allocation, if nothing was freed since."""
         self._order = 0
@@ -230,20 +232,28 @@ class Tape:
         self, name: str, out: Tensor, inputs: list[Tensor | None], saved: list[Tensor], backward: Backward
     ) -> Tensor:
         """Put ``out`` on the graph if any of ``inputs`` requires a gradient."""
+        node = self.record(name, inputs, saved, backward)
+        if node is not None:
+            out.node, out.slot = node, 0
+        return out
+
+    def record(self, name: str, inputs: list[Tensor | None], saved: list[Tensor], backward: Backward) -> Node | None:
+        """The node of an operator whose result is still to be made, or None if no input requires a gradient.
+
+        torch saves an operator's inputs before it runs, so recomputing can stop between the two.
+        """
         edges = [
             (tensor.node, tensor.slot) if tensor is not None and tensor.node is not None else None for tensor in inputs
         ]
         if not self._grad_enabled or not any(edges):
-            return out
+            return None
         node = Node(name, self._next_order(), edges, backward, self.where)
-        out.node = node
-        out.slot = 0
         for tensor in saved:
             held: Tensor | Packed = Tensor(tensor.storage, tensor.numel, tensor.dtype)
             if self._hooks:
                 held = self._hooks[-1].pack(held)  # type: ignore[arg-type]
             node.saved.append(held)
-        return out
+        return node
 
     def _next_order(self) -> int:
         self._order += 1
@@ -319,7 +329,7 @@ class Tape:
 class Parameter(Tensor):
     """A weight: its bytes are counted among the model's states, not here; its gradient goes to ``tape.on_grad``."""
 
-    __slots__ = ("grad_numel", "in_linear", "name")
+    __slots__ = ("grad_numel", "in_linear", "name", "waits")
 
     def __init__(self, tape: Tape, name: str, numel: int, dtype: Dtype, trainable: bool) -> None:
         super().__init__(Storage(tape, ZERO, "parameters"), (numel, 0, 0, 0, 0), dtype)
@@ -327,18 +337,31 @@ class Parameter(Tensor):
         self.name = name
         self.grad_numel = numel
         self.in_linear = False
+        self.waits = False
+        """Whether its gradient stays with it until ``deliver`` is called."""
         if trainable:
             self.node = Node("AccumulateGrad", 1 << 62, [], self._deliver, "")
 
     def _deliver(self, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         grad = grads[0]
         grads.clear()
-        if grad is not None:
-            tape = self.storage.tape
-            tape.settle()
-            tape.grad_numel += self.grad_numel
-            tape.on_grad(self, grad)
+        if grad is not None and self.waits:
+            self.storage.tape.waiting[self.name] = grad
+        elif grad is not None:
+            self._hand_over(grad)
         return []
+
+    def _hand_over(self, grad: Tensor) -> None:
+        tape = self.storage.tape
+        tape.settle()
+        tape.grad_numel += self.grad_numel
+        tape.on_grad(self, grad)
+
+    def deliver(self) -> None:
+        """Hand over a gradient that has waited."""
+        grad = self.storage.tape.waiting.pop(self.name, None)
+        if grad is not None:
+            self._hand_over(grad)
 
 
 def _count_dependencies(root: Node) -> dict[int, int]:

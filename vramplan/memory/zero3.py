@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from vramplan.memory import labels
 from vramplan.memory.activations import undominated
 from vramplan.memory.engine import Engine, Micro
@@ -63,16 +65,30 @@ class Zero3(Engine):
         cut = sum(shard(param.numel, job.degree) for param in base) * self.width
         if architecture.tied_embeddings:  # the head's own part stays until the engine starts
             cut += shard(architecture.vocab_size * architecture.hidden_size, job.degree) * self.width
-        whole = max(param.numel for param in base) * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)
-        stretch.see("the largest tensor before it is cut", {labels.WEIGHTS: cut, labels.LOADING: whole})
-        if job.grad_dtype is not job.dtype:  # built in the asked format, then cast (weights_halved)
-            largest = max(base, key=lambda param: param.numel).numel
-            before = cut - shard(largest, job.degree) * self.width
-            both = {labels.LOADING: largest * (job.grad_dtype.nbytes + self.width)}
-            stretch.see("the largest tensor cast", {labels.WEIGHTS: before}, both)
+        built = [(param.name, param.numel) for param in base]
+        if architecture.tied_embeddings:
+            built.append((f"{architecture.head.name}.weight", architecture.vocab_size * architecture.hidden_size))
+        self._see_modules(stretch, built)
         stretch.close({labels.WEIGHTS: cut + adapters})
+
+    def _see_modules(self, stretch: Stretch, built: list[tuple[str, int]]) -> None:
+        """Each module's own tensors are whole together, then cut one by one."""
+        cut = 0
+        for _, group in groupby(built, key=lambda each: each[0].rpartition(".")[0]):
+            numels = [numel for _, numel in group]
+            whole = 0
+            for numel in numels:
+                if self.job.grad_dtype is not self.job.dtype:  # built in the asked format, then cast (weights_halved)
+                    both = whole * self.width + numel * (self.job.grad_dtype.nbytes + self.width)
+                    stretch.see("a tensor cast", {labels.WEIGHTS: cut * self.width}, {labels.LOADING: both})
+                whole += numel
+            for numel in numels:
+                cut += shard(numel, self.job.degree)
+                both = whole * self.width
+                stretch.see("a tensor before it is cut", {labels.WEIGHTS: cut * self.width}, {labels.LOADING: both})
+                whole -= numel
 
     def init(self) -> None:
         stretch, job = self.open("engine_init", Phase.ENGINE_INIT), self.job

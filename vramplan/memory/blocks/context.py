@@ -16,10 +16,18 @@ from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module of the model by its full name, with the parameters that it owns itself."""
+    """A module of the model by its full name, with the parameters that it owns itself; a leaf's are all under it."""
 
     name: str
     params: tuple[Parameter, ...]
+    is_leaf: bool = False
+
+    @property
+    def path(self) -> str:
+        """What the names of all parameters under it begin with."""
+        if self.name in ("", "base_model", "base_model.model"):
+            return ""
+        return self.name.removesuffix("layer") if self.name.endswith(".layer") else f"{self.name}."
 
 
 class ModuleHooks(Protocol):
@@ -82,6 +90,10 @@ class BlockContext:
     """Local variables of the attention module, alive until it returns."""
     hooks: ModuleHooks | None = None
     """Who listens to modules: ZeRO-3's gathers, or nobody."""
+    leaf_mixtures: bool = False
+    """Whether ZeRO-3 takes each block with experts as one module (``gathers.LEAF_FAMILIES``)."""
+    in_leaf: bool = False
+    """Whether a module runs whose own modules nobody listens to."""
 
     num_layers: int = 0
 
@@ -134,6 +146,7 @@ class BlockContext:
         function: Callable[[Tensor], Tensor],
         x: Tensor,
         positional: bool = True,
+        is_leaf: bool = False,
     ) -> Tensor:
         """Run a module of the model. ZeRO-3 hangs its hooks here: fetch before, release after, and the same in
         backward by two identity nodes (deepspeed/runtime/zero/parameter_offload.py, ``_register_deepspeed_module``).
@@ -141,15 +154,56 @@ class BlockContext:
         ``positional``: whether ``x`` is a positional argument; the backward release hooks see no others.
         """
         hooks = self.hooks
-        if hooks is None:
+        if hooks is None or self.in_leaf:
             return function(x)
-        module = Module(f"{self.prefix}{name}", tuple(param for param in params if param is not None))
+        module = Module(f"{self.prefix}{name}", tuple(param for param in params if param is not None), is_leaf)
         hooks.before_forward(module)
         if positional:
             x = identity(x, lambda: hooks.after_backward(module))
         out = function(x)
         hooks.after_forward(module)
         return identity(out, lambda: hooks.before_backward(module))
+
+    def call_leaf(
+        self, name: str, params: tuple[Parameter, ...], function: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """Run a module that ZeRO-3 takes as one: all weights under it are fetched and released together, and their
+        gradients wait for the end of its backward (deepspeed/runtime/zero/stage3.py, ``reduce_leaf_module_grads``).
+
+        torch's hook for that holds the gradient of the module's result until then (torch/utils/hooks.py,
+        ``BackwardHook``).
+        """
+        trained = [param for param in params if param.requires_grad] if x.requires_grad else []
+        result_gradient: list[Tensor] = []
+
+        def deliver() -> None:
+            for param in trained:
+                param.deliver()
+            result_gradient.clear()
+
+        def run(x: Tensor) -> Tensor:
+            x = identity(x, deliver) if trained else x
+            self.in_leaf = True
+            try:
+                return function(x)
+            finally:  # recomputing can end in the middle
+                self.in_leaf = False
+
+        for param in trained:
+            param.waits = True
+        out = self.call(name, params, run, x, is_leaf=True)
+        return kept_gradient(out, result_gradient) if trained else out
+
+
+def kept_gradient(x: Tensor, keeper: list[Tensor]) -> Tensor:
+    """The same bytes behind a node that leaves its gradient with ``keeper`` too."""
+    out = Tensor(x.storage, x.numel, x.dtype)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        keeper.extend(grad for grad in grads if grad is not None)
+        return [grads[0]]
+
+    return x.storage.tape.attach("hook", out, [x], [], backward)
 
 
 def identity(x: Tensor, event: Callable[[], None]) -> Tensor:

@@ -64,13 +64,9 @@ def _product(
 ) -> Tensor:
     """``_grouped_linear``: in the weight's format, whatever autocast says. A weight that is stored (experts, out, in)
     is saved as its transposed view, which outlives a gathered weight's release."""
-    if ctx.hooks is None or block.experts.transposed:
-        whole = recomputed(ctx, weight)
-    else:
-        whole = ctx.hooks.whole(weight.name)
-    return routed.grouped_product(
-        ops.to(x, weight.dtype, EXPERTS), weight, offsets, tokens(out_width), EXPERTS, whole
-    )
+    as_view = not block.experts.transposed
+    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and as_view else recomputed(ctx, weight)
+    return routed.grouped_product(ops.to(x, weight.dtype, EXPERTS), weight, offsets, tokens(out_width), EXPERTS, whole)
 
 
 def _gate(ctx: BlockContext, rows: Tensor, block: MixtureOfExperts) -> Tensor:

@@ -8,7 +8,7 @@ from vramplan.facts.architecture import DecoderLayer, GatedMLP, MixtureOfExperts
 from vramplan.memory import ops
 from vramplan.memory.blocks.attention import attend
 from vramplan.memory.blocks.context import BlockContext
-from vramplan.memory.blocks.mixture import mixture
+from vramplan.memory.blocks.mixture import mixture, mixture_parameters
 from vramplan.memory.blocks.mlp import gated, plain
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.tape import Tensor
@@ -30,7 +30,10 @@ def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 
 
 def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
-    return ctx.call("mlp", (), lambda x: _feed_forward(ctx, x, layer.feed_forward), x)
+    block = layer.feed_forward
+    if isinstance(block, MixtureOfExperts) and ctx.leaf_mixtures:
+        return ctx.call_leaf("mlp", mixture_parameters(ctx, block), lambda x: mixture(ctx, x, block), x)
+    return ctx.call("mlp", (), lambda x: _feed_forward(ctx, x, block), x)
 
 
 def _feed_forward(ctx: BlockContext, x: Tensor, block: GatedMLP | PlainMLP | MixtureOfExperts) -> Tensor:

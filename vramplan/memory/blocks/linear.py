@@ -27,8 +27,20 @@ def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     return ctx.call(linear.name, (down,), lambda x: _with_adapter(ctx, x, linear, adapter, label), x)
 
 
+def linear_parameters(ctx: BlockContext, linear: Linear) -> list[Parameter]:
+    """Every parameter of a projection, its adapter's too, in registration order."""
+    adapter = ctx.adapts(linear)
+    base = linear if adapter is None else replace(linear, name=f"{linear.name}.base_layer")
+    params = [param for param in ctx.linear_parameters(base) if param is not None]
+    return params if adapter is None else [*params, _down(ctx, linear, adapter), _up(ctx, linear, adapter)]
+
+
 def _down(ctx: BlockContext, linear: Linear, method: LoraMethod) -> Parameter:
     return ctx.parameter(f"{linear.name}.lora_A.weight", method.r * linear.in_features, True, ctx.adapter_dtype)
+
+
+def _up(ctx: BlockContext, linear: Linear, method: LoraMethod) -> Parameter:
+    return ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
 
 
 def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
@@ -129,7 +141,7 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
 def _low_rank(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
     """``lora_B(lora_A(x))`` of so many rows; 0: of the micro-batch's tokens."""
     down = _down(ctx, linear, method)
-    up = ctx.parameter(f"{linear.name}.lora_B.weight", method.r * linear.out_features, True, ctx.adapter_dtype)
+    up = _up(ctx, linear, method)
     narrow = ctx.call(
         f"{linear.name}.lora_A", (down,), lambda x: product(ctx, x, down, None, rows(count, method.r), LABEL), x
     )

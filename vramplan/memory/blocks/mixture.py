@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from vramplan.facts.architecture import MixtureOfExperts
+from vramplan.facts.architecture import Linear, MixtureOfExperts
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.blocks.experts import EXPERTS, run_experts
-from vramplan.memory.blocks.linear import project
+from vramplan.memory.blocks.linear import linear_parameters, project
 from vramplan.memory.blocks.mlp import MLP, gated
 from vramplan.memory.blocks.router import route
-from vramplan.memory.tape import Tensor
+from vramplan.memory.tape import Parameter, Tensor
 
 
 def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
@@ -19,6 +19,18 @@ def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
         return ops.view(_routed(ctx, ops.view(x), block))
     finally:  # recomputing can end in the middle
         ctx.flat = False
+
+
+def mixture_parameters(ctx: BlockContext, block: MixtureOfExperts) -> tuple[Parameter, ...]:
+    """Every parameter of the block, adapters too, in registration order."""
+    params: list[Parameter] = []
+    for part in block.parts:
+        linears = [part] if isinstance(part, Linear) else list(part.linears())
+        if linears:
+            params += [param for linear in linears for param in linear_parameters(ctx, linear)]
+        else:
+            params += [ctx.parameter(tensor.name, tensor.numel) for tensor in part.tensors()]
+    return tuple(params)
 
 
 def _routed(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
