@@ -21,6 +21,9 @@ FAMILIES = Path(__file__).with_name("measured") / "cpu_families.jsonl"
 """Taken by `vramplan bench run`: small models of every dense family and its variants, each in 13 settings of attention,
 checkpointing, ZeRO stage, precision and method. (So small that what is not counted shows: a kilobyte of position ids,
 and in low precision the buffers of the CPU's matrix kernels.)"""
+LATENT = Path(__file__).with_name("measured") / "cpu_mla.jsonl"
+"""Taken by `vramplan bench run`: DeepSeek-V2 and -V3 with and without a narrow query, with each kind of rotation,
+values as wide as queries and narrower, in the settings of the families and more."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -80,13 +83,14 @@ def test_quantized_weights():
     assert compared == 3 * 8
 
 
-@pytest.fixture(scope="module")
-def families():
-    found = list(covered(FAMILIES))
+@pytest.fixture(scope="module", params=[(FAMILIES, 340, 17), (LATENT, 60, 2)], ids=["dense", "latent"])
+def families(request):
+    path, least, num_types = request.param
+    found = list(covered(path))
     types = {record.spec.model.config["model_type"] for record, _ in found}
     count = len(found)  # a failing assertion would print them all
-    assert count >= 340
-    assert len(types) == 17
+    assert count >= least
+    assert len(types) == num_types
     return found
 
 

@@ -161,6 +161,10 @@ class Architecture:
         return any(isinstance(mixer, Attention) and mixer.core != "shared" for mixer in mixers)
 
     @cached_property
+    def has_latent_attention(self) -> bool:
+        return any(isinstance(layer.mixer, LatentAttention) for layer in self.layers)
+
+    @cached_property
     def windows(self) -> frozenset[int]:
         """The sliding windows of its layers, in tokens."""
         attentions = (layer.mixer for layer in self.layers)

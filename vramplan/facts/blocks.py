@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
+from typing import ClassVar
 
 
 class Role(Enum):
@@ -181,6 +182,11 @@ class Attention:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def out_width(self) -> int:
+        """Features a token that come out of the core."""
+        return self.q_width
+
+    @property
     def fused_qkv(self) -> bool:
         return len(self.projections) == 2
 
@@ -219,10 +225,51 @@ class LatentAttention:
     v_head_dim: int
     parts: tuple[Linear | Norm, ...]
     dropout: float = 0.0
+    rotary: str = "pairs"
+    """How positions are applied, by what it keeps:
+
+    ``pairs``   cosines and sines of half a head's width, on even and odd elements apart (DeepSeek-V3)
+    ``whole``   ``x * cos + rotate_half(x) * sin`` (DeepSeek-V3 with ``rope_interleave: false``)
+    ``complex`` a product of complex numbers in fp32 (DeepSeek-V2)
+    """
+
+    # What the core asks of every kind of attention.
+    core: ClassVar[str] = "shared"
+    sliding_window: ClassVar[None] = None
+    softcap: ClassVar[bool] = False
+    alibi: ClassVar[bool] = False
 
     @property
     def qk_head_dim(self) -> int:
         return self.nope_head_dim + self.rotary_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values once they are expanded."""
+        return self.num_heads
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.qk_head_dim
+
+    @property
+    def out_width(self) -> int:
+        """Features a token that come out of the core."""
+        return self.num_heads * self.v_head_dim
+
+    @property
+    def query(self) -> tuple[Linear | Norm, ...]:
+        """What makes queries: down, norm and up, or one projection."""
+        return self.parts[:-4]
+
+    @property
+    def keys_values(self) -> tuple[Linear, Norm, Linear]:
+        """What makes keys and values: down, norm and up."""
+        down, norm, up = self.parts[-4:-1]
+        assert isinstance(down, Linear)
+        assert isinstance(norm, Norm)
+        assert isinstance(up, Linear)
+        return down, norm, up
 
     @property
     def out(self) -> Linear:

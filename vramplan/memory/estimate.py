@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, MixtureOfExperts
 from vramplan.facts.device import Node
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import term
@@ -87,21 +87,12 @@ def _adapts_embeddings(job: Job) -> bool:
     return any(method.adapts(table.name) for table in job.architecture.embeddings)
 
 
-_ADAPTED_EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
-"""Names of targets by which PEFT reaches routers and experts (transformers_weight_conversion.py)."""
-
-
-def _adapts_experts(job: Job) -> bool:
-    """Whether a router or routed experts get an adapter, which PEFT makes of parameters in another way
-    (``ParamWrapper``)."""
-    method, names = job.method, _ADAPTED_EXPERTS.get(job.architecture.family, ())
-    return isinstance(method, LoraMethod) and any(method.adapts(name) for name in names)
-
-
 COVERED_FAMILIES = frozenset(
     [
         "bloom",
         "cohere",
+        "deepseek_v2",
+        "deepseek_v3",
         "falcon",
         "gemma",
         "gemma2",
@@ -135,6 +126,9 @@ def _check_covered(job: Job) -> None:
     method = job.method
     uncovered = {
         f"the {job.architecture.family} family": job.architecture.family not in COVERED_FAMILIES,
+        "routed experts beside latent attention": job.architecture.has_latent_attention
+        and any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in job.architecture.layers),
+        "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
         "QLoRA under ZeRO-3": method.kind == "qlora" and job.stage == 3,
         "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
         "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
@@ -145,8 +139,8 @@ def _check_covered(job: Job) -> None:
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1
         and job.architecture.has_own_core,
+        "adapters on routers and experts": bool(job.adapted_parameters),
         "adapters on embeddings": _adapts_embeddings(job),
-        "adapters on routers and experts": _adapts_experts(job),
         f"masks of padded or packed sequences in the {job.architecture.family} family": job.masked
         and job.architecture.has_own_core,
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import prod
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, Linear
+from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.gathers import GatherLimits
@@ -18,6 +18,7 @@ from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
+from vramplan.spec.targets import resolve_targets
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 ADAPTER_DTYPE = Dtype.FP32
@@ -79,6 +80,8 @@ class Job:
     masked: bool
     """Whether attention is given a mask of its own (``RunSpec.masked``)."""
     retain: RetainSpec
+    adapted_parameters: frozenset[str] = frozenset()
+    """Parameters of experts and routers that get adapters as they are (``spec/targets.py``)."""
 
     @property
     def degree(self) -> int:
@@ -191,8 +194,12 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         raise SpecError(
             f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it"
         )
-    if isinstance(run.method, LoraMethod):
-        _check_targets(architecture, run.method)
+    method, adapted = run.method, frozenset[str]()
+    if isinstance(method, LoraMethod):
+        targets = resolve_targets(method, architecture)
+        method, adapted = targets.method, targets.parameters & _fused_parameters(architecture)
+        if not adapted:
+            _check_targets(architecture, method)
     assert run.micro_batch_size is not None
     assert run.grad_accum_steps is not None
     assert run.zero.stage is not None
@@ -212,7 +219,8 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         communicates = Dtype.FP32
     return Job(
         architecture=architecture,
-        method=run.method,
+        method=method,
+        adapted_parameters=adapted,
         engine=run.engine,
         dtype=dtype,
         autocast=autocast,
@@ -237,6 +245,12 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         masked=run.masked,
         retain=run.retain,
     )
+
+
+def _fused_parameters(architecture: Architecture) -> frozenset[str]:
+    """The names by which adapters are put on parameters of routed experts and their router, if there are any."""
+    has_experts = any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in architecture.layers)
+    return frozenset(["gate_up_proj", "down_proj", "gate.weight"]) if has_experts else frozenset()
 
 
 def _check_targets(architecture: Architecture, method: LoraMethod) -> None:

@@ -66,14 +66,22 @@ def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, lse: Size, label: str, backward_scratch: Size, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Size,
+    label: str,
+    backward_scratch: Size,
+    mask: Tensor | None = None,
+    out_numel: Size | None = None,
 ) -> Tensor:
     """A fused attention kernel: saves q, k, v, its result, its mask and one fp32 log-sum-exp a row and head.
 
-    ``backward_scratch``: fp32 elements that the kernel's backward makes besides the three gradients.
+    ``backward_scratch``: fp32 elements that the kernel's backward makes besides the three gradients. ``out_numel``:
+    elements of the result where values have another width than queries.
     """
     tape = q.storage.tape
-    out = tape.new(q.numel, q.dtype, label)
+    out = tape.new(out_numel if out_numel is not None else q.numel, q.dtype, label)
     log_sum_exp = tape.new(lse, Dtype.FP32, label)
     sizes, dtype = [q.numel, k.numel, v.numel], q.dtype
 

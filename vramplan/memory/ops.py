@@ -22,10 +22,12 @@ from vramplan.memory.views import cat as cat
 from vramplan.memory.views import clone as clone
 from vramplan.memory.views import gathered as gathered
 from vramplan.memory.views import piece as piece
+from vramplan.memory.views import placed as placed
 from vramplan.memory.views import resized as resized
 from vramplan.memory.views import split as split
 from vramplan.memory.views import spread as spread
 from vramplan.memory.views import to_copy as to_copy
+from vramplan.memory.views import to_heads as to_heads
 from vramplan.memory.views import view as view
 
 
@@ -83,6 +85,18 @@ def _cast(grad: Tensor, dtype: Dtype) -> Tensor:
         same.is_view = grad.is_view
         return same
     return grad.storage.tape.new(grad.numel, dtype, GRADIENTS)
+
+
+def sub(a: Tensor, b: Tensor, label: str) -> Tensor:
+    """``a - b`` of equal shapes and formats: saves nothing, the second's gradient is the negated one."""
+    tape, numel, dtype = a.storage.tape, a.numel, a.dtype
+    out = tape.new(numel, dtype, label)
+    need_b = b.requires_grad
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        return [grads[0], tape.new(numel, dtype, GRADIENTS) if need_b else None]
+
+    return tape.attach("sub", out, [a, b], [], backward)
 
 
 def add_wider(a: Tensor, b: Tensor, label: str) -> Tensor:

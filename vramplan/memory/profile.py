@@ -193,7 +193,7 @@ class _Runner:
         with self.tape.at("embedding"):
             requires = self.run.checkpointing and isinstance(self.run.method, LoraMethod)
             x = embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)
-        attentions = [layer.attention for layer in architecture.layers]
+        attentions = [layer.mixer for layer in architecture.layers]
         masks(ctx, attentions)
         rotary_tables(ctx, attentions, architecture.rotary_of_kind)
         x = self._layers(x)

@@ -33,6 +33,42 @@ def view(x: Tensor, numel: Size | None = None) -> Tensor:
     return tape.attach("view", out, [x], [], backward)
 
 
+def to_heads(x: Tensor) -> Tensor:
+    """``x.view(..., heads, width).transpose(1, 2)``, whose gradient comes with heads before positions: the backward of
+    ``view`` copies it into the projection's order."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    out = Tensor(x.storage, numel, dtype)
+    return tape.attach("heads", out, [x], [], lambda node, grads: [tape.new(numel, dtype, GRADIENTS)])
+
+
+def placed(parts: list[Tensor], numel: Size, label: str) -> Tensor:
+    """``whole = new_empty(...)``, then ``whole[..., a:b].copy_(part)`` for each part, in the first one's format."""
+    out = parts[0].storage.tape.new(numel, parts[0].dtype, label)
+    for part in parts:
+        out = _put(out, part)
+    return out
+
+
+def _put(whole: Tensor, part: Tensor) -> Tensor:
+    """``whole[..., a:b].copy_(part)``. Backward copies the whole gradient, then the slice of it, and where more was
+    there before, puts zeros into its place (torch/csrc/autograd/functions/tensor.cpp, ``CopySlices::apply_impl``)."""
+    tape, numel, dtype = whole.storage.tape, whole.numel, whole.dtype
+    part_numel, part_dtype = part.numel, part.dtype
+    needs = whole.requires_grad, part.requires_grad
+    out = Tensor(whole.storage, numel, dtype)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        before = tape.new(numel, dtype, GRADIENTS)
+        own = tape.new(part_numel, dtype, GRADIENTS)
+        zeros = tape.new(part_numel, dtype, GRADIENTS) if needs[0] else None
+        if needs[1] and part_dtype is not dtype:
+            own = tape.new(part_numel, part_dtype, GRADIENTS)
+        del zeros
+        return [before if needs[0] else None, own if needs[1] else None]
+
+    return tape.attach("copy_slices", out, [whole, part], [], backward)
+
+
 def clone(x: Tensor, label: str) -> Tensor:
     """``x.contiguous()`` of a transposed tensor: a copy; its backward hands the gradient on."""
     tape = x.storage.tape

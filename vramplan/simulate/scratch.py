@@ -50,9 +50,12 @@ def flash_backward(
 
 
 def efficient_backward(grad_out: torch.Tensor, query: torch.Tensor, *_: Any, result: Any, **__: Any) -> Sequence[int]:
-    """attention_backward.cu ``_efficient_attention_backward``: row sums of the gradient times the output (fp32)."""
-    batch, heads, rows, _width = query.shape
-    return (batch * heads * rows * 4,)
+    """attention_backward.cu ``_efficient_attention_backward``: row sums of the gradient times the output (fp32), and
+    the query's gradient summed in fp32, tile by tile (kernel_backward.h ``workspace_size``, with 128 rows and 64
+    columns a tile as the kernel of wide heads has them)."""
+    batch, heads, rows, width = query.shape
+    tile = 128 * 64 * 4 + 16
+    return batch * heads * rows * 4, batch * heads * -(-rows // 128) * -(-width // 64) * tile
 
 
 CUDA_SCRATCH: dict[Any, Scratch] = {

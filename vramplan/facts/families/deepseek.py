@@ -16,7 +16,7 @@ DEFAULT_ROPE_HEAD_DIM = 64
 DEFAULT_V_HEAD_DIM = 128
 
 
-def latent_attention(fields: Fields, hidden: int) -> LatentAttention:
+def latent_attention(fields: Fields, hidden: int, rotary: str) -> LatentAttention:
     """Queries through a narrow projection (unless ``q_lora_rank`` is null), keys and values through another."""
     attention = LatentAttention(
         num_heads=fields.required_size("num_attention_heads"),
@@ -27,6 +27,7 @@ def latent_attention(fields: Fields, hidden: int) -> LatentAttention:
         v_head_dim=fields.size("v_head_dim", default=DEFAULT_V_HEAD_DIM),
         parts=(),
         dropout=fields.fraction("attention_dropout", default=0.0),
+        rotary=rotary,
     )
     return replace(attention, parts=tuple(_parts(attention, hidden, fields.flag("attention_bias", default=False))))
 

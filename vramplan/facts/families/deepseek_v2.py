@@ -12,7 +12,7 @@ def build(fields: Fields) -> Architecture:
     """Latent attention; after the first dense layers, routed experts beside shared ones."""
     hidden = fields.required_size("hidden_size")
     whole_multiple(fields, hidden, fields.required_size("num_attention_heads"))
-    mixer = latent_attention(fields, hidden)
+    mixer = latent_attention(fields, hidden, "complex")
     bias = fields.flag("mlp_bias", default=False)
     dense, norms = standard_mlp(fields, hidden, bias=bias), norm_pair(hidden)
     sparse = mixture_with_shared(fields, hidden, default_shared=2, bias=bias)

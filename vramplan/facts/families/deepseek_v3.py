@@ -14,7 +14,8 @@ from vramplan.facts.families.parts import decoder, norm_pair, one_per_kind, stan
 def build(fields: Fields) -> Architecture:
     """DeepSeek-V2's blocks with a sigmoid router (its correction bias is a buffer, no parameter)."""
     hidden = fields.required_size("hidden_size")
-    mixer = latent_attention(fields, hidden)
+    rotary = "pairs" if fields.flag("rope_interleave", default=True) else "whole"
+    mixer = latent_attention(fields, hidden, rotary)
     dense, norms = standard_mlp(fields, hidden), norm_pair(hidden)
     sparse = mixture_with_shared(fields, hidden, default_shared=1)
     first_sparse = fields.count("first_k_dense_replace", default=3)

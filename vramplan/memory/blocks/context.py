@@ -44,8 +44,9 @@ class ModuleHooks(Protocol):
 class Tables:
     """What the inner model makes once for all layers, on each path: layers with a sliding window have their own."""
 
-    rotary: tuple[Tensor, Tensor] | None = None
-    window_rotary: tuple[Tensor, Tensor] | None = None
+    rotary: tuple[Tensor, ...] | None = None
+    """Cosines and sines, or both as one table of complex numbers."""
+    window_rotary: tuple[Tensor, ...] | None = None
     mask: Tensor | None = None
     window_mask: Tensor | None = None
     """None where the kernel is told that the mask is causal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vramplan.facts.architecture import Attention
+from vramplan.facts.architecture import Attention, LatentAttention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
@@ -11,9 +11,10 @@ from vramplan.memory.size import ZERO, Size, per_mask, per_score, per_token
 from vramplan.memory.tape import Tensor
 
 MASK = "causal mask"
+Mixer = Attention | LatentAttention
 
 
-def masks(ctx: BlockContext, attentions: list[Attention]) -> None:
+def masks(ctx: BlockContext, attentions: list[Mixer]) -> None:
     """One mask for all layers that see everything and one for those that slide (transformers/masking_utils.py).
 
     Eager attention adds them; fused kernels are told that the mask is causal unless sequences reach the window, or
@@ -49,7 +50,7 @@ def _alibi(ctx: BlockContext, num_heads: int, is_falcon: bool) -> None:
         ctx.tables.mask = ctx.tape.new(per_score(num_heads), ctx.dtype, MASK)
 
 
-def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
+def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> Tensor:
     """Softmax attention of rotated queries and keys with values."""
     if ctx.attention == "eager":
         return _eager(ctx, q, k, v, block)
@@ -59,9 +60,9 @@ def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: At
     return fused_core(ctx, q, k, v, block, mask)
 
 
-def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention, mask: Tensor | None) -> Tensor:
+def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, mask: Tensor | None) -> Tensor:
     """``scaled_dot_product_attention``: one kernel, but for dropout on the CPU."""
-    if ctx.device == "cpu" and block.dropout > 0.0:
+    if ctx.device == "cpu" and (block.dropout > 0.0 or block.out_width != block.q_width):
         return math_core(ctx, q, k, v, block, mask)
     q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
     lse = per_token(block.num_heads)
@@ -72,21 +73,38 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
         scratch = per_token(block.q_width + block.num_heads)
     if mask is not None:
         mask = _numbers(ctx, mask, q.dtype)
+    if block.out_width != block.q_width:
+        return _of_two_widths(ctx, q, k, v, block, scratch, mask)
     out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
     if ctx.sequence_parallel > 1 or not joined(block):
         return out
     return ops.clone(out, CORE)  # the result lies in memory as the query does, whose heads come before positions
 
 
-def joined(block: Attention) -> bool:
+def _of_two_widths(
+    ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, scratch: Size, mask: Tensor | None
+) -> Tensor:
+    """Values narrower or wider than queries. ``flash_attention_2`` widens them with zeros and cuts the result
+    (transformers/integrations/flash_attention.py, ``flash_attention_forward``); ``sdpa`` takes the memory-efficient
+    kernel, whose backward sums the queries' gradient in fp32 too (attention_backward.cu, ``workspace_size``) and whose
+    result lies with positions before heads."""
+    lse, narrow = per_token(block.num_heads), tokens(block.out_width)
+    if ctx.attention != "flash_attention_2":
+        return ops.flash_attention(q, k, v, lse, CORE, scratch, mask, narrow)
+    v = ops.spread(v, q.numel, CORE)
+    out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
+    return ops.clone(ops.piece(out, narrow), CORE)
+
+
+def joined(block: Mixer) -> bool:
     """Whether queries and keys come out of a join, heads before positions in memory, and not as views of a
     projection (operators on one tensor keep its order, ``torch.cat`` does not)."""
-    return block.rotary in ("sliced", "named_slices", "paired")
+    return isinstance(block, LatentAttention) or block.rotary in ("sliced", "named_slices", "paired")
 
 
-def whole_heads(ctx: BlockContext, x: Tensor) -> Tensor:
-    """Heads of several sequences as ``torch.matmul`` wants them: a copy, as they lie between positions in memory."""
-    return x if ctx.lone_sequence else ops.clone(x, CORE)
+def whole_heads(ctx: BlockContext, x: Tensor, between: bool = True) -> Tensor:
+    """Heads of several sequences as ``torch.matmul`` wants them: a copy, if they lie between positions in memory."""
+    return x if ctx.lone_sequence or not between else ops.clone(x, CORE)
 
 
 def one_to_all(ctx: BlockContext, x: Tensor, numel: Size) -> Tensor:
@@ -94,14 +112,14 @@ def one_to_all(ctx: BlockContext, x: Tensor, numel: Size) -> Tensor:
     return ops.spread(x, numel, CORE, copied=not ctx.lone_sequence)
 
 
-def to_all_heads(x: Tensor, block: Attention) -> Tensor:
+def to_all_heads(x: Tensor, block: Mixer) -> Tensor:
     """``repeat_kv``."""
     return ops.spread(x, tokens(block.q_width), CORE) if block.num_heads > block.num_kv_heads else x
 
 
-def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
+def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> Tensor:
     """``eager_attention_forward``: repeated heads, scores, fp32 softmax, dropout, values."""
-    wide, repeated = tokens(block.q_width), block.num_heads > block.num_kv_heads
+    wide, repeated = tokens(block.out_width), block.num_heads > block.num_kv_heads
     keys = to_all_heads(k, block)
     values = to_all_heads(v, block)
     weights = ops.scaled(_scores(ctx, q, keys, block, repeated), CORE)
@@ -120,7 +138,7 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention)
     return ops.clone(out, CORE)
 
 
-def _scores(ctx: BlockContext, q: Tensor, keys: Tensor, block: Attention, repeated: bool) -> Tensor:
+def _scores(ctx: BlockContext, q: Tensor, keys: Tensor, block: Mixer, repeated: bool) -> Tensor:
     """``query @ key.transpose(2, 3)``."""
     q, keys = ctx.low(q, CORE), ctx.low(keys, CORE)
     if not joined(block):
@@ -135,27 +153,26 @@ def _numbers(ctx: BlockContext, mask: Tensor, dtype: Dtype) -> Tensor:
     return mask if mask.dtype is dtype else ctx.tape.new(numel, dtype, MASK)
 
 
-def math_core(
-    ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention, mask: Tensor | None = None
-) -> Tensor:
+def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, mask: Tensor | None = None) -> Tensor:
     """The unfused path of ``scaled_dot_product_attention``, taken on the CPU with dropout and for fewer heads of keys
     than of queries that the kernel is not told of: everything in fp32
     (``aten/src/ATen/native/transformers/attention.cpp``, ``_scaled_dot_product_attention_math``)."""
     q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
-    source, scores, wide = q.dtype, per_score(block.num_heads), tokens(block.q_width)
+    source, scores, wide = q.dtype, per_score(block.num_heads), tokens(block.out_width)
     spread = k.numel != q.numel
     numbers = ctx.tape.new(per_mask(1), Dtype.FP32, MASK) if mask is None else _numbers(ctx, mask, source)
     wide_q, wide_k, wide_v = (ops.to(part, Dtype.FP32, CORE) for part in (q, k, v))
     scaled_q = ops.scaled(wide_q, CORE)
     scaled_k = ops.scaled(wide_k, CORE)
-    keys = one_to_all(ctx, scaled_k, wide) if spread else whole_heads(ctx, scaled_k)
+    apart = not isinstance(block, LatentAttention)
+    keys = one_to_all(ctx, scaled_k, wide) if spread else whole_heads(ctx, scaled_k, apart)
     del scaled_k
-    weights = ops.matmul(whole_heads(ctx, scaled_q), keys, scores, CORE)  # the numbers are added in place
+    weights = ops.matmul(whole_heads(ctx, scaled_q, apart), keys, scores, CORE)  # the numbers are added in place
     del keys
     weights = _safe_softmax(ctx, weights, scores)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     low = ops.to(weights, source, CORE)
-    values = one_to_all(ctx, wide_v, wide) if spread else whole_heads(ctx, wide_v)
+    values = one_to_all(ctx, wide_v, wide) if spread else whole_heads(ctx, wide_v, apart or wide_v is v)
     out = ops.matmul(weights, values, wide, CORE)
     del low, numbers, values
     return ops.clone(ops.to(out, source, CORE), CORE)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vramplan.facts.architecture import DecoderLayer, GatedMLP, MixtureOfExperts, PlainMLP
+from vramplan.facts.architecture import DecoderLayer, GatedMLP, LatentAttention, MixtureOfExperts, PlainMLP
 from vramplan.memory import ops
 from vramplan.memory.blocks.attention import attend
 from vramplan.memory.blocks.context import BlockContext
+from vramplan.memory.blocks.latent import attend_latent
 from vramplan.memory.blocks.mixture import mixture, mixture_parameters
 from vramplan.memory.blocks.mlp import gated, plain
 from vramplan.memory.blocks.norm import normalise
@@ -19,14 +20,19 @@ RESIDUAL = "residual stream"
 def run_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``decoder_layer(x)`` in the layer's arrangement (``DecoderLayer.residual``)."""
     x = _ARRANGEMENTS[layer.residual](ctx, x, layer)
-    if layer.attention.core != "shared" and ctx.tape.in_first_forward:
+    if layer.mixer.core != "shared" and ctx.tape.in_first_forward:
         ctx.output = ctx.returned
     ctx.returned = None
     return x
 
 
 def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
-    return ctx.call("self_attn", (), lambda x: attend(ctx, x, layer.attention), x, positional=False)
+    mixer = layer.mixer
+
+    def run(x: Tensor) -> Tensor:
+        return attend_latent(ctx, x, mixer) if isinstance(mixer, LatentAttention) else attend(ctx, x, mixer)
+
+    return ctx.call("self_attn", (), run, x, positional=False)
 
 
 def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:

@@ -1,10 +1,10 @@
-"""Rotary positions in the five ways that families write them; ``Attention.rotary`` says which."""
+"""Rotary positions in the ways that families write them; ``Attention.rotary`` says which."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vramplan.facts.architecture import Attention
+from vramplan.facts.architecture import Attention, LatentAttention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, Module
@@ -15,14 +15,15 @@ CORE = "attention core"
 TABLES = "rotary tables"
 
 
-def rotary_tables(ctx: BlockContext, attentions: list[Attention], of_kind: bool) -> None:
+def rotary_tables(ctx: BlockContext, attentions: list[Attention | LatentAttention], of_kind: bool) -> None:
     """``cos`` and ``sin`` for every position, shared by layers and by the batch.
 
     ``of_kind``: layers with a sliding window and those without have tables of their own (Gemma-3).
     """
     rotated = [block for block in attentions if block.rotary_dim]
-    if not rotated and attentions[0].core == "falcon":  # makes them whatever its positions are
-        rotated = [replace(attentions[0], rotary_dim=attentions[0].head_dim)]
+    first = attentions[0]
+    if not rotated and isinstance(first, Attention) and first.core == "falcon":  # makes them whatever it does with them
+        rotated = [replace(first, rotary_dim=first.head_dim)]
     if not rotated:
         return
     ctx.tables.rotary = ctx.tables.window_rotary = _tables(ctx, rotated[0])
@@ -30,11 +31,18 @@ def rotary_tables(ctx: BlockContext, attentions: list[Attention], of_kind: bool)
         ctx.tables.window_rotary = _tables(ctx, rotated[0])
 
 
-def _tables(ctx: BlockContext, block: Attention) -> tuple[Tensor, Tensor]:
+def _tables(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tensor, ...]:
     """``LlamaRotaryEmbedding.forward``."""
     module = Module("model.rotary_emb", ())
     if ctx.hooks is not None:
         ctx.hooks.before_forward(module)
+    tables = _complex_table(ctx, block) if block.rotary == "complex" else _cos_and_sin(ctx, block)
+    if ctx.hooks is not None:
+        ctx.hooks.after_forward(module)
+    return tables
+
+
+def _cos_and_sin(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tensor, Tensor]:
     numel = per_position(block.rotary_dim)
     frequencies = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
     angles = ctx.tape.new(numel, Dtype.FP32, TABLES)
@@ -44,9 +52,53 @@ def _tables(ctx: BlockContext, block: Attention) -> tuple[Tensor, Tensor]:
     kept = Dtype.FP32 if block.rotary == "fp32" else ctx.dtype
     tables = ops.to(wide_cos, kept, TABLES), ops.to(wide_sin, kept, TABLES)
     del angles
-    if ctx.hooks is not None:
-        ctx.hooks.after_forward(module)
     return tables
+
+
+def _complex_table(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tensor]:
+    """``DeepseekV2RotaryEmbedding.forward``: a complex number is two elements."""
+    angles = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
+    ones = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
+    unit = ctx.tape.new(per_position(block.rotary_dim), Dtype.FP32, TABLES)
+    del ones
+    scaled = ctx.tape.new(per_position(block.rotary_dim), Dtype.FP32, TABLES)
+    del unit, angles
+    return (scaled,)
+
+
+def rotate_latent(ctx: BlockContext, q: Tensor, k: Tensor, block: LatentAttention) -> tuple[Tensor, Tensor]:
+    """Positions of the rotated elements of all query heads, and of those that the heads of the keys share."""
+    assert ctx.tables.rotary is not None
+    if block.rotary == "complex":
+        return _rotate_complex(q, k, ctx.tables.rotary[0])
+    cos, sin = ctx.tables.rotary
+    if block.rotary == "whole":
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q_pair, k_pair = _pair(q), _pair(k)
+    return _rotate_pair(q_pair, cos, sin), _rotate_pair(k_pair, cos, sin)
+
+
+def _pair(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x[..., 0::2], x[..., 1::2]``."""
+    half = ops.resized(x.numel, 1, 2)
+    return ops.piece(x, half), ops.piece(x, half)
+
+
+def _rotate_pair(pair: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+    """``cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])`` (``apply_rotary_pos_emb_interleave``)."""
+    even, odd = pair
+    first = ops.sub(ops.mul_broadcast(even, cos, CORE), ops.mul_broadcast(odd, sin, CORE), CORE)
+    second = ops.add(ops.mul_broadcast(odd, cos, CORE), ops.mul_broadcast(even, sin, CORE), CORE)
+    return ops.cat([first, second], ops.resized(even.numel, 2), CORE)
+
+
+def _rotate_complex(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """``apply_rotary_emb`` of DeepSeek-V2."""
+    wide_q = ops.view(ops.to(q, Dtype.FP32, CORE))
+    wide_k = ops.view(ops.to(k, Dtype.FP32, CORE))
+    turned_q = ops.to(ops.view(ops.mul_broadcast(wide_q, table, CORE)), q.dtype, CORE)
+    turned_k = ops.to(ops.view(ops.mul_broadcast(wide_k, table, CORE)), k.dtype, CORE)
+    return turned_q, turned_k
 
 
 def rotate_both(ctx: BlockContext, q: Tensor, k: Tensor, block: Attention) -> tuple[Tensor, Tensor]:
