@@ -6,6 +6,7 @@ averages gradients over the ranks then brings every slice to all of them, so a s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ class AnchoredPenalties:
     world_size: int
     l2sp_weight: float = 0.0
     ewc_weight: float = 0.0
+    max_stiffness: float = math.inf
+    """Of the Fisher diagonal, in units of its mean; see ``retain/ewc.py``."""
     gradient_scale: float = 0.0
     """What the training loss was multiplied with in this backward, ranks included; 0: this backward adds nothing."""
     penalty: float = 0.0
@@ -68,19 +71,27 @@ class AnchoredPenalties:
                 kept.fisher = torch.zeros_like(kept.start, dtype=torch.float32)
 
     def end_samples(self) -> None:
-        """Scales the diagonal to a mean of 1 over all trained parameters."""
+        """Scales the diagonal to a mean of 1 over all trained parameters, cut at ``max_stiffness`` means."""
         self._sampling, self.gradient_scale = False, 0.0
+        for kept in self._kept.values():
+            kept.param.grad = None
+        mean = self._mean_fisher()
+        for kept in self._kept.values():
+            kept.fisher = kept.fisher.clamp_(max=self.max_stiffness * mean) if kept.fisher is not None else None
+        mean = self._mean_fisher()
+        for kept in self._kept.values():
+            if kept.fisher is not None and mean > 0:
+                kept.fisher /= mean
+
+    def _mean_fisher(self) -> float:
+        """Over all trained parameters and ranks."""
         sums = torch.zeros(2, dtype=torch.float64)
         for kept in self._kept.values():
             assert kept.fisher is not None
             sums += torch.tensor([float(kept.fisher.sum(dtype=torch.float64)), kept.shard.numel], dtype=torch.float64)
-            kept.param.grad = None
         sums = sums.to(next(iter(self._kept.values())).start.device)
         dist.all_reduce(sums)
-        total, numel = sums.tolist()
-        for kept in self._kept.values():
-            if kept.fisher is not None and total > 0:
-                kept.fisher *= numel / total
+        return float(sums[0] / sums[1])
 
     def fisher(self, name: str) -> torch.Tensor | None:
         """This rank's slice of the Fisher diagonal of a parameter."""

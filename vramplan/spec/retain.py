@@ -15,6 +15,9 @@ class EwcSpec(UserModel):
     """Strength. The Fisher diagonal is scaled to a mean of 1, so that this compares with ``l2sp.weight``."""
     data: str
     """A general sample, in any form that ``data.train`` may have."""
+    max_stiffness: float = Field(default=10.0, ge=1)
+    """The most that an element of the Fisher diagonal may be, in units of its mean. Without a cut a few weights hold
+    nearly all of it, and springs as stiff as that fill the clipped gradient instead of the task."""
     samples: int = Field(default=64, ge=1)
     """Sequences of it that the Fisher diagonal is estimated from (a forward and a backward each, before training)."""
 

@@ -45,6 +45,11 @@ class TrainingSpec(UserModel):
     """Newest checkpoints kept."""
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between log lines."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where curves are shown, beside ``metrics.jsonl``, which is always written. ``wandb`` and ``mlflow`` must be
+    installed; their own variables (``WANDB_MODE``, ``MLFLOW_TRACKING_URI``) say where they write."""
+    project: str = "vramplan"
+    """Project (W&B) or experiment (MLflow) that the run belongs to."""
     trust_remote_code: bool = False
     """Whether code from a model's directory may run."""
     sample: str | None = None

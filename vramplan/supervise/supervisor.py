@@ -32,7 +32,7 @@ from vramplan.supervise.watch import SILENT_AFTER_S, RankWatch, Trouble
 _POLL_S = 0.1
 _LAST_WORDS_S = 3.0
 """How long ranks may take to say why they end, and the launcher to end, after the first sign of trouble."""
-_NEEDED = ("torch", "transformers", "deepspeed", "peft", "tensorboard")
+_NEEDED = ("torch", "transformers", "deepspeed", "peft", "accelerate")
 INTERRUPTED_CODE = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
@@ -49,6 +49,9 @@ def check_before_launch(plan: Plan) -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")
+    for name in plan.run.training.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise SpecError(f"training.trackers names {name}, which is not installed: pip install {name}, or drop it")
     check_run(plan.run)
     if plan.run.training.snapshot_every is not None and plan.node.num_nodes > 1:
         raise SpecError("training.snapshot_every: snapshots in shared memory are of one node; leave it out on several")

@@ -1,4 +1,4 @@
-"""What rank 0 writes down while it trains: events as JSON lines, scalars for TensorBoard, memory readings."""
+"""What rank 0 writes down while it trains: events as JSON lines, scalars for trackers, memory readings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from vramplan.errors import SpecError
 from vramplan.measure.record import PhaseReading
 from vramplan.measure.run_dir import RunDir, append_event
+from vramplan.spec.run import RunSpec
+from vramplan.train.trackers import finish_trackers, start_trackers
 
 _KIB = 1024
 
@@ -19,33 +20,29 @@ _KIB = 1024
 class Metrics:
     """Rank 0 writes; on other ranks every call does nothing."""
 
-    def __init__(self, run_dir: RunDir, rank: int) -> None:
-        self._path = run_dir.metrics
-        self._board = _tensorboard(run_dir.tensorboard) if rank == 0 else None
+    def __init__(self, run: RunSpec, run_dir: RunDir, rank: int, device: torch.device) -> None:
+        self._path, self._writes = run_dir.metrics, rank == 0
+        self._trackers = start_trackers(run, run_dir, device.type) if rank == 0 else []
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        if self._board is not None:
+        if self._writes:
             append_event(self._path, kind, **fields)
 
     def scalars(self, step: int, **values: float | None) -> None:
-        """Points of TensorBoard's curves; ``train__loss`` is shown as ``train/loss``."""
-        if self._board is None:
-            return
-        for name, value in values.items():
-            if value is not None:
-                self._board.add_scalar(name.replace("__", "/"), value, step)
+        """Points of the trackers' curves; ``train__loss`` is shown as ``train/loss``.
+
+        A tracker that fails (its server is gone) is let go, with a note: it must not end the run.
+        """
+        shown = {name.replace("__", "/"): value for name, value in values.items() if value is not None}
+        for tracker in tuple(self._trackers):
+            try:
+                tracker.log(shown, step=step)
+            except Exception as error:  # noqa: BLE001  # each service raises its own
+                self._trackers.remove(tracker)
+                self.event("note", text=f"{tracker.name} takes no more points from step {step} on: {error}")
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SpecError("training writes TensorBoard events: install the package tensorboard") from error
-    return SummaryWriter(str(directory))
+        finish_trackers(self._trackers)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,12 @@ def anchored_penalties(run: RunSpec, module: Any, rank: int, world_size: int) ->
     if l2sp is None and ewc is None:
         return None
     return AnchoredPenalties(
-        module, rank, world_size, l2sp.weight if l2sp is not None else 0.0, ewc.weight if ewc is not None else 0.0
+        module,
+        rank,
+        world_size,
+        l2sp_weight=l2sp.weight if l2sp is not None else 0.0,
+        ewc_weight=ewc.weight if ewc is not None else 0.0,
+        max_stiffness=ewc.max_stiffness if ewc is not None else math.inf,
     )
 
 

@@ -68,7 +68,7 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     config = ds_config(run, world_size)
     if rank == 0:
         write_json(run_dir.ds_config, config)
-    phases, metrics, memory = Phases(status, device), Metrics(run_dir, rank), Memory(device)
+    phases, metrics, memory = Phases(status, device), Metrics(run, run_dir, rank, device), Memory(device)
     start = start_directory(run, inputs.directory, run_dir, rank)
     status.remember_baseline()
     with phases.phase("model_load"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from vramplan.retain.anchored import AnchoredPenalties
 from vramplan.retain.early_stop import should_stop
 from vramplan.retain.ewc import ewc_penalty, fisher_of
 from vramplan.retain.interpolate import interpolated
@@ -30,6 +34,27 @@ def test_a_fisher_of_ones_is_l2sp():
 
 def test_fisher_is_the_mean_of_squares():
     assert fisher_of([torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.0])]).tolist() == [5.0, 2.0]
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("max_stiffness", [2.0, math.inf])
+def test_the_fisher_diagonal_is_cut_and_has_a_mean_of_one(one_rank, max_stiffness):
+    module = torch.nn.Linear(4, 1, bias=False)
+    springs = AnchoredPenalties(module, 0, 1, ewc_weight=1.0, max_stiffness=max_stiffness)
+    springs.anchor()
+    inputs = torch.tensor([1.0, 1.0, 2.0, 10.0])  # the gradient of the sum
+    springs.begin_sample(3.0, counts=True)
+    (3.0 * module(inputs)).sum().backward()
+    springs.end_samples()
+    squares = (inputs**2).clamp(max=max_stiffness * float((inputs**2).mean()))
+    assert springs.fisher("weight").tolist() == pytest.approx((squares / squares.mean()).tolist())
+    assert module.weight.grad is None
 
 
 @pytest.mark.parametrize("length", [3, CHUNK_TOKENS + 5])
