@@ -115,21 +115,22 @@ def test_phases_of_families(families):
 
 TORCH = Path(__file__).with_name("measured") / "cpu_torch.jsonl"
 """Taken by `vramplan bench run` with engine torch: plain PyTorch alone and under DDP (2 and 8 ranks of a fake group),
-full and LoRA, four precisions, checkpointing, accumulation, AdamW one tensor at a time and fused, SGD, Adafactor."""
+full and LoRA, four precisions, checkpointing, accumulation, AdamW one tensor at a time and fused, SGD, Adafactor, the
+loss that shifts its logits (counted as if it copied all positions)."""
 
 
 def test_plain_torch():
     compared = 0
     for record, found in covered(TORCH):
         measured = {phase.phase: phase for phase in record.measured.phases}
-        assert found.train_allocated_peak_bytes == pytest.approx(record.measured.train_allocated_peak_bytes, rel=0.001)
+        assert found.train_allocated_peak_bytes == pytest.approx(record.measured.train_allocated_peak_bytes, rel=0.002)
         for phase in found.phases:
             name = f"{record.spec.id} {phase.phase}"
             if phase.phase != "model_load":  # a checkpoint that is read makes no second head
                 assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.003), name
             assert phase.end_bytes == pytest.approx(measured[phase.phase].allocated_end_bytes, rel=0.003), name
         compared += 1
-    assert compared == 39
+    assert compared == 46
 
 
 MASKED = Path(__file__).with_name("measured") / "cpu_masks.jsonl"

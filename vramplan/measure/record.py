@@ -87,6 +87,8 @@ class JobSpec(UserModel):
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     loss: Literal["hf", "liger"] = "hf"
     """hf: the model's own; liger: fused linear cross-entropy."""
+    shifted_logits: bool = False
+    """Whether the loss copies the fp32 logits to shift them, as transformers up to 4.48 did."""
     method: Method = FullMethod()
     """full, lora or qlora."""
     optimizer: Optimizer = "adamw"
@@ -318,6 +320,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
         attention_mask=spec.attention_mask,
         activation_checkpointing=spec.activation_checkpointing,
         loss=spec.loss,
+        shifted_logits=spec.shifted_logits,
         keep_outputs=spec.keep_outputs,
         retain=spec.retain,
         data=DataSpec(packing="best_fit" if spec.masked and not spec.attention_mask else "none"),
@@ -346,6 +349,7 @@ def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, r
         masked=run.masked,
         activation_checkpointing=run.activation_checkpointing or "none",
         loss=run.loss,
+        shifted_logits=run.shifted_logits,
         method=run.method,
         optimizer=run.optimizer.kind,
         momentum=run.optimizer.momentum,

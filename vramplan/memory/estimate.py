@@ -130,6 +130,7 @@ def _check_covered(job: Job) -> None:
         and any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in job.architecture.layers),
         "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
         "QLoRA under ZeRO-3": method.kind == "qlora" and job.stage == 3,
+        "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
         "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
         "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
         "offload of weights without optimizer states": job.offload_param and not job.offload_optimizer,

@@ -74,6 +74,7 @@ class Job:
     device: str
     keep_outputs: bool
     loss: str
+    shifted_logits: bool
     offload_optimizer: bool
     offload_param: bool
     clipping: bool
@@ -99,6 +100,7 @@ class Job:
             attention=self.attention,
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
+            shifted_logits=self.shifted_logits,
             sequence_parallel=self.layout.sp,
             lone_sequence=self.lone_sequence,
             adapter_dtype=self.adapter_dtype,
@@ -154,6 +156,8 @@ class Job:
 
     def bytes_of(self, param: Parameter) -> int:
         """What a frozen parameter takes."""
+        if isinstance(self.method, LoraMethod) and self.method.fp32_norms and "norm" in param.name:
+            return param.numel * Dtype.FP32.nbytes
         return nf4_bytes(param.numel) if self.is_quantized(param) else param.numel * self.dtype.nbytes
 
     @property
@@ -239,6 +243,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         device="cpu" if node.device.kind == "cpu" else "cuda",
         keep_outputs=run.keep_outputs,
         loss=run.loss,
+        shifted_logits=run.shifted_logits,
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
         clipping=run.training.max_grad_norm > 0,

@@ -44,6 +44,8 @@ class ModelRun:
     attention: str
     checkpointing: bool
     keep_outputs: bool
+    shifted_logits: bool = False
+    """Whether the loss copies the fp32 logits to shift them."""
     sequence_parallel: int = 1
     lone_sequence: bool = False
     adapter_dtype: Dtype | None = None
@@ -176,7 +178,7 @@ class _Runner:
         with self.tape.at("head"):
             scores = logits(ctx, x, architecture)
         with self.tape.at("loss"):
-            result = loss(ctx, scores)
+            result = loss(ctx, scores, self.run.shifted_logits)
         del x  # the caller of the head holds its input until the loss is there
         ctx.casts.clear()
         if self.run.keep_outputs:

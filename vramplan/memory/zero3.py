@@ -63,7 +63,8 @@ class Zero3(Engine):
         job, architecture = self.job, self.job.architecture
         base = [param for param in job.parameters if not param.adapter]
         cut = sum(shard(param.numel, job.degree) for param in base) * self.width
-        if architecture.tied_embeddings:  # the head's own part stays until the engine starts
+        if architecture.tied_embeddings and job.keep_outputs:  # a measured run builds from the config alone: the
+            # head's own part stays until the engine starts
             cut += shard(architecture.vocab_size * architecture.hidden_size, job.degree) * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)

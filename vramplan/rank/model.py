@@ -86,10 +86,14 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
             trust_remote_code=run.training.trust_remote_code,
         )
     model.tie_weights()  # type: ignore[operator]  # left out with the initialisation
+    if run.shifted_logits:
+        model.loss_function = shifted_loss  # type: ignore[assignment]
     if run.method.kind == "qlora":
-        quantize(model)
+        quantize(model, torch.bfloat16 if run.precision.endswith("autocast") else weight_dtype(run))
     if isinstance(run.method, LoraMethod):
         model = add_adapters(model, run.method)
+        if run.method.fp32_norms:
+            widen_norms(model)
     fill_weights(model)
     if run.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -100,7 +104,22 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-def quantize(model: torch.nn.Module) -> None:
+def shifted_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """The loss of transformers up to 4.48: fp32 logits, of which all positions but the last are copied."""
+    wide = logits.float()
+    shifted = wide[..., :-1, :].contiguous()
+    targets = labels[..., 1:].contiguous()
+    return torch.nn.functional.cross_entropy(shifted.view(-1, vocab_size), targets.view(-1))
+
+
+def widen_norms(model: torch.nn.Module) -> None:
+    """Norms in fp32, found as TRL finds them (trl/trainer/utils.py, ``peft_module_casting_to_bf16``)."""
+    for name, module in model.named_modules():
+        if "norm" in name or isinstance(module, torch.nn.LayerNorm):
+            module.float()
+
+
+def quantize(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
     """Keeps every linear but the head in 4 bits, NF4 with double quantization, as transformers loads it.
 
     Raises:
@@ -117,7 +136,7 @@ def quantize(model: torch.nn.Module) -> None:
         owner, _, own = name.rpartition(".")
         weight = module.weight.data.normal_(std=WEIGHT_STD)
         packed = bitsandbytes.nn.Linear4bit(
-            1, 1, bias=False, compute_dtype=weight.dtype, compress_statistics=True, quant_type="nf4"
+            1, 1, bias=False, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4"
         )
         packed.in_features, packed.out_features, packed.bias = module.in_features, module.out_features, module.bias
         packed.weight = bitsandbytes.nn.Params4bit(

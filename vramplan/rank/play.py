@@ -109,6 +109,7 @@ class RankPlayer:
                 del output  # as the trainer, which keeps the loss alone
         with self.phase(f"{prefix}.backward"):
             self.engine.backward(loss)
+            del loss  # a loop goes on with its detached value; the graph stays only with the output
         with self.phase(f"{prefix}.optimizer_step"):
             if self.managed or is_last:
                 self.engine.step()

@@ -149,6 +149,9 @@ class RunSpec(UserModel):
     """none keeps what backward needs; full keeps each layer's input and recomputes. None: searched."""
     loss: Literal["hf", "liger"] = "hf"
     """hf: transformers' own loss over full logits; liger: fused linear cross-entropy."""
+    shifted_logits: bool = False
+    """Whether the loss copies the fp32 logits to shift them, as transformers up to 4.48 did; since then the labels are
+    shifted."""
     keep_outputs: bool = False
     """Whether the loop keeps the model's output (the logits) alive through backward and step."""
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -76,6 +76,9 @@ class LoraMethod(UserModel):
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    fp32_norms: bool = False
+    """Norms are fp32 beside bf16 embeddings and head, as TRL leaves a 4-bit model (``peft_module_casting_to_bf16``
+    after PEFT's ``prepare_model_for_kbit_training``); for engine torch, since DeepSpeed casts them with the model."""
 
     @field_validator("target_modules")
     @classmethod

@@ -123,8 +123,9 @@ class BlockContext:
 
     def norm_parameters(self, norm: Norm) -> tuple[Parameter | None, Parameter | None]:
         numel = norm.width * (norm.num_heads or 1)
-        weight = self.parameter(f"{norm.name}.weight", numel) if norm.affine else None
-        bias = self.parameter(f"{norm.name}.bias", numel) if norm.affine and norm.bias else None
+        dtype = Dtype.FP32 if isinstance(self.method, LoraMethod) and self.method.fp32_norms else None
+        weight = self.parameter(f"{norm.name}.weight", numel, dtype=dtype) if norm.affine else None
+        bias = self.parameter(f"{norm.name}.bias", numel, dtype=dtype) if norm.affine and norm.bias else None
         return weight, bias
 
     def low(self, x: Tensor, label: str) -> Tensor:

@@ -85,12 +85,17 @@ def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
     return ops.scaled(scores, LOGITS) if architecture.logits_scaled else scores
 
 
-def loss(ctx: BlockContext, scores: Tensor) -> Tensor:
-    """``ForCausalLMLoss``: logits to fp32, log-softmax, negative log-likelihood (transformers/loss/loss_utils.py)."""
-    wide = ops.view(ops.to(scores, Dtype.FP32, LOSS))
+def loss(ctx: BlockContext, scores: Tensor, shifts_logits: bool = False) -> Tensor:
+    """``ForCausalLMLoss``: logits to fp32, log-softmax, negative log-likelihood (transformers/loss/loss_utils.py).
+
+    ``shifts_logits``: all but the last position are copied first, as transformers up to 4.48 did (one position a
+    sequence more is counted).
+    """
+    given = ops.to(scores, Dtype.FP32, LOSS)
+    wide = ops.view(ops.clone(ops.piece(given, given.numel), LOSS) if shifts_logits else given)
     padded = ctx.tape.new(tokens(1), Dtype.INT64, TOKENS)
     targets = ctx.tape.new(tokens(1), Dtype.INT64, TOKENS)
     log_probabilities = ops.log_softmax(wide, LOSS)
     result = ops.nll_loss(log_probabilities, targets, LOSS)
-    del log_probabilities, wide, padded
+    del log_probabilities, wide, given, padded
     return result

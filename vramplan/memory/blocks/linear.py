@@ -115,7 +115,8 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     if ctx.quantizes(linear):  # peft/tuners/lora/bnb.py, Linear4bit.forward, clones it
         result = ops.clone(result, label)
     narrow_format = result.dtype
-    if not (ctx.quantizes(linear) and ctx.autocast is not None):  # there autocast does it (lora/bnb.py)
+    # lora/bnb.py leaves it to autocast, but asks of CUDA's alone whether it is on
+    if not (ctx.quantizes(linear) and ctx.autocast is not None and ctx.device == "cuda"):
         x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     dropped = ctx.call(
         f"{linear.name}.lora_dropout",
