@@ -54,6 +54,13 @@ def train(
     hang_after: Annotated[
         float, typer.Option(min=5.0, metavar="SECONDS", help="End ranks that give no sign of life for so long.")
     ] = 60.0,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="If no plan is left, change the training: seq_len, method or optimizer; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     hostfile: Annotated[
         Path | None, typer.Option(help="Hosts of a run on several nodes, as DeepSpeed takes them.", show_default=False)
     ] = None,
@@ -66,7 +73,7 @@ def train(
     from vramplan.facts.resolve import resolve_architecture
     from vramplan.measure.snapshots import put_away
     from vramplan.report.progress import TrainingView
-    from vramplan.supervise.recover import train_to_the_end
+    from vramplan.supervise.recover import Terms, train_to_the_end
     from vramplan.supervise.supervisor import (
         answer_sample,
         check_before_launch,
@@ -75,6 +82,7 @@ def train(
         run_plan,
     )
 
+    terms = Terms(hostfile, hang_after, _checked_allowances(allow or []))
     path = _plan_file(source)
     plan = _with_overrides(_plan_of(path, assign or []), max_steps, sample)
     run_dir = RunDir(output or _default_output(path, plan, resume))
@@ -84,12 +92,12 @@ def train(
     _prepare(run_dir, plan, resume)
     show(f"run directory: {run_dir.root}")
     with TrainingView(plan) as view:
-        how: dict[str, Any] = {"resuming": resume, "hostfile": hostfile, "silent_after_s": hang_after}
         try:
             if recover:
-                plan = train_to_the_end(plan, run_dir, resolve_architecture(plan.run), view.on_event, **how)
+                architecture = resolve_architecture(plan.run)
+                plan = train_to_the_end(plan, run_dir, architecture, view.on_event, terms, resuming=resume)
             else:
-                run_plan(plan, run_dir, view.on_event, **how)
+                run_plan(plan, run_dir, view.on_event, resuming=resume, hostfile=hostfile, silent_after_s=hang_after)
         finally:
             said = put_away(run_dir)
             if said is not None:
@@ -101,6 +109,15 @@ def train(
         if plan.run.training.sample is not None:
             answer_sample(run_dir, plan.run.training.sample, view.on_event)
     _show_measured(plan, run_dir)
+
+
+def _checked_allowances(names: list[str]) -> frozenset[str]:
+    from vramplan.supervise.offers import ALLOWABLE
+
+    unknown = [name for name in names if name not in ALLOWABLE]
+    if unknown:
+        raise SpecError(f"--allow {unknown[0]}: is none of {', '.join(ALLOWABLE)}")
+    return frozenset(names)
 
 
 def _verified(plan: Plan) -> str:

@@ -7,7 +7,7 @@ change. The global batch, the sequences and the ranks do not.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from vramplan.search.remedy import get_field, with_field, with_open
 from vramplan.spec.run import RunSpec
 
 RUNGS = (
+    "training.eval_micro_batch_size",
     "alloc_conf",
     "micro_batch_size",
     "grad_accum_steps",
@@ -34,9 +35,7 @@ RUNGS = (
     "zero.offload_param",
 )
 """Fields that may change, in the order in which they are changed where that costs about the same time."""
-_OF_STAGE = frozenset(RUNGS[7:])
-"""Those that a checkpoint of DeepSpeed's own form depends on."""
-_BUCKETS = RUNGS[5:7]
+_BUCKETS = ("zero.reduce_bucket_size", "zero.stage3_prefetch_bucket_size")
 _BUCKET_DIVISORS = (1, 4, 16, 64)
 LEAST_BUCKET = 1_000_000
 """Elements: a smaller bucket saves less than it costs in messages."""
@@ -129,9 +128,16 @@ def changes(before: RunSpec, after: RunSpec) -> tuple[tuple[str, Any], ...]:
     return tuple((name, get_field(after, name)) for name in names)
 
 
-def touches_stage(before: RunSpec, after: RunSpec) -> bool:
-    """Whether a checkpoint in DeepSpeed's own form, made under ``before``, cannot be read under ``after``."""
-    return any(name in _OF_STAGE for name, _ in changes(before, after))
+def with_changes(run: RunSpec, changed: Mapping[str, Any]) -> RunSpec:
+    """``run`` with fields by their dotted names set."""
+    for name, value in changed.items():
+        run = with_field(run, name, value)
+    return run
+
+
+def words_of(changed: tuple[tuple[str, Any], ...]) -> str:
+    """E.g. ``micro_batch_size 2, grad_accum_steps 4``."""
+    return ", ".join(f"{name} {value}" for name, value in changed)
 
 
 def _height(before: RunSpec, after: RunSpec) -> tuple[int, int]:

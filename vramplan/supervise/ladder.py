@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 from vramplan.facts.architecture import Architecture
 from vramplan.memory.estimate import UncoveredError, estimate
@@ -114,6 +114,27 @@ class Ladder:
         """The least that was ever seen to be all."""
         return min((a.capacity_bytes for a in self._failed if a.capacity_bytes is not None), default=None)
 
+    @property
+    def room_for_tensors(self) -> int:
+        """Bytes that another training may be predicted to need: what was seen less what the estimate did not see."""
+        beyond = [
+            a.needed_bytes - a.predicted_bytes
+            for a in self._failed
+            if a.needed_bytes is not None and a.predicted_bytes is not None
+        ]
+        limits = [a.predicted_bytes for a in self._failed if a.predicted_bytes is not None]
+        return min([self._room, *limits]) - max([0, *beyond])
+
+    @cached_property
+    def _room(self) -> int:
+        """Bytes that no phase of the next plan may exceed: the capacity that was seen; where none was, the peak of the
+        plan that failed, for it was passed unless it is where it failed."""
+        if self._capacity is not None:
+            return int(self._capacity * (1 - MARGIN_FRAC))
+        peak = self._plan.prediction.allocated_peak_bytes
+        last = next((a.predicted_bytes for a in reversed(self._failed) if a.plan == plan_id(self._plan.run)), None)
+        return peak if last is None or last < peak else int(peak * (1 - MARGIN_FRAC))
+
     def _is_lower(self, run: RunSpec, known: Estimate, verdict: Verdict) -> bool:
         """Whether a plan is new and needs less in every phase that failed so far."""
         if plan_id(run) in self._forbidden:
@@ -130,10 +151,10 @@ class Ladder:
         return verdict.cause is Cause.HOST_MEMORY and self._plan.node.device.kind != "cpu"
 
     def _fits(self, run: RunSpec, known: Estimate, more: tuple[str, ...] = ()) -> bool:
-        """Whether every phase, as corrected, stays within the capacity that was seen."""
-        if self._capacity is None:
-            return known.fits
-        room = self._capacity * (1 - MARGIN_FRAC)
+        """Whether every phase, as corrected, stays within the room that there is, and the device."""
+        if not known.fits:
+            return False
+        room = self._room
         phases = [(each.phase, 1 if each.phase.startswith("step1.") else 2) for each in known.phases]
         return all(self._bytes(run, known, phase, step) <= room for phase, step in (*phases, *((m, 2) for m in more)))
 
@@ -163,8 +184,3 @@ def predicted_of(plan: Plan, architecture: Architecture, verdict: Verdict) -> in
     except UncoveredError:
         return None
     return predicted_bytes(plan.run, known, verdict.phase, verdict.step)
-
-
-def change_words(changes: tuple[tuple[str, Any], ...]) -> str:
-    """E.g. ``micro_batch_size 2, grad_accum_steps 4``."""
-    return ", ".join(f"{name} {value}" for name, value in changes)

@@ -13,18 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir, append_event
-from vramplan.measure.snapshots import has_saved_state
-from vramplan.search.lower import Lowered
+from vramplan.measure.snapshots import has_saved_state, put_away
+from vramplan.search.lower import Below, Lowered, changes, with_changes, words_of
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.space import Candidate
 from vramplan.supervise import attempts as ledger
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
-from vramplan.supervise.ladder import Exhausted, Ladder, predicted_of
+from vramplan.supervise.ladder import Ladder, predicted_of
+from vramplan.supervise.learnt import learnt_path, recall, remember
+from vramplan.supervise.offers import Offer, first_allowed, offers
 from vramplan.supervise.supervisor import Listener, run_plan
 from vramplan.supervise.watch import SILENT_AFTER_S
 
@@ -62,15 +65,24 @@ class Progress:
         return time.time() - (self.saved_at or self.started)
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a run is launched and what it may change."""
+
+    hostfile: Path | None = None
+    silent_after_s: float = SILENT_AFTER_S
+    allowed: frozenset[str] = frozenset()
+    """Of ``offers.ALLOWABLE``: changes of the training itself."""
+
+
 def train_to_the_end(
     plan: Plan,
     run_dir: RunDir,
     architecture: Architecture,
     listener: Listener,
+    terms: Terms = Terms(),
     *,
     resuming: bool = False,
-    hostfile: Path | None = None,
-    silent_after_s: float = SILENT_AFTER_S,
 ) -> Plan:
     """Runs a plan, and those that follow from its failures, until one finishes; gives that one.
 
@@ -78,22 +90,24 @@ def train_to_the_end(
         TrainingFailed: as ``run_plan``, where another attempt would not help; code 4 where no plan is left.
     """
     tried = list(ledger.read(run_dir.attempts)) if resuming else []
+    asked = plan
+    if not resuming:
+        plan = _start_from_what_was_learnt(plan, run_dir, architecture, listener)
     while True:
-        free = free_bytes()
-        progress = Progress(listener)
+        free, progress = free_bytes(), Progress(listener)
         try:
             run_plan(
                 plan,
                 run_dir,
                 progress.on_event,
                 resuming=resuming,
-                hostfile=hostfile,
-                silent_after_s=silent_after_s,
+                hostfile=terms.hostfile,
+                silent_after_s=terms.silent_after_s,
             )
         except TrainingFailed as error:
             attempt = _attempt(plan, progress, architecture, error)
-            decided = _decide(plan, run_dir, architecture, [*tried, attempt], error)
-            if isinstance(decided, Lowered):
+            decided = _decide(plan, run_dir, architecture, [*tried, attempt], error, terms)
+            if isinstance(decided, Lowered | Offer):
                 attempt = replace(attempt, changes=dict(decided.changes))
             ledger.append(run_dir.attempts, attempt)
             tried.append(attempt)
@@ -101,19 +115,61 @@ def train_to_the_end(
                 raise decided from error
             _announce(run_dir, listener, attempt, str(error.verdict), decided)
             wait_until_free(free)
-            if decided is not None:
-                _put_record_aside(run_dir, plan)
-                plan = decided.plan
-                plan.save(run_dir.plan)
-            resuming = True
+            plan, resuming = _go_on(plan, run_dir, decided)
         else:
             ledger.append(run_dir.attempts, replace(_ended(plan, progress), cause=ledger.FINISHED, seconds_lost=0.0))
+            _remember(asked, plan, tried)
             return plan
 
 
+def _start_from_what_was_learnt(plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Listener) -> Plan:
+    lesson = recall(plan)
+    if lesson is None:
+        return plan
+    try:
+        better = Below(plan, architecture, keep_stage=True).with_run(with_changes(plan.run, lesson.changes))
+    except VramplanError:  # what was right once cannot be planned any more
+        return plan
+    better.plan.save(run_dir.plan)
+    text = (
+        f"an earlier run of this plan on this machine ran out of memory in {lesson.phase}; this one starts with "
+        f"{words_of(better.changes)} (remembered in {learnt_path()})"
+    )
+    listener({"event": "note", "text": text})
+    return better.plan
+
+
+def _remember(asked: Plan, finished: Plan, tried: Sequence[Attempt]) -> None:
+    """What the next run of the plan that was asked for should start with."""
+    last = next((attempt for attempt in reversed(tried) if attempt.is_memory), None)
+    changed = changes(asked.run, finished.run)
+    same_training = with_changes(asked.run, dict(changed)) == finished.run
+    if last is not None and changed and same_training:
+        remember(asked, dict(changed), last.cause, last.phase)
+
+
+def _go_on(plan: Plan, run_dir: RunDir, decided: Lowered | Offer | None) -> tuple[Plan, bool]:
+    """Puts the next plan where the ranks read it; and whether it goes on from what was saved."""
+    if decided is None:
+        return plan, True
+    _put_record_aside(run_dir, plan)
+    decided.plan.save(run_dir.plan)
+    if isinstance(decided, Lowered):
+        return decided.plan, True
+    put_away(run_dir)
+    if run_dir.checkpoints.exists():  # of another training: nothing of it is of use to this one
+        run_dir.checkpoints.rename(run_dir.root / f"checkpoints-{plan_id(plan.run)}")
+    return decided.plan, False
+
+
 def _decide(
-    plan: Plan, run_dir: RunDir, architecture: Architecture, tried: Sequence[Attempt], error: TrainingFailed
-) -> Lowered | TrainingFailed | None:
+    plan: Plan,
+    run_dir: RunDir,
+    architecture: Architecture,
+    tried: Sequence[Attempt],
+    error: TrainingFailed,
+    terms: Terms,
+) -> Lowered | Offer | TrainingFailed | None:
     """The plan to go on with, None for the same one, or the error that ends the run."""
     verdict = error.verdict
     if verdict is None:
@@ -124,10 +180,16 @@ def _decide(
         return error
     if len({attempt.plan for attempt in tried if attempt.is_memory}) > MAX_PLANS:
         return TrainingFailed(f"{error}; {MAX_PLANS} other plans did not help", NOTHING_LEFT_CODE, verdict)
-    found = Ladder(plan, architecture, tried).next(verdict, keep_stage=_is_tied(plan, run_dir))
-    if isinstance(found, Exhausted):
-        return TrainingFailed(f"{error}; {found.reason}", NOTHING_LEFT_CODE, verdict)
-    return found
+    ladder = Ladder(plan, architecture, tried)
+    found = ladder.next(verdict, keep_stage=_is_tied(plan, run_dir))
+    if isinstance(found, Lowered):
+        return found
+    others = offers(plan, architecture, ladder.room_for_tensors)
+    allowed = first_allowed(others, terms.allowed)
+    if allowed is not None:
+        return allowed
+    listed = f"; what would, but changes it: {'; or '.join(map(str, others))}" if others else ""
+    return TrainingFailed(f"{error}; {found.reason}{listed}", NOTHING_LEFT_CODE, verdict)
 
 
 def _put_record_aside(run_dir: RunDir, plan: Plan) -> None:
@@ -184,17 +246,20 @@ def _attempt(plan: Plan, progress: Progress, architecture: Architecture, error: 
     )
 
 
-def _announce(run_dir: RunDir, listener: Listener, attempt: Attempt, reason: str, lowered: Lowered | None) -> None:
+def _announce(
+    run_dir: RunDir, listener: Listener, attempt: Attempt, reason: str, decided: Lowered | Offer | None
+) -> None:
     """Says what happened and what follows, to the listener and in the run's events."""
+    kept = 0 if isinstance(decided, Offer) else attempt.last_saved_step
     fields: dict[str, Any] = {
         "reason": reason,
         "cause": attempt.cause,
         "phase": attempt.phase,
-        "from_step": attempt.last_saved_step,
-        "steps_repeated": max(0, attempt.last_step - attempt.last_saved_step),
+        "from_step": kept,
+        "steps_repeated": max(0, attempt.last_step - kept),
         "seconds_lost": attempt.seconds_lost,
         "changes": dict(attempt.changes),
-        "layout": attempt.layout if lowered is None else Candidate.of(lowered.plan.run).label(),
+        "layout": attempt.layout if decided is None else Candidate.of(decided.plan.run).label(),
     }
     with suppress(OSError):  # a full disk
         append_event(run_dir.metrics, "recovery", **fields)

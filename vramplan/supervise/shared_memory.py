@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -31,8 +32,10 @@ def remove_forgotten_buffers(directory: Path = SHARED_MEMORY) -> int:
     mapped, freed = _mapped(directory), 0
     for path in old:
         if str(path) not in mapped:
-            freed += path.stat().st_size
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run of this user removes them too
+                size = path.stat().st_size
+                path.unlink()
+                freed += size
     return freed
 
 

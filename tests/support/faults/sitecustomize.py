@@ -7,12 +7,15 @@ begins. ``times`` (1 unless given) is counted over all attempts of a run, in fil
 - ``{"do": "data_from_load", "more": BYTES}``: the same above what it took when the model's loading began
 - ``{"do": "file_size", "bytes": N}``: RLIMIT_FSIZE: no file can grow beyond
 - ``{"do": "signal", "number": N}``: a signal to the rank itself (SIGKILL, SIGSTOP)
+- ``{"do": "cut"}``: the largest file of the newest checkpoint loses its second half, and the rank is killed
+- ``{"do": "half_marker"}``: the rank leaves half a marker of an out-of-memory and ends with its exit code
 """
 
 import json
 import os
 import re
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +49,19 @@ def _happen(fault, at_load):
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], _INFINITY))
     elif fault["do"] == "signal":
         os.kill(os.getpid(), fault["number"])
+    elif fault["do"] == "cut":
+        newest = max((_run_dir() / "checkpoints").glob("step-*"))
+        largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault["do"] == "half_marker":
+        path = _run_dir() / "ranks" / f"rank{fault['rank']}.failure.json"
+        path.write_text('{"rank": 1, "phase": "step2.micro1.forw', encoding="utf-8")
+        os._exit(86)
+
+
+def _run_dir():
+    return Path(sys.orig_argv[sys.orig_argv.index("vramplan.train") + 2])
 
 
 def _install(faults, rank):

@@ -142,7 +142,7 @@ def test_an_evaluation_that_does_not_fit_gets_smaller_batches_and_the_training_s
     wide = plan_for(micro_batch_size=8)
     architecture, verdict, attempt = failed(wide, Cause.EVALUATION, "evaluation")
     found = Ladder(wide, architecture, [attempt]).next(verdict, keep_stage=True)
-    assert found.changes == ()
+    assert found.changes == (("training.eval_micro_batch_size", eval_batch(found.plan.run)),)
     assert eval_batch(found.plan.run) < 8
     assert found.plan.run.micro_batch_size == 8
     assert plan_id(found.plan.run) != plan_id(wide.run)
