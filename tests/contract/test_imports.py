@@ -29,8 +29,9 @@ def test_layers_and_fences_hold():
     assert "0 broken" in done.stdout
 
 
-def test_importing_the_package_imports_no_training_stack():
-    assert not modules_after("import vramplan") & HEAVY
+@pytest.mark.parametrize("package", ["vramplan", "vramplan.recovery"])
+def test_importing_the_package_imports_no_training_stack(package: str):
+    assert not modules_after(f"import {package}") & HEAVY
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from vramplan.search.plan import Plan, is_plan
 
 if TYPE_CHECKING:
     from vramplan.spec.run import RunSpec
+    from vramplan.supervise.recover import Terms
 
 
 def train(
@@ -51,6 +53,9 @@ def train(
         bool,
         typer.Option("--recover/--no-recover", help="After out-of-memory or a killed process, go on by itself."),
     ] = True,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run the longest batch, an evaluation and a save first; correct the plan.")
+    ] = False,
     hang_after: Annotated[
         float, typer.Option(min=5.0, metavar="SECONDS", help="End ranks that give no sign of life for so long.")
     ] = 60.0,
@@ -92,6 +97,8 @@ def train(
     _prepare(run_dir, plan, resume)
     show(f"run directory: {run_dir.root}")
     with TrainingView(plan) as view:
+        if probe:
+            plan = _probed(plan, run_dir, view.on_event, terms)
         try:
             if recover:
                 architecture = resolve_architecture(plan.run)
@@ -118,6 +125,20 @@ def _checked_allowances(names: list[str]) -> frozenset[str]:
     if unknown:
         raise SpecError(f"--allow {unknown[0]}: is none of {', '.join(ALLOWABLE)}")
     return frozenset(names)
+
+
+def _probed(plan: Plan, run_dir: RunDir, listener: Callable[[dict[str, Any]], None], terms: Terms) -> Plan:
+    """The plan that a probe leaves standing, with what the probe took."""
+    from vramplan.cli.output import show
+    from vramplan.facts.resolve import resolve_architecture
+    from vramplan.report.measured import render_measured
+    from vramplan.supervise.probing import probe
+
+    show("probe: the longest batch, an evaluation and a save")
+    found = probe(plan, run_dir, resolve_architecture(plan.run), listener, terms)
+    show(render_measured(found.plan.prediction.phases, found.readings))
+    found.plan.save(run_dir.plan)
+    return found.plan
 
 
 def _verified(plan: Plan) -> str:

@@ -18,9 +18,9 @@ SUPERVISOR_VARIABLE = "VRAMPLAN_SUPERVISOR"
 """``process_identity`` of the process that started the launcher: a rank does not outlive it."""
 
 
-def trainer_arguments(plan: Path | str, run_dir: Path | str, *, resume: bool = False) -> list[str]:
+def trainer_arguments(plan: Path | str, run_dir: Path | str, *, resume: bool = False, probe: bool = False) -> list[str]:
     """Arguments of the trainer's module."""
-    return [str(plan), str(run_dir), *(["--resume"] if resume else [])]
+    return [str(plan), str(run_dir), *(["--resume"] if resume else []), *(["--probe"] if probe else [])]
 
 
 def launch_command(
@@ -29,6 +29,7 @@ def launch_command(
     run_dir: Path | str,
     *,
     resume: bool = False,
+    probe: bool = False,
     port: int = DEFAULT_PORT,
     hostfile: Path | str | None = None,
     log_dir: Path | str | None = None,
@@ -44,7 +45,7 @@ def launch_command(
     command += ["--master_port", str(port), "--no_local_rank", "--module"]
     if log_dir is not None:
         command += ["--enable_each_rank_log", str(log_dir)]
-    return [*command, TRAINER_MODULE, *trainer_arguments(plan, run_dir, resume=resume)]
+    return [*command, TRAINER_MODULE, *trainer_arguments(plan, run_dir, resume=resume, probe=probe)]
 
 
 def local_launcher() -> tuple[str, ...]:

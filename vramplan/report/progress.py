@@ -82,6 +82,12 @@ class TrainingView:
             f"{repeated} step{'' if repeated == 1 else 's'} to repeat, {lost} lost"
         )
 
+    def _on_halved(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"step {event['step'] + 1} ran out of memory ({event['reason']}); it is taken anew, with micro-batches of "
+            f"{event['micro_batch_size']} from here on"
+        )
+
     def _on_start(self, event: dict[str, Any]) -> None:
         trained, total = event["numel_trainable"], event["numel_total"]
         self._say(

@@ -97,7 +97,7 @@ class OptimizerSpec(UserModel):
     def state_can_be_cut_anew(self) -> bool:
         """Whether what it keeps is fp32, element by element, so that any ZeRO stage and number of ranks can take it
         over; 8-bit states share scales, Adafactor's are sums of rows and columns."""
-        return self.kind not in ("adamw_8bit", "adafactor")
+        return self.kind not in ("adamw_8bit", "adafactor") and not self.momentum
 
 
 class HardwareSpec(UserModel):

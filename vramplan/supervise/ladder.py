@@ -16,6 +16,7 @@ from vramplan.memory.estimate import UncoveredError, estimate
 from vramplan.memory.ledger import Estimate
 from vramplan.search.lower import Below, Lowered
 from vramplan.search.plan import Plan, plan_id
+from vramplan.search.recalibrate import Correction, Seen, eval_batch, predicted_bytes
 from vramplan.search.remedy import with_field
 from vramplan.spec.run import RunSpec
 from vramplan.supervise.attempts import Attempt
@@ -25,7 +26,6 @@ EXPANDABLE = "expandable_segments:True"
 MARGIN_FRAC = 0.02
 """By how much a peak must be lower to count as lower, and the share of the seen capacity that is left free (as the
 planner's own margin)."""
-_IN_STEPS = ("forward", "backward", "optimizer_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,33 +33,6 @@ class Exhausted:
     """Nothing is left that keeps the training as it is."""
 
     reason: str
-
-
-def predicted_bytes(run: RunSpec, known: Estimate, phase: str, step: int) -> int:
-    """What the estimate says of a phase, by whatever step and micro-batch of that kind holds most.
-
-    Evaluation keeps no graph: it needs at most its batch's share of what the forward adds. Saving, resuming and
-    exporting are met with what the run holds between steps.
-    """
-    kind = phase.rpartition(".")[2]
-    if kind in _IN_STEPS:
-        which = "step1." if step <= 1 else "step2."
-        return max(
-            each.peak_bytes for each in known.phases if each.phase.startswith(which) and each.phase.endswith(kind)
-        )
-    for each in known.phases:
-        if each.phase == kind:
-            return each.peak_bytes
-    between = known.phases[-1].end_bytes
-    if kind != "evaluation":
-        return between
-    forward = predicted_bytes(run, known, "forward", 2) - between
-    return between + forward * eval_batch(run) // (run.micro_batch_size or 1)
-
-
-def eval_batch(run: RunSpec) -> int:
-    """Sequences of one rank's forward in an evaluation."""
-    return run.training.eval_micro_batch_size or run.micro_batch_size or 1
 
 
 class Ladder:
@@ -117,13 +90,8 @@ class Ladder:
     @property
     def room_for_tensors(self) -> int:
         """Bytes that another training may be predicted to need: what was seen less what the estimate did not see."""
-        beyond = [
-            a.needed_bytes - a.predicted_bytes
-            for a in self._failed
-            if a.needed_bytes is not None and a.predicted_bytes is not None
-        ]
         limits = [a.predicted_bytes for a in self._failed if a.predicted_bytes is not None]
-        return min([self._room, *limits]) - max([0, *beyond])
+        return min([self._room, *limits]) - self._seen.most
 
     @cached_property
     def _room(self) -> int:
@@ -160,13 +128,16 @@ class Ladder:
 
     def _bytes(self, run: RunSpec, known: Estimate, phase: str, step: int) -> int:
         """The estimate of a phase with what was seen beyond it in phases of its kind."""
-        kind = phase.rpartition(".")[2]
-        beyond = (
-            a.needed_bytes - a.predicted_bytes
+        return self._seen.bytes_of(run, known, phase, step)
+
+    @cached_property
+    def _seen(self) -> Correction:
+        """What the failures so far have taught of the estimate."""
+        return Correction.of(
+            Seen(a.phase, a.needed_bytes, a.predicted_bytes)
             for a in self._failed
-            if a.phase.rpartition(".")[2] == kind and a.needed_bytes is not None and a.predicted_bytes is not None
+            if a.needed_bytes is not None and a.predicted_bytes is not None
         )
-        return predicted_bytes(run, known, phase, step) + max(0, *beyond, 0)
 
     def _why_none(self, verdict: Verdict, keep_stage: bool) -> str:
         tried = len(self._forbidden)

@@ -73,6 +73,8 @@ class Terms:
     silent_after_s: float = SILENT_AFTER_S
     allowed: frozenset[str] = frozenset()
     """Of ``offers.ALLOWABLE``: changes of the training itself."""
+    probing: bool = False
+    """Whether the worst batch is run alone (``train/probe_run.py``)."""
 
 
 def train_to_the_end(
@@ -101,6 +103,7 @@ def train_to_the_end(
                 run_dir,
                 progress.on_event,
                 resuming=resuming,
+                probing=terms.probing,
                 hostfile=terms.hostfile,
                 silent_after_s=terms.silent_after_s,
             )

@@ -76,10 +76,13 @@ def run_plan(
     listener: Listener,
     *,
     resuming: bool = False,
+    probing: bool = False,
     hostfile: Path | None = None,
     silent_after_s: float = SILENT_AFTER_S,
 ) -> None:
     """Trains: returns when every rank came to its end. ``listener`` is given each event of ``metrics.jsonl``.
+
+    ``probing``: the worst batch is run for two steps, and nothing else (``train/probe_run.py``).
 
     All ranks are ended as soon as one has failed, is gone, or gave no heartbeat for ``silent_after_s``.
 
@@ -94,7 +97,8 @@ def run_plan(
         plan.node,
         run_dir.plan,
         run_dir.root,
-        resume=resuming,
+        resume=resuming and not probing,
+        probe=probing,
         port=port,
         hostfile=hostfile,
         log_dir=run_dir.logs,

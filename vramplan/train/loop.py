@@ -23,6 +23,7 @@ from vramplan.spec.run import RunSpec
 from vramplan.train.checkpoint import load_step
 from vramplan.train.engine import TrainEngine
 from vramplan.train.evaluate import evaluate
+from vramplan.train.in_place import InPlace
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pinned import pinned_loss
@@ -80,6 +81,8 @@ class Loop:
         self.saving = Saving(engine, run_dir, metrics)
         self.steps_done = 0
         self._step_s = 0.0
+        self._in_place = InPlace(engine)
+        self._micro_batch_size = engine.run.micro_batch_size or 1
         self.stopped = False
         """Whether early stopping has ended the run."""
         every = {**(eval_sets or {}), REPLAY_SET: data.held_out_replay, HELD_OUT: data.held_out}
@@ -95,7 +98,7 @@ class Loop:
         started = time.perf_counter()
         batch = self._global_batch(step)
         lr = learning_rate(step, self.total_steps, self.run.peak_lr, self.run.training)
-        own_loss = self._accumulate(step, batch)
+        own_loss = self._accumulate_in_place(step, batch)
         with self.phases.phase(f"{self._last_micro(step)}.optimizer_step", step + 1):
             self.engine.step(lr)
         (loss,) = self.engine.sum_over_ranks(own_loss)
@@ -122,6 +125,11 @@ class Loop:
         self.engine.wait_for_all()
         if self.engine.rank == 0:
             self.mining.history.write_to(path)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self._sets)
 
     def before_training(self) -> None:
         """What the base model makes of the named held-out sets: what retention is measured against."""
@@ -199,6 +207,31 @@ class Loop:
         """The loss of the weights as they are on the pinned batch."""
         return pinned_loss(self.engine, self.data.train, self._pad_id)
 
+    def _accumulate_in_place(self, step: int, batch: GlobalBatch) -> torch.Tensor:
+        """As ``_accumulate``; where memory runs out and it is safe, again with micro-batches of half the size."""
+        self._in_place.begin_step()
+        while True:
+            try:
+                return self._accumulate(step, batch)
+            except (RuntimeError, MemoryError) as error:
+                if not self._in_place.may_retry(error, self._micro_batch_size):
+                    raise
+                message = str(error)
+            self._halve_micro_batches(step, message)
+
+    def _halve_micro_batches(self, step: int, message: str) -> None:
+        """Raises:
+        RuntimeError: the failed pass is not wholly gone, so the process must end with what it met.
+        """
+        held = self._in_place.clean_up()
+        if held:
+            raise RuntimeError(f"{message}\n{held} bytes of the failed pass are still held")
+        self.phases.stop_measuring()  # the record is of a run as planned
+        self._micro_batch_size = -(-self._micro_batch_size // 2)
+        self.metrics.event(
+            "halved", step=step, micro_batch_size=self._micro_batch_size, reason=message.strip().splitlines()[0]
+        )
+
     def _accumulate(self, step: int, batch: GlobalBatch) -> torch.Tensor:
         """Forward and backward of each micro-batch of this rank; the sum of their parts of the loss."""
         engine, phases = self.engine, self.phases
@@ -233,11 +266,11 @@ class Loop:
 
     def _micro_batches(self, batch: GlobalBatch) -> list[tuple[int, ...]]:
         mine = rank_slice(batch.ids, self.engine.rank, self.engine.world_size)
-        return list(micro_batches(mine, self.run.micro_batch_size or 1))
+        return list(micro_batches(mine, self._micro_batch_size))
 
     def _last_micro(self, step: int) -> str:
         share = batch_size(self.run, self.engine.world_size) // self.engine.world_size
-        return f"step{step + 1}.micro{-(-share // (self.run.micro_batch_size or 1))}"
+        return f"step{step + 1}.micro{-(-share // self._micro_batch_size)}"
 
     def _global_batch(self, step: int) -> GlobalBatch:
         train = self.data.train

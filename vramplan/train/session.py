@@ -29,6 +29,7 @@ from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pinned import check_pinned_loss
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
+from vramplan.train.probe_run import ProbeLoop, run_probe
 from vramplan.train.record import highest_of_ranks, versions, write_record
 from vramplan.train.retention import general_samples, reference_model, start_penalties
 from vramplan.train.status import RankStatus
@@ -49,8 +50,8 @@ class Inputs:
     """What EWC's Fisher diagonal is estimated from."""
 
 
-def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) -> None:
-    """Runs a plan on this rank to its end; every rank calls it.
+def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool, probing: bool = False) -> None:
+    """Runs a plan on this rank to its end, or its worst batch alone; every rank calls it.
 
     Raises:
         VramplanError: what the user can mend, as one sentence.
@@ -82,7 +83,12 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool) ->
     if engine.penalties is not None:
         with phases.phase("retention"):
             start_penalties(engine, inputs.general, pad_id)
-    loop = Loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
+    make_loop = ProbeLoop if probing else Loop
+    loop = make_loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
+    if isinstance(loop, ProbeLoop):
+        run_probe(loop, plan, dict(read_config(start / "config.json")))
+        status.mark("end")
+        return
     loop.saving.start(resuming)
     first_step = _resume(loop, resuming)
     loop.restore_losses(first_step)

@@ -14,10 +14,11 @@ from vramplan.memory.estimate import estimate
 from vramplan.search.lower import RUNGS, changes
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.planner import make_plan
+from vramplan.search.recalibrate import eval_batch, predicted_bytes
 from vramplan.spec.run import HardwareSpec, RunSpec, ZeroSpec
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.classify import Cause, Verdict
-from vramplan.supervise.ladder import Exhausted, Ladder, eval_batch, predicted_bytes, predicted_of
+from vramplan.supervise.ladder import Exhausted, Ladder, predicted_of
 
 GIB = 2**30
 FORWARD, BACKWARD = "step2.micro1.forward", "step7.micro1.backward"

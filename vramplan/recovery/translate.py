@@ -1,0 +1,114 @@
+"""What transformers' training arguments and a loaded model say, as a RunSpec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vramplan.errors import SpecError
+from vramplan.memory.estimate import UncoveredError
+from vramplan.spec.run import HardwareSpec, OptimizerSpec, RunSpec, ZeroSpec
+from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+from vramplan.spec.training import TrainingSpec
+
+_OPTIMIZERS = {
+    "adamw_torch": "adamw_torch",
+    "adamw_torch_fused": "adamw_torch_fused",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_8bit": "adamw_8bit",
+    "sgd": "sgd",
+    "adafactor": "adafactor",
+}
+_TORCH_PRECISIONS = {torch.float32: ("fp32", "bf16-autocast"), torch.bfloat16: ("bf16", "bf16-weights-autocast")}
+"""By the format of the weights: without autocast, and under autocast to bf16."""
+
+
+def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: bool) -> RunSpec:
+    """The closed run that a Trainer is about to make.
+
+    Raises:
+        UncoveredError: one that the arithmetic has no terms for.
+        SpecError: the length of sequences is nowhere.
+    """
+    length = seq_len or getattr(args, "max_length", None)
+    if length is None:
+        raise SpecError("FitCallback needs seq_len: the training arguments have no max_length")
+    zero = _zero(args)
+    engine = "torch" if zero is None else "deepspeed"
+    world_size, micro = int(args.world_size), int(args.per_device_train_batch_size)
+    accumulation = int(args.gradient_accumulation_steps)
+    fields = model.config.to_dict()
+    kind = "cpu" if args.device.type == "cpu" else None
+    return RunSpec(
+        model=str(fields.get("_name_or_path") or "the Trainer's model"),
+        model_config_fields=fields,
+        method=_method(model),
+        engine=engine,
+        precision=_precision(args, model, engine),
+        seq_len=int(length),
+        global_batch_size=micro * accumulation * world_size,
+        micro_batch_size=micro,
+        grad_accum_steps=accumulation,
+        attention=model.config._attn_implementation,
+        attention_mask=attention_mask,
+        activation_checkpointing="full" if args.gradient_checkpointing else "none",
+        optimizer=_optimizer(args),
+        zero=ZeroSpec(**zero or {"stage": 0, "offload_optimizer": "none", "offload_param": "none"}),
+        hardware=HardwareSpec(gpu=kind, gpus_per_node=world_size),
+        training=TrainingSpec(max_grad_norm=args.max_grad_norm or 0.0),
+    )
+
+
+def _zero(args: Any) -> dict[str, Any] | None:
+    """DeepSpeed's section in our words; None where there is no DeepSpeed."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        if getattr(args, "fsdp", None):
+            raise UncoveredError("FSDP is not counted")
+        return None
+    section = plugin.deepspeed_config.get("zero_optimization", {})
+    known = ZeroSpec.model_fields.keys() - {"offload_optimizer", "offload_param"}
+    values = {name: value for name, value in section.items() if name in known and value != "auto"}
+    places = {
+        name: (section.get(name) or {}).get("device") or "none" for name in ("offload_optimizer", "offload_param")
+    }
+    return {"stage": 0, **values, **places}
+
+
+def _precision(args: Any, model: Any, engine: str) -> str:
+    """DeepSpeed's formats; without it transformers' autocast over the weights as they were loaded."""
+    if engine == "deepspeed":
+        return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    stored = next((param.dtype for param in model.parameters() if param.is_floating_point()), None)
+    if args.fp16 or stored not in _TORCH_PRECISIONS:
+        raise UncoveredError(f"autocast to fp16, and weights in {stored}, are not counted")
+    return _TORCH_PRECISIONS[stored][bool(args.bf16)]
+
+
+def _optimizer(args: Any) -> OptimizerSpec:
+    name = getattr(args.optim, "value", str(args.optim))
+    if name not in _OPTIMIZERS:
+        raise UncoveredError(f"the optimizer {name} is not counted")
+    return OptimizerSpec(kind=_OPTIMIZERS[name], lr=args.learning_rate)
+
+
+def _method(model: Any) -> Method:
+    if not hasattr(model, "peft_config"):
+        frozen = sum(not param.requires_grad for param in model.parameters())
+        if frozen:
+            raise UncoveredError(f"{frozen} frozen parameters without adapters are not counted")
+        return FullMethod()
+    (config,) = model.peft_config.values()
+    if config.peft_type.value != "LORA":
+        raise UncoveredError(f"adapters of kind {config.peft_type.value} are not counted")
+    targets = config.target_modules
+    return LoraMethod(
+        kind="qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora",
+        r=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+    )
