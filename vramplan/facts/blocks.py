@@ -142,6 +142,7 @@ class Attention:
     ``sliced``       the same on a slice of each head, which is then joined with the rest (GPT-NeoX, Phi-3)
     ``named_slices`` sliced, and the module holds the slices until it is done (Phi, StableLM)
     ``paired``       sliced, and each layer widens the tables to neighbouring pairs (GLM)
+    ``halves``       ``a * cos - b * sin`` and ``b * cos + a * sin`` of each head's halves, joined (gpt-oss)
     ``fp32``         whole, with fp32 tables and a cast back (OLMo)
     ``fp32_inputs``  whole, on fp32 copies of queries and keys (Cohere)
     """
@@ -391,6 +392,7 @@ class MixtureOfExperts:
 
     ``softmax``      fp32 softmax over all experts, the best of them, in the scores' format again (Qwen)
     ``softmax_fp32`` the same, and the weights stay in fp32 (Mixtral)
+    ``best``         the best scores, and softmax over them alone (gpt-oss)
     """
     normalises: bool = True
     """A token's weights are divided by their sum."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, MixtureOfExperts
+from vramplan.facts.architecture import Architecture, Attention, MixtureOfExperts
 from vramplan.facts.device import Node
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import term
@@ -87,6 +87,11 @@ def _adapts_embeddings(job: Job) -> bool:
     return any(method.adapts(table.name) for table in job.architecture.embeddings)
 
 
+def _has_sinks(job: Job) -> bool:
+    mixers = (layer.mixer for layer in job.architecture.layers)
+    return any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers)
+
+
 COVERED_FAMILIES = frozenset(
     [
         "bloom",
@@ -100,6 +105,7 @@ COVERED_FAMILIES = frozenset(
         "glm",
         "gpt2",
         "gpt_neox",
+        "gpt_oss",
         "granite",
         "llama",
         "mistral",
@@ -140,6 +146,7 @@ def _check_covered(job: Job) -> None:
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1
         and job.architecture.has_own_core,
+        f"attention {job.attention} with sinks": job.attention != "eager" and _has_sinks(job),
         "adapters on routers and experts": bool(job.adapted_parameters),
         "adapters on embeddings": _adapts_embeddings(job),
         f"masks of padded or packed sequences in the {job.architecture.family} family": job.masked

@@ -9,7 +9,7 @@ from __future__ import annotations
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.kernels import TEMPORARY, WEIGHT_GRADIENT
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.tape import Node, Parameter, Tape, Tensor
 from vramplan.memory.views import GRADIENTS
 
 
@@ -61,9 +61,19 @@ def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
     indices = tape.new(numel, Dtype.INT64, label)
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [tape.new(whole, dtype, GRADIENTS)]
+        return [scattered(tape, whole, dtype)]
 
     return tape.attach("topk", values, [scores], [indices], backward), indices
+
+
+def scattered(tape: Tape, numel: Size, dtype: Dtype) -> Tensor:
+    """Zeros that gradients are scattered into (``value_selecting_reduction_backward``); the CPU does that of low
+    precision in fp32."""
+    out = tape.new(numel, dtype, GRADIENTS)
+    if tape.widens_operands and dtype is not Dtype.FP32:
+        wide = tape.new(numel, Dtype.FP32, TEMPORARY)
+        del wide
+    return out
 
 
 def divided_by_sum(x: Tensor, groups: Size, label: str) -> Tensor:
@@ -104,3 +114,17 @@ def summed(x: Tensor, k: int, numel: Size, label: str) -> Tensor:
         return [same]
 
     return tape.attach("sum", tape.new(numel, dtype, label), [x], [], backward)
+
+
+def clamped_copy(x: Tensor, bounds: int, label: str) -> Tensor:
+    """``x.clamp(...)`` with one bound or both: saves x; backward asks each bound and picks (``clamp_backward``)."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        asked = [tape.new(numel, Dtype.BOOL, TEMPORARY) for _ in range(bounds)]
+        result = tape.new(numel, dtype, GRADIENTS)
+        del held, asked
+        return [result]
+
+    return tape.attach("clamp", tape.new(numel, dtype, label), [x], [x], backward)

@@ -80,6 +80,13 @@ def _flash_attention_precision(run: RunSpec, node: Node, architecture: Architect
     return "attention flash_attention_2 computes in bf16 or fp16 only: set precision bf16, or attention sdpa"
 
 
+def _sinks_need_eager(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    mixers = (layer.mixer for layer in architecture.layers)
+    if run.attention == "eager" or not any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers):
+        return None
+    return f"attention {run.attention} has no place for {architecture.family}'s attention sinks: set attention eager"
+
+
 def _fused_loss_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.loss != "liger" or node.device.kind != "cpu":
         return None
@@ -134,6 +141,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_fp16_hardware, "deepspeed/runtime/engine.py, _do_sanity_check; accelerator/*_accelerator.py, is_fp16_supported"),
     (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),
     (_flash_attention_precision, "transformers/modeling_utils.py, _flash_attn_can_dispatch"),
+    (_sinks_need_eager, "transformers/models/gpt_oss/modeling_gpt_oss.py, _supports_sdpa"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),

@@ -23,7 +23,9 @@ def build(fields: Fields) -> Architecture:
     heads = read_heads(fields, default_kv_heads=8, head_dim=64)
     hidden = heads.hidden_size
     bias = fields.flag("attention_bias", default=True)
-    mixer = replace(attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)), sinks=True)
+    mixer = replace(
+        attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)), sinks=True, rotary="halves"
+    )
     rest = (_mixture(fields, hidden), *norm_pair(hidden, "rms_fp32"))
     num_layers = fields.required_size("num_hidden_layers")
     alternating = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_layers)]
@@ -44,4 +46,5 @@ def _mixture(fields: Fields, hidden: int) -> MixtureOfExperts:
             Router("mlp.router", hidden, experts.num_experts, bias=True),
             replace(experts, bias=True, transposed=True),
         ),
+        scoring="best",
     )

@@ -7,6 +7,7 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.rotary import CORE
+from vramplan.memory.blocks.sinks import sink_weights, weighed
 from vramplan.memory.size import ZERO, Size, per_mask, per_score, per_token
 from vramplan.memory.tape import Tensor
 
@@ -99,7 +100,8 @@ def _of_two_widths(
 def joined(block: Mixer) -> bool:
     """Whether queries and keys come out of a join, heads before positions in memory, and not as views of a
     projection (operators on one tensor keep its order, ``torch.cat`` does not)."""
-    return isinstance(block, LatentAttention) or block.rotary in ("sliced", "named_slices", "paired")
+    sliced = ("sliced", "named_slices", "paired", "halves")
+    return isinstance(block, LatentAttention) or block.rotary in sliced
 
 
 def whole_heads(ctx: BlockContext, x: Tensor, between: bool = True) -> Tensor:
@@ -130,6 +132,10 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> 
     mask = ctx.tables.mask if block.sliding_window is None else ctx.tables.window_mask
     assert mask is not None
     weights = ops.masked(weights, mask, CORE)
+    if isinstance(block, Attention) and block.sinks:
+        weights = ops.dropout(sink_weights(ctx, weights, block), block.dropout, ctx.device, CORE)
+        weights = ctx.returned = ops.to(weights, values.dtype, CORE)
+        return ops.clone(weighed(ctx, weights, values, wide), CORE)
     weights = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device == "cuda", CORE), q.dtype, CORE)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vramplan.facts.architecture import DecoderLayer, GatedMLP, LatentAttention, MixtureOfExperts, PlainMLP
+from vramplan.facts.architecture import Attention, DecoderLayer, GatedMLP, LatentAttention, MixtureOfExperts, PlainMLP
 from vramplan.memory import ops
 from vramplan.memory.blocks.attention import attend
 from vramplan.memory.blocks.context import BlockContext
@@ -32,7 +32,9 @@ def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     def run(x: Tensor) -> Tensor:
         return attend_latent(ctx, x, mixer) if isinstance(mixer, LatentAttention) else attend(ctx, x, mixer)
 
-    return ctx.call("self_attn", (), run, x, positional=False)
+    has_sinks = isinstance(mixer, Attention) and mixer.sinks
+    own = (ctx.parameter("self_attn.sinks", mixer.num_heads),) if has_sinks else ()
+    return ctx.call("self_attn", own, run, x, positional=False)
 
 
 def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:

@@ -8,6 +8,7 @@ from vramplan.facts.architecture import Attention, LatentAttention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, Module
+from vramplan.memory.blocks.sinks import rotate_halves
 from vramplan.memory.size import per_position
 from vramplan.memory.tape import Tensor
 
@@ -43,7 +44,7 @@ def _tables(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tens
 
 
 def _cos_and_sin(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tensor, Tensor]:
-    numel = per_position(block.rotary_dim)
+    numel = per_position(block.rotary_dim // 2 if block.rotary == "halves" else block.rotary_dim)
     frequencies = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
     angles = ctx.tape.new(numel, Dtype.FP32, TABLES)
     del frequencies
@@ -108,6 +109,8 @@ def rotate_both(ctx: BlockContext, q: Tensor, k: Tensor, block: Attention) -> tu
     cos, sin = tables
     if block.rotary in ("sliced", "named_slices", "paired"):
         return _rotate_slices(ctx, q, k, (cos, sin), block)
+    if block.rotary == "halves":
+        return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
     source = q.dtype
     if block.rotary == "fp32_inputs":
         q, k = ops.to(q, Dtype.FP32, CORE), ops.to(k, Dtype.FP32, CORE)

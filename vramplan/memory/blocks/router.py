@@ -55,7 +55,14 @@ def _softmax(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tupl
     return ops.to(weights, scores.dtype, ROUTER), experts
 
 
+def _best(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
+    """``GptOssTopKRouter.forward``."""
+    best, experts = routed.best(scores, tokens(block.experts_per_token), ROUTER)
+    return ops.softmax(best, best.dtype, True, ROUTER), experts
+
+
 _SCORINGS: dict[str, Callable[[BlockContext, Tensor, MixtureOfExperts], tuple[Tensor, Tensor]]] = {
     "softmax": _softmax,
     "softmax_fp32": _softmax_fp32,
+    "best": _best,
 }
