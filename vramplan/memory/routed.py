@@ -16,7 +16,14 @@ from vramplan.memory.views import GRADIENTS
 def rows(x: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
     """``x[indices]``: a copy; its backward adds the gradients into zeros of x's shape (``index_backward``)."""
     tape, whole, dtype = x.storage.tape, x.numel, x.dtype
-    node = tape.record("index", [x], [indices], lambda node, grads: [tape.new(whole, dtype, GRADIENTS)])
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(whole, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    node = tape.record("index", [x], [indices], backward)
     out = tape.new(numel, dtype, label)
     out.node = node
     return out
@@ -26,7 +33,14 @@ def filled(x: Tensor, mask: Tensor, label: str, in_place: bool = False) -> Tenso
     """``x.masked_fill(mask, 0)``: saves the mask; its backward fills a copy of the gradient."""
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     out = x.detach() if in_place else tape.new(numel, dtype, label)
-    return tape.attach("masked_fill", out, [x], [mask], lambda node, grads: [tape.new(numel, dtype, GRADIENTS)])
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(numel, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    return tape.attach("masked_fill", out, [x], [mask], backward)
 
 
 def grouped_product(
@@ -61,7 +75,10 @@ def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
     indices = tape.new(numel, Dtype.INT64, label)
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [scattered(tape, whole, dtype)]
+        held = node.unpack(0)
+        result = scattered(tape, whole, dtype)
+        del held
+        return [result]
 
     return tape.attach("topk", values, [scores], [indices], backward), indices
 

@@ -46,7 +46,14 @@ def _highest(x: Tensor, rows: Size) -> Tensor:
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     values = tape.new(rows, dtype, CORE)
     where = tape.new(rows, Dtype.INT64, CORE)
-    return tape.attach("max", values, [x], [where], lambda node, grads: [routed.scattered(tape, numel, dtype)])
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = routed.scattered(tape, numel, dtype)
+        del held
+        return [result]
+
+    return tape.attach("max", values, [x], [where], backward)
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
