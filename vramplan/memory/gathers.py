@@ -281,5 +281,8 @@ class Gathers:
             self._available_numel -= param.grad_numel
 
     def _free(self, name: str) -> None:
+        """What was saved of a weight as a view stays for backward (``BlockContext.hooks.whole``)."""
         self.available.discard(name)
-        self.data.pop(name, None)
+        whole = self.data.pop(name, None)
+        if whole is not None and whole.storage.refs > 1:
+            self.tape.relabel(whole.storage, labels.VIEWED)

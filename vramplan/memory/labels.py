@@ -43,6 +43,7 @@ HOST_STAGING = f"{HOST}staging buffers"
 HOST_ACCUMULATED = f"{HOST}accumulated gradients"
 HOST_PINNED = f"{HOST}rounding of pinned blocks"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
+VIEWED = "gathered weights kept by views"
 GATHER_BUFFER = "gather buffer"
 ANCHORS = "starting weights"
 FISHER = "Fisher diagonal"
@@ -101,6 +102,11 @@ LABELS: dict[str, Label] = {
     FLAT_GRAD: Label(Category.GRADIENT, "the partition's gradients as one tensor, in the master's format (step)"),
     STEP_SCRATCH: Label(Category.TEMPORARY, "temporaries of the optimizer's implementation"),
     GATHERED: Label(Category.PARAMETER, "ZeRO-3: whole weights of the modules in use or not yet released"),
+    VIEWED: Label(
+        Category.PARAMETER,
+        "ZeRO-3: whole weights that a transposed view, saved for backward, keeps after their release "
+        "(experts, Falcon's linears)",
+    ),
     GATHER_BUFFER: Label(Category.COMMUNICATION, "ZeRO-3: flat receive buffers of gathers in flight"),
     PERSISTENT: Label(
         Category.PARAMETER, "ZeRO-3: tensors of at most stage3_param_persistence_threshold elements, whole"

@@ -239,7 +239,7 @@ class _Runner:
     def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
         ctx = self.ctx
         prefix = f"{self.run.architecture.layer_prefix}.{index}."
-        tables = ctx.tables
+        tables = ctx.tables.of(layer.mixer)
 
         def forward(hidden: Tensor) -> Tensor:
             before = ctx.prefix, ctx.tables

@@ -223,6 +223,15 @@ class Tape:
         else:
             self.by_label[storage.label] = left
 
+    def relabel(self, storage: Storage, label: str) -> None:
+        """Count a storage under another heading from now on."""
+        self.settle()
+        self.by_label[storage.label] = sub(self.by_label[storage.label], storage.size)
+        if self.by_label[storage.label] == ZERO:
+            del self.by_label[storage.label]
+        self.by_label[label] = add(self.by_label.get(label, ZERO), storage.size)
+        storage.label = label
+
     def leaf(self, tensor: Tensor) -> Tensor:
         """Make ``tensor`` require a gradient that nobody collects (the input of a checkpointed region)."""
         tensor.node = Node("leaf", self._next_order(), [], lambda node, grads: [], self.where)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vramplan.facts.architecture import Linear, Norm, Role
+from vramplan.facts.architecture import Attention, LatentAttention, Linear, Norm, Role
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.size import per_token
@@ -50,6 +50,12 @@ class Tables:
     mask: Tensor | None = None
     window_mask: Tensor | None = None
     """None where the kernel is told that the mask is causal."""
+
+    def of(self, mixer: Attention | LatentAttention) -> Tables:
+        """What of them a layer is given."""
+        if isinstance(mixer, Attention) and mixer.sliding_window is not None:
+            return Tables(window_rotary=self.window_rotary, window_mask=self.window_mask)
+        return Tables(rotary=self.rotary, mask=self.mask)
 
 
 @dataclass
