@@ -7,6 +7,8 @@ it; allocations come in the operator's own order. ``label`` says under which hea
 from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.clamps import clamped as clamped
+from vramplan.memory.clamps import clamped_copy as clamped_copy
 from vramplan.memory.kernels import TEMPORARY as TEMPORARY
 from vramplan.memory.kernels import WEIGHT_GRADIENT as WEIGHT_GRADIENT
 from vramplan.memory.kernels import dropout as dropout
@@ -120,22 +122,6 @@ def add_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
         return [grads[0], tape.new(small_numel, dtype, GRADIENTS)]
 
     return tape.attach("add", out, [x, small], [], backward)
-
-
-def clamped(x: Tensor, label: str) -> Tensor:
-    """``x.clamp_(low, high)``: in place, so autograd saves a copy of what was there; backward asks both bounds."""
-    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
-    before = [tape.new(numel, dtype, label)] if x.requires_grad else []
-    out = Tensor(x.storage, numel, dtype)
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        asked = [tape.new(numel, Dtype.BOOL, TEMPORARY) for _ in range(3)]
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held, asked
-        return [result]
-
-    return tape.attach("clamp", out, [x], before, backward)
 
 
 def add_vector(x: Tensor, vector: Parameter, label: str) -> Tensor:

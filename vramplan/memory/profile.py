@@ -7,7 +7,6 @@ or fall linearly, so the highest instant is in the first or the last of them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,10 +22,11 @@ from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits, Gathers
+from vramplan.memory.kinds import layer_kind, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
-from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+from vramplan.spec.trainable import LoraMethod, Method
 
 CPU_RANDOM_STATE_BYTES = 5056
 """``torch.get_rng_state().nbytes``; a GPU's state is kept on the host too."""
@@ -108,7 +108,7 @@ class _Runner:
         self.kept: list[Tensor] = []
         self.persistent_between: Tensor | None = None
         architecture = run.architecture
-        self.keys = [_kind(run, index) for index in range(architecture.num_layers)]
+        self.keys = [layer_kind(run.architecture, run.method, index) for index in range(architecture.num_layers)]
         self.shown = layers_shown(self.keys, _layers_near_turn(run) if run.gathers is not None else 0)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
@@ -319,50 +319,12 @@ def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> 
     return Point(where, point.index, total, by_label, grad_numel)
 
 
-def _kind(run: ModelRun, index: int) -> Hashable:
-    """Layers of one kind keep the same bytes. The first layer is of its own kind: its input is also held by the
-    model's forward, and with a frozen base nothing before its first adapter needs a gradient. Nor are layers with
-    different adapters or frozen weights of one kind, or layers above and below the first that is trained."""
-    method = run.method
-    adapted: tuple[str, ...] = ()
-    if isinstance(method, FullMethod) and method.freezes:
-        return run.architecture.layers[index], index == 0, *_trained_in(run, method, index)
-    if isinstance(method, LoraMethod):
-        prefix = f"{run.architecture.layer_prefix}.{index}."
-        layer = run.architecture.layers[index]
-        adapted = tuple(linear.name for linear in layer.linears() if method.adapts(f"{prefix}{linear.name}"))
-    return run.architecture.layers[index], index == 0, adapted
-
-
-def _trained_in(run: ModelRun, method: FullMethod, index: int) -> tuple[tuple[str, ...], bool]:
-    """The tensors of a layer that are trained, and whether its input needs a gradient."""
-    architecture = run.architecture
-    count, prefix = architecture.num_layers, f"{architecture.layer_prefix}.{index}."
-    names = tuple(tensor.name for tensor in architecture.layers[index].tensors())
-    below = itertools.takewhile(lambda each: not each.name.startswith(prefix), architecture.named_tensors())
-    return (
-        tuple(name for name in names if method.trains(f"{prefix}{name}", count)),
-        any(method.trains(tensor.name, count) for tensor in below),
-    )
-
-
 def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
     labels = {*after, *before}
     for gathered in (GATHERED, GATHER_BUFFER):  # whole weights come and go with the layers that are run
         labels.discard(gathered)
     changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
     return {label: size for label, size in changes.items() if size != ZERO}
-
-
-def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
-    """The layers that are run: first and last of each kind; under ZeRO-3 also those whose weights are kept over the
-    turn from forward to backward."""
-    first: dict[Hashable, int] = {}
-    last: dict[Hashable, int] = {}
-    for index, key in enumerate(keys):
-        first.setdefault(key, index)
-        last[key] = index
-    return frozenset({*first.values(), *last.values(), *range(max(0, len(keys) - near_turn), len(keys))})
 
 
 def _layers_near_turn(run: ModelRun) -> int:

@@ -131,17 +131,3 @@ def summed(x: Tensor, k: int, numel: Size, label: str) -> Tensor:
         return [same]
 
     return tape.attach("sum", tape.new(numel, dtype, label), [x], [], backward)
-
-
-def clamped_copy(x: Tensor, bounds: int, label: str) -> Tensor:
-    """``x.clamp(...)`` with one bound or both: saves x; backward asks each bound and picks (``clamp_backward``)."""
-    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        asked = [tape.new(numel, Dtype.BOOL, TEMPORARY) for _ in range(bounds)]
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held, asked
-        return [result]
-
-    return tape.attach("clamp", tape.new(numel, dtype, label), [x], [x], backward)

@@ -94,7 +94,7 @@ def _gate(ctx: BlockContext, rows: Tensor, block: MixtureOfExperts) -> Tensor:
 def _clamped_gate(rows: Tensor, half: Size) -> Tensor:
     """``GptOssExperts._apply_gate``: ``(up + 1) * gate * sigmoid(alpha * gate)`` of every second feature each."""
     gate, up = ops.piece(rows, half), ops.piece(rows, half)
-    gate = routed.clamped_copy(gate, 1, EXPERTS)
-    up = routed.clamped_copy(up, 2, EXPERTS)
+    gate = ops.clamped_copy(gate, 1, EXPERTS)
+    up = ops.clamped_copy(up, 2, EXPERTS)
     glu = ops.mul(gate, ops.unary(ops.scaled(gate, EXPERTS), EXPERTS, "result"), EXPERTS)
     return ops.mul(ops.shifted(up, EXPERTS), glu, EXPERTS)

@@ -1,0 +1,45 @@
+"""Which layers of a model keep the same bytes, and which of each kind are run on the tape."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+
+from vramplan.facts.architecture import Architecture
+from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+
+
+def layer_kind(architecture: Architecture, method: Method, index: int) -> Hashable:
+    """Layers of one kind keep the same bytes. The first layer is of its own kind: its input is also held by the
+    model's forward, and with a frozen base nothing before its first adapter needs a gradient. Nor are layers with
+    different adapters or frozen weights of one kind, or layers above and below the first that is trained."""
+    adapted: tuple[str, ...] = ()
+    if isinstance(method, FullMethod) and method.freezes:
+        return architecture.layers[index], index == 0, *_trained_in(architecture, method, index)
+    if isinstance(method, LoraMethod):
+        prefix = f"{architecture.layer_prefix}.{index}."
+        layer = architecture.layers[index]
+        adapted = tuple(linear.name for linear in layer.linears() if method.adapts(f"{prefix}{linear.name}"))
+    return architecture.layers[index], index == 0, adapted
+
+
+def _trained_in(architecture: Architecture, method: FullMethod, index: int) -> tuple[tuple[str, ...], bool]:
+    """The tensors of a layer that are trained, and whether its input needs a gradient."""
+    count, prefix = architecture.num_layers, f"{architecture.layer_prefix}.{index}."
+    names = tuple(tensor.name for tensor in architecture.layers[index].tensors())
+    below = itertools.takewhile(lambda each: not each.name.startswith(prefix), architecture.named_tensors())
+    return (
+        tuple(name for name in names if method.trains(f"{prefix}{name}", count)),
+        any(method.trains(tensor.name, count) for tensor in below),
+    )
+
+
+def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
+    """The layers that are run: first and last of each kind; under ZeRO-3 also those whose weights are kept over the
+    turn from forward to backward."""
+    first: dict[Hashable, int] = {}
+    last: dict[Hashable, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+        last[key] = index
+    return frozenset({*first.values(), *last.values(), *range(max(0, len(keys) - near_turn), len(keys))})
