@@ -148,6 +148,8 @@ class Architecture:
     """Between the embedding's width and the layers': out, in; registered after the embeddings (OPT-350m)."""
     norm_before_layers: bool = False
     """The final norm is registered before the layers (OPT)."""
+    spare_mask: bool = False
+    """A mask for sliding layers is made though none slides (Qwen2-MoE: its window is then 0, which all reach)."""
     extra: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property

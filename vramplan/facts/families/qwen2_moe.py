@@ -36,7 +36,8 @@ def build(fields: Fields) -> Architecture:
 
     kinds = tuple(zip(_windows(fields, num_layers), sparse_layers(fields, num_layers), strict=True))
     layers = one_per_kind(kinds, layer)
-    return decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
+    model = decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
+    return replace(model, spare_mask=not fields.flag("use_sliding_window", default=False))
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:

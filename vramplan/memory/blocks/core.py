@@ -15,14 +15,14 @@ MASK = "causal mask"
 Mixer = Attention | LatentAttention
 
 
-def masks(ctx: BlockContext, attentions: list[Mixer]) -> None:
+def masks(ctx: BlockContext, attentions: list[Mixer], spare: bool = False) -> None:
     """One mask for all layers that see everything and one for those that slide (transformers/masking_utils.py).
 
     Eager attention adds them; fused kernels are told that the mask is causal unless sequences reach the window, or
     are padded or packed.
-    Falcon always has one, which ALiBi's bias is part of.
+    Falcon always has one, which ALiBi's bias is part of. ``spare``: see ``Architecture.spare_mask``.
     """
-    has_window = any(block.sliding_window is not None for block in attentions)
+    has_window = spare or any(block.sliding_window is not None for block in attentions)
     is_falcon = any(block.core == "falcon" for block in attentions)
     tables = ctx.tables
     if ctx.attention == "eager":
@@ -37,7 +37,7 @@ def masks(ctx: BlockContext, attentions: list[Mixer]) -> None:
             tables.mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
         if has_window:
             tables.window_mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
-    elif ctx.attention == "sdpa" and ctx.windowed and has_window:
+    elif ctx.attention == "sdpa" and has_window and (ctx.windowed or spare):
         tables.window_mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
     if attentions[0].alibi:
         _alibi(ctx, attentions[0].num_heads, is_falcon)
