@@ -24,6 +24,9 @@ and in low precision the buffers of the CPU's matrix kernels.)"""
 LATENT = Path(__file__).with_name("measured") / "cpu_mla.jsonl"
 """Taken by `vramplan bench run`: DeepSeek-V2 and -V3 with and without a narrow query, with each kind of rotation,
 values as wide as queries and narrower, in the settings of the families and more."""
+EXPERTS = Path(__file__).with_name("measured") / "cpu_moe.jsonl"
+"""Taken by `vramplan bench run`: families with routed experts, in the settings of the families and more; those whose
+adapters reach routers and experts are kept for when they are counted."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -83,7 +86,9 @@ def test_quantized_weights():
     assert compared == 3 * 8
 
 
-@pytest.fixture(scope="module", params=[(FAMILIES, 340, 17), (LATENT, 60, 2)], ids=["dense", "latent"])
+@pytest.fixture(
+    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 60, 2), (EXPERTS, 49, 4)], ids=["dense", "latent", "experts"]
+)
 def families(request):
     path, least, num_types = request.param
     found = list(covered(path))

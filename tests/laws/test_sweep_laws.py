@@ -44,7 +44,10 @@ def run_of(config, layout):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(["llama", "gpt2", "mistral"]), st.lists(layouts, min_size=1, max_size=8))
+@given(
+    st.sampled_from(["llama", "gpt2", "mistral", "mixtral", "qwen3_moe", "gpt_oss"]),
+    st.lists(layouts, min_size=1, max_size=8),
+)
 def test_a_sweep_equals_its_estimates(family, rows):
     config = CONFIGS[family]
     architecture = architecture_from_config(config)

@@ -217,6 +217,9 @@ class Tape:
         """The last reference to a storage has gone."""
         self.settle()
         self.total = sub(self.total, storage.size)
+        self._take_off(storage)
+
+    def _take_off(self, storage: Storage) -> None:
         left = sub(self.by_label.get(storage.label, ZERO), storage.size)
         if left == ZERO:
             self.by_label.pop(storage.label, None)
@@ -226,9 +229,7 @@ class Tape:
     def relabel(self, storage: Storage, label: str) -> None:
         """Count a storage under another heading from now on."""
         self.settle()
-        self.by_label[storage.label] = sub(self.by_label[storage.label], storage.size)
-        if self.by_label[storage.label] == ZERO:
-            del self.by_label[storage.label]
+        self._take_off(storage)
         self.by_label[label] = add(self.by_label.get(label, ZERO), storage.size)
         storage.label = label
 

@@ -1,0 +1,54 @@
+"""Layers that are not run stand for what they keep: running every layer gives the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.small_configs import SMALL
+from vramplan.facts.dtype import Dtype
+from vramplan.facts.families import architecture_from_config
+from vramplan.memory import profile as profiles
+from vramplan.memory.gathers import GatherLimits
+from vramplan.spec.trainable import FullMethod
+
+CONFIGS = {family: {"model_type": family, **fields} for family, fields in reversed(SMALL)}
+LIMITS = GatherLimits(
+    prefetch_bucket_numel=20_000,
+    max_live_numel=30_000,
+    max_reuse_numel=30_000,
+    persistence_numel=500,
+    model_persistence_numel=10**9,
+)
+"""Far smaller than the model, as they are beside a large one: few layers are whole at a time."""
+
+
+def highest(run):
+    """Highest bytes of forward and backward, and what is left after each, of the first and the second step."""
+    found = profiles.gathered_profiles.__wrapped__(run, accumulates=False)
+    ends = [(each.forward_end.total, each.backward_end.total) for each in (found.first, found.after_step)]
+    peaks = [
+        (max(point.total for point in each.forward), max(point.total for point in each.backward))
+        for each in (found.first, found.after_step)
+    ]
+    return ends, peaks
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "falcon", "llama"])
+def test_layers_between_under_zero3(family, checkpointing, monkeypatch):
+    fields = {"num_hidden_layers": 10, "layer_types": None, "mlp_only_layers": []}
+    architecture = architecture_from_config({**CONFIGS[family], **fields})
+    run = profiles.ModelRun(
+        architecture,
+        FullMethod(),
+        Dtype.BF16,
+        None,
+        "cuda",
+        "sdpa",
+        checkpointing,
+        keep_outputs=True,
+        gathers=LIMITS,
+    )
+    shortened = highest(run)
+    monkeypatch.setattr(profiles, "layers_shown", lambda keys, near_turn: frozenset(range(len(keys))))
+    assert highest(run) == shortened
