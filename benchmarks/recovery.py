@@ -196,7 +196,7 @@ def _seconds_lost(run_dir: Path) -> float:
     lost, kept, waiting = 0.0, events[0]["time"] if events else 0.0, False
     furthest = 0
     for event in events:
-        if event["event"] == "checkpoint":
+        if event["event"] == "checkpoint" and not waiting:
             kept = event["time"]
         if event["event"] == "recovery":
             waiting = True

@@ -148,7 +148,7 @@ class Verdict:
             return f"{who} was killed in {self.phase}"
         if not self.is_memory:
             return f"{who} failed in {self.phase}: {self.cause.value}"
-        return f"{who} ran out of memory in {self.phase} ({self.cause.value}{_bytes_clause(self.memory)})"
+        return f"{who} ran out of memory in {self.phase} ({self.cause.value}{bytes_clause(self.memory)})"
 
 
 def classify(found: Evidence) -> Verdict:
@@ -267,7 +267,8 @@ def _tells_of(text: str, names: tuple[str, ...]) -> bool:
     return any(name in text for name in names)
 
 
-def _bytes_clause(memory: MemoryState | None) -> str:
+def bytes_clause(memory: MemoryState | None) -> str:
+    """E.g. ``; 56.0 MiB asked for; 216.5 MiB held; 38.2 MiB free``; empty where nothing is known."""
     if memory is None:
         return ""
     parts = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from vramplan.errors import RunFailedError
 from vramplan.measure.marker import Marker
 from vramplan.measure.run_dir import RunDir
-from vramplan.supervise.classify import Evidence, Verdict, classify
+from vramplan.supervise.classify import Evidence, Verdict, bytes_clause, classify
 from vramplan.supervise.evidence import collect, log_of, read_markers
 from vramplan.supervise.watch import Trouble
 
@@ -52,7 +52,10 @@ def _sentence(run_dir: RunDir, found: Evidence, verdict: Verdict) -> str:
     first_line = next((line for line in marker.message.splitlines() if line.strip()), "no message")
     log = log_of(run_dir, marker.rank)
     if verdict.is_memory:
-        return f"rank {marker.rank} ran out of memory in {marker.phase}: {first_line} (log: {log})"
+        return (
+            f"rank {marker.rank} ran out of memory in {marker.phase}: {first_line} "
+            f"({verdict.cause.value}{bytes_clause(verdict.memory)}; log: {log})"
+        )
     return f"rank {marker.rank} failed in {marker.phase}: {marker.kind}: {first_line} (log: {log})"
 
 

@@ -56,7 +56,7 @@ class Ladder:
                 lambda run, known: self._is_lower(run, known, verdict),
                 lambda run, known: self._bytes(run, known, verdict.phase, verdict.step),
             )
-        return found or Exhausted(self._why_none(verdict, keep_stage))
+        return found or Exhausted(self._why_none(keep_stage))
 
     def _own_step(self, verdict: Verdict) -> Lowered | None:
         """What mends a cause without slowing the training: a setting of the allocator, a smaller evaluation batch."""
@@ -139,12 +139,12 @@ class Ladder:
             if a.needed_bytes is not None and a.predicted_bytes is not None
         )
 
-    def _why_none(self, verdict: Verdict, keep_stage: bool) -> str:
+    def _why_none(self, keep_stage: bool) -> str:
         tried = len(self._forbidden)
         stage = f" with ZeRO {self._plan.run.zero.stage}, which its checkpoints are made for," if keep_stage else ""
         return (
-            f"{verdict}; {tried} plan{'s were' if tried > 1 else ' was'} tried, and no other{stage} needs less there "
-            "without changing the training"
+            f"{tried} plan{'s were' if tried > 1 else ' was'} tried, and no other{stage} needs less there without "
+            "changing the training"
         )
 
 
