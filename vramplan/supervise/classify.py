@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from vramplan.measure.marker import Marker, MemoryState, is_out_of_memory
+from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, MemoryState, is_out_of_memory
 from vramplan.units import format_bytes
 
 
@@ -56,6 +56,8 @@ PASSING_CAUSES = frozenset({Cause.KILLED, Cause.HANG, Cause.COMMUNICATOR})
 _SIGKILL_CODES = (-9, 137, 247)
 """Of a process, of a shell that waited for it, and of DeepSpeed's launcher (``sys.exit(-9)``)."""
 _ABORT_CODES = (-6, 134, 250)
+_OWN_CODES = (1, 2, 3)
+"""Of a rank that met an error."""
 # lines of a traceback: names of functions and what is written on the lines that were reached
 _LOSS_SOURCES = ("cross_entropy", "loss_function(", "loss_utils", "lm_head(", "embed_out(", "in token_nll")
 _REDUCTION_SOURCES = (
@@ -153,7 +155,7 @@ class Verdict:
 
 def classify(found: Evidence) -> Verdict:
     """The cause. Memory comes before everything else that ranks say, for the others fail when their peer is gone."""
-    for of_some in (_of_memory, _of_host_memory, _of_user, _of_hang, _of_error, _of_death):
+    for of_some in (_of_memory, _of_lost_marker, _of_host_memory, _of_user, _of_hang, _of_error, _of_death):
         verdict = of_some(found)
         if verdict is not None:
             return verdict
@@ -196,6 +198,24 @@ def _phase_cause(phase: str) -> Cause:
         "engine_init": Cause.INIT,
         "retention": Cause.INIT,
     }.get(kind, Cause.LOAD)
+
+
+def _of_lost_marker(found: Evidence) -> Verdict | None:
+    """A rank's exit code says that it ran out of memory, but its marker is not whole."""
+    if found.launcher_code != OUT_OF_MEMORY_EXIT_CODE:
+        return None
+    state = next((state for state in found.ranks if state.rank in found.dead), None) or _mute(found)
+    if state is None:
+        return None
+    cause = _phase_cause(state.phase)
+    cause = Cause.FIRST_STEP if cause is Cause.STEP and state.step <= 1 else cause
+    return Verdict(cause, state.phase, state.rank, state.step)
+
+
+def _mute(found: Evidence) -> RankState | None:
+    """The first rank without a marker."""
+    spoke = {marker.rank for marker in found.markers}
+    return next((state for state in found.ranks if state.rank not in spoke), None)
 
 
 def _of_host_memory(found: Evidence) -> Verdict | None:
@@ -244,9 +264,14 @@ def _of_death(found: Evidence) -> Verdict | None:
     spoke = {marker.rank for marker in found.markers}
     mute = [rank for rank in found.dead if rank not in spoke]
     if mute:
-        return Verdict(Cause.KILLED, _where(found, mute[0]), mute[0], _step(found, mute[0]))
+        # a rank that ends by itself says why, unless it cannot write: that will not pass. The launcher's code is that
+        # of the rank which it looked at first, and a peer's marker may account for it
+        told = any(marker.exit_code == found.launcher_code for marker in found.markers)
+        cause = Cause.ERROR if found.launcher_code in _OWN_CODES and not told else Cause.KILLED
+        return Verdict(cause, _where(found, mute[0]), mute[0], _step(found, mute[0]))
     if found.launcher_code in _SIGKILL_CODES:
-        rank = next((state.rank for state in found.ranks if state.rank not in spoke), None) if spoke else None
+        state = _mute(found) if spoke else None
+        rank = None if state is None else state.rank
         return Verdict(Cause.KILLED, _where(found, rank), rank, _step(found, rank))
     if not found.markers:
         return None

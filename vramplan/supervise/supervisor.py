@@ -30,8 +30,8 @@ from vramplan.supervise.tail import Tail
 from vramplan.supervise.watch import SILENT_AFTER_S, RankWatch, Trouble
 
 _POLL_S = 0.1
-_LAST_WORDS_S = 3.0
-"""How long ranks may take to say why they end, and the launcher to end, after the first sign of trouble."""
+_LAST_WORDS_S = 10.0
+"""How long the launcher may take to end its ranks and itself after one has failed: its code is that of the rank."""
 _NEEDED = ("torch", "transformers", "deepspeed", "peft", "accelerate")
 INTERRUPTED_CODE = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
@@ -196,7 +196,8 @@ def _follow(
             listener({"event": "phase", "phase": phase})
         if watch is not None and not ended and not trouble:
             trouble = watch.look()
-            deadline = time.monotonic() + _LAST_WORDS_S if trouble else deadline
+            if trouble:
+                deadline = time.monotonic() + (_LAST_WORDS_S if trouble.is_of_end else 0.0)
         if ended:
             return None if finished and child.poll() == 0 else trouble
         time.sleep(_POLL_S)

@@ -28,6 +28,11 @@ class Trouble:
     silent: tuple[int, ...] = ()
     stuck_s: float | None = None
 
+    @property
+    def is_of_end(self) -> bool:
+        """Whether a rank has ended, upon which the launcher ends the others."""
+        return bool(self.markers or self.dead)
+
     def __bool__(self) -> bool:
         return bool(self.markers or self.dead or self.silent or self.stuck_s is not None)
 

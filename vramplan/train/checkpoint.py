@@ -24,6 +24,7 @@ from vramplan.train.manifest import find_damage, find_missing_bytes, write_manif
 from vramplan.train.neutral import load_neutral, write_neutral
 from vramplan.train.shards import ShardedState, write_holdings
 from vramplan.train.state import STATE, RunState, StateLayout, check_same_run
+from vramplan.units import format_bytes
 
 _TAG = "deepspeed"
 _PREFIX = "step-"
@@ -63,16 +64,31 @@ def save_checkpoint(
     dist.barrier()
     try:
         _write(engine, partial, state)
-    except OSError as error:
+        if engine.rank == 0:
+            _publish(partial, target)
+    except (OSError, RuntimeError) as error:
+        reason = _why_not_written(error, directory)
+        if reason is None:
+            raise
         raise CheckpointError(
-            f"checkpoint of step {state.step} cannot be written to {directory} ({error.strerror or error}); "
-            "earlier checkpoints are whole"
+            f"checkpoint of step {state.step} cannot be written to {directory} ({reason}); earlier checkpoints are "
+            "whole, and --resume goes on from them"
         ) from error
     if engine.rank == 0:
-        _publish(partial, target)
         _prune(directory, keep, keep_step)
     dist.barrier()
     return target
+
+
+def _why_not_written(error: OSError | RuntimeError, directory: Path) -> str | None:
+    """What the system said, and how much is free; None where the error is not about writing."""
+    if isinstance(error, OSError):
+        said = error.strerror or str(error)
+    elif "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error):
+        said = "a file could not be written to its end"  # torch's writer does not pass on why
+    else:
+        return None
+    return f"{said}; {format_bytes(shutil.disk_usage(directory).free)} free"
 
 
 def resume(engine: TrainEngine, directory: Path, expected: RunState, snapshots: Path | None = None) -> Resumed | None:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -116,5 +117,6 @@ def write_failure(path: Path, status: RankStatus, error: BaseException) -> int:
         samples=status.samples,
         traceback="".join(traceback.format_exception(error)),
     )
-    write_json(path, marker.to_dict())
+    with suppress(OSError):  # on a full disk the exit code has to do
+        write_json(path, marker.to_dict())
     return code

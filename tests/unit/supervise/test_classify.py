@@ -106,6 +106,21 @@ def test_only_echoes_of_a_lost_connection():
     assert cause_of(marker(message=CLOSED), launcher_code=1) is Cause.COMMUNICATOR
 
 
+def test_an_exit_code_without_a_whole_marker_tells_of_memory_by_the_phase():
+    ranks = (RankState(0, "step2.micro1.backward", 2), RankState(1, "step1.micro2.optimizer_step", 1))
+    lost = classify(Evidence(86, (marker(rank=0, message=CLOSED),), ranks, dead=(1,)))
+    assert (lost.cause, lost.rank, lost.phase, lost.memory) == (Cause.FIRST_STEP, 1, ranks[1].phase, None)
+    assert classify(Evidence(86, (marker(rank=0, message=CLOSED),), ranks)).rank == 1
+
+
+def test_a_rank_that_ended_by_itself_without_a_word_was_not_killed():
+    ranks = (RankState(0, "save", 3), RankState(1, "save", 3))
+    assert classify(Evidence(2, ranks=ranks, dead=(1,))).cause is Cause.ERROR
+    assert classify(Evidence(None, ranks=ranks, dead=(1,))).cause is Cause.KILLED
+    echo = marker(rank=0, message=CLOSED, exit_code=1)  # rank 1 was killed, and its peer's code is the launcher's
+    assert classify(Evidence(1, (echo,), ranks, dead=(1,))).cause is Cause.KILLED
+
+
 def test_nothing_at_all_is_a_killed_process():
     assert classify(Evidence(0, ranks=(RankState(0, "save"),))).cause is Cause.KILLED
 
