@@ -74,6 +74,7 @@ class TrainingView:
         self._say(f"goes on after step {event['step']}, from {event['path']}")
 
     def _on_recovery(self, event: dict[str, Any]) -> None:
+        self._predicted = event.get("predicted_bytes", self._predicted)
         changes = ", ".join(f"{name} {value}" for name, value in event["changes"].items())
         plan = f"{changes} ({event['layout']})" if changes else "the same plan"
         repeated, lost = event["steps_repeated"], format_seconds(event["seconds_lost"])

@@ -28,7 +28,7 @@ from vramplan.supervise.free_memory import free_bytes, wait_until_free
 from vramplan.supervise.ladder import Ladder, predicted_of
 from vramplan.supervise.learnt import learnt_path, recall, remember
 from vramplan.supervise.offers import Offer, first_allowed, offers
-from vramplan.supervise.supervisor import Listener, run_plan
+from vramplan.supervise.supervisor import Interrupted, Listener, interrupted, interrupts_raise, run_plan
 from vramplan.supervise.watch import SILENT_AFTER_S
 
 NOTHING_LEFT_CODE = 4
@@ -91,6 +91,16 @@ def train_to_the_end(
     Raises:
         TrainingFailed: as ``run_plan``, where another attempt would not help; code 4 where no plan is left.
     """
+    with interrupts_raise():  # between two attempts too
+        try:
+            return _until_finished(plan, run_dir, architecture, listener, terms, resuming)
+        except Interrupted as error:
+            raise interrupted(run_dir) from error
+
+
+def _until_finished(
+    plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Listener, terms: Terms, resuming: bool
+) -> Plan:
     tried = list(ledger.read(run_dir.attempts)) if resuming else []
     asked = plan
     if not resuming:
@@ -264,6 +274,8 @@ def _announce(
         "changes": dict(attempt.changes),
         "layout": attempt.layout if decided is None else Candidate.of(decided.plan.run).label(),
     }
+    if decided is not None:
+        fields["predicted_bytes"] = decided.plan.prediction.allocated_peak_bytes
     with suppress(OSError):  # a full disk
         append_event(run_dir.metrics, "recovery", **fields)
     listener({"event": "recovery", **fields})

@@ -112,7 +112,7 @@ def run_plan(
             trouble = _follow(child, tail, listener, run_dir.status_of(0), watch)
             code = child.poll()
         except Interrupted as error:
-            raise TrainingFailed(_interrupted(run_dir), INTERRUPTED_CODE) from error
+            raise interrupted(run_dir) from error
         finally:
             child.end()
             remove_buffers(port)
@@ -120,13 +120,13 @@ def run_plan(
         raise explain(run_dir, code, trouble, oom_kills() - kills_before)
 
 
-def _interrupted(run_dir: RunDir) -> str:
-    if not has_saved_state(run_dir):
-        return "interrupted; all ranks are ended, and nothing was saved: there was no checkpoint yet"
-    return (
-        f"interrupted; all ranks are ended, and `vramplan train {run_dir.plan} -o {run_dir.root} --resume` "
-        "goes on from the last checkpoint"
-    )
+def interrupted(run_dir: RunDir) -> TrainingFailed:
+    """The error of a run that the user ended; no rank is left."""
+    if has_saved_state(run_dir):
+        after = f"`vramplan train {run_dir.plan} -o {run_dir.root} --resume` goes on from the last checkpoint"
+    else:
+        after = "nothing was saved: there was no checkpoint yet"
+    return TrainingFailed(f"interrupted; all ranks are ended, and {after}", INTERRUPTED_CODE)
 
 
 def answer_sample(run_dir: RunDir, question: str, listener: Listener) -> None:
