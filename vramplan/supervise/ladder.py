@@ -89,9 +89,14 @@ class Ladder:
 
     @property
     def room_for_tensors(self) -> int:
-        """Bytes that another training may be predicted to need: what was seen less what the estimate did not see."""
-        limits = [a.predicted_bytes for a in self._failed if a.predicted_bytes is not None]
-        return min([self._room, *limits]) - self._seen.most
+        """Bytes that another training may be predicted to need: what was predicted where it failed, less what was
+        missing there."""
+        limits = [
+            a.predicted_bytes - max(int(a.predicted_bytes * MARGIN_FRAC), _missing(a))
+            for a in self._failed
+            if a.predicted_bytes is not None
+        ]
+        return min([self._room, *limits])
 
     @cached_property
     def _room(self) -> int:
@@ -146,6 +151,12 @@ class Ladder:
             f"{tried} plan{'s were' if tried > 1 else ' was'} tried, and no other{stage} needs less there without "
             "changing the training"
         )
+
+
+def _missing(attempt: Attempt) -> int:
+    if attempt.needed_bytes is None or attempt.capacity_bytes is None:
+        return 0
+    return max(0, attempt.needed_bytes - attempt.capacity_bytes)
 
 
 def predicted_of(plan: Plan, architecture: Architecture, verdict: Verdict) -> int | None:
