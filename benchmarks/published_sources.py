@@ -139,7 +139,9 @@ def arctic(row: Row) -> Asked | str:
     other, zero = row["other"], row["zero"]
     missing = [name for name in ("tiled_mlp", "activation_cpu_offload", "liger") if other[name]]
     if missing:
-        return f"{', '.join(missing)}: not counted yet"
+        return (
+            f"{', '.join(missing)}: not counted yet (liger there is its norms, rotary and MLP too, not its loss alone)"
+        )
     sp = other["sequence_parallel_size"]
     fields = {
         **model(row),

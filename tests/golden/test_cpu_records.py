@@ -17,6 +17,8 @@ ADAPTERS = Path(__file__).with_name("measured") / "cpu_adapters.jsonl"
 SEQUENCE = Path(__file__).with_name("measured") / "cpu_sequence_parallel.jsonl"
 """Taken by `vramplan bench run`: Ulysses on 2 and 4 ranks. (On 8 this small a model is outweighed by the CPU kernel's
 buffers, which the estimate does not count.)"""
+OPTIMIZERS = Path(__file__).with_name("measured") / "cpu_optimizers.jsonl"
+"""Taken by `vramplan bench run`: torch's AdamW, SGD with and without momentum and Adafactor under every ZeRO stage."""
 FAMILIES = Path(__file__).with_name("measured") / "cpu_families.jsonl"
 """Taken by `vramplan bench run`: small models of every dense family and its variants, each in 13 settings of attention,
 checkpointing, ZeRO stage, precision and method. (So small that what is not counted shows: a kilobyte of position ids,
@@ -43,8 +45,8 @@ def covered(path=RECORDS):
 
 @pytest.mark.parametrize(
     ("path", "count"),
-    [(RECORDS, 45), (BENCH, 49), (ADAPTERS, 10), (SEQUENCE, 6)],
-    ids=["records", "bench", "adapters", "sequence"],
+    [(RECORDS, 45), (BENCH, 49), (ADAPTERS, 10), (SEQUENCE, 6), (OPTIMIZERS, 20)],
+    ids=["records", "bench", "adapters", "sequence", "optimizers"],
 )
 def test_peaks_of_covered_records(path, count):
     errors = [
@@ -58,7 +60,11 @@ def test_peaks_of_covered_records(path, count):
     assert absolute[-1] <= 0.01
 
 
-@pytest.mark.parametrize("path", [RECORDS, BENCH, ADAPTERS, SEQUENCE], ids=["records", "bench", "adapters", "sequence"])
+@pytest.mark.parametrize(
+    "path",
+    [RECORDS, BENCH, ADAPTERS, SEQUENCE, OPTIMIZERS],
+    ids=["records", "bench", "adapters", "sequence", "optimizers"],
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_phases(path, stage):
     compared = 0

@@ -64,6 +64,9 @@ OPTIMIZER_BYTES_PER_PARAM = {
     "adamw_torch": 72,
     "adamw_torch_fused": 34,
     "adamw_8bit": 22,
+    "paged_adamw": 34,
+    "paged_adamw_8bit": 22,
+    "lion": 26,
     "sgd": 14,
     "adafactor": 40,
 }

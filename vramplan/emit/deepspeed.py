@@ -15,7 +15,7 @@ _STAGE3_SIZES = (
     "stage3_max_reuse_distance",
     "sub_group_size",
 )
-CLIENT_OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_8bit"})
+CLIENT_OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"})
 """Optimizers that DeepSpeed cannot build by name: the trainer builds them and hands them over."""
 
 
@@ -98,9 +98,12 @@ def _optimizer_section(optimizer: OptimizerSpec, lr: float) -> dict[str, Any]:
         return {"type": "AdamW", "params": adam}
     if optimizer.kind == "adamw_torch":
         return {"type": "AdamW", "params": adam | {"torch_adam": True}}
+    if optimizer.kind == "lion":
+        return {"type": "Lion", "params": {name: adam[name] for name in ("lr", "betas", "weight_decay")}}
     # any other name is looked up in torch.optim (runtime/engine.py, _configure_basic_optimizer)
     name = {"sgd": "SGD", "adafactor": "Adafactor"}[optimizer.kind]
-    return {"type": name, "params": {"lr": lr, "weight_decay": optimizer.weight_decay}}
+    momentum = {"momentum": optimizer.momentum} if optimizer.kind == "sgd" and optimizer.momentum else {}
+    return {"type": name, "params": {"lr": lr, "weight_decay": optimizer.weight_decay, **momentum}}
 
 
 def _parallel_section(run: RunSpec) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, Attention, MixtureOfExperts
 from vramplan.facts.device import Node
+from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import term
 from vramplan.memory.ledger import Estimate
@@ -77,6 +78,10 @@ def _host_terms(stretches: tuple[Stretch, ...], basis: Size) -> tuple[Term, ...]
     most = max(states, key=lambda state: evaluate(state.size, basis))
     sizes = {name: evaluate(size, basis) for name, size in most.parts.items()}
     return tuple(term(name, size, Place.HOST) for name, size in sizes.items() if size)
+
+
+def _adapts_head(job: Job) -> bool:
+    return any(param.adapter and param.name.startswith(f"{job.architecture.head.name}.") for param in job.parameters)
 
 
 def _adapts_embeddings(job: Job) -> bool:
@@ -154,9 +159,17 @@ def _check_covered(job: Job) -> None:
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,
         "zero.reduce_scatter: false": not job.zero.reduce_scatter,
-        f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer == "adafactor" and job.engine == "deepspeed",
+        f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer.startswith("paged")
+        and job.engine == "deepspeed",
+        f"the optimizer {job.optimizer} on the CPU": job.optimizer in ("lion", "paged_adamw", "paged_adamw_8bit")
+        and job.device == "cpu",
         "adamw_8bit on the CPU": job.optimizer == "adamw_8bit" and job.device == "cpu",
-        "the fused (liger) loss": job.loss != "hf",
+        f"the fused (liger) loss of the {job.architecture.family} family": job.loss == "liger"
+        and job.architecture.family not in FUSED_LOSS_FAMILIES,
+        "the fused (liger) loss under autocast of fp32 weights": job.loss == "liger"
+        and job.autocast is not None
+        and job.dtype is not job.autocast,
+        "the fused (liger) loss with an adapter on the head": job.loss == "liger" and _adapts_head(job),
     }
     named = [name for name, is_so in uncovered.items() if is_so]
     if named:

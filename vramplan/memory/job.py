@@ -11,6 +11,7 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.profile import ModelRun
 from vramplan.memory.quantized import nf4_bytes
@@ -75,6 +76,8 @@ class Job:
     keep_outputs: bool
     loss: str
     shifted_logits: bool
+    fused_loss_rows: int
+    """Tokens of a chunk of the fused loss (liger), which no polynomial of the batch gives; 0: another loss."""
     offload_optimizer: bool
     offload_param: bool
     clipping: bool
@@ -101,6 +104,7 @@ class Job:
             checkpointing=self.checkpointing,
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
+            fused_loss_rows=self.fused_loss_rows,
             sequence_parallel=self.layout.sp,
             lone_sequence=self.lone_sequence,
             adapter_dtype=self.adapter_dtype,
@@ -244,6 +248,7 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         keep_outputs=run.keep_outputs,
         loss=run.loss,
         shifted_logits=run.shifted_logits,
+        fused_loss_rows=fused_loss_rows(run.loss, run.micro_batch_size * (run.seq_len // layout.sp), architecture),
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
         clipping=run.training.max_grad_norm > 0,
@@ -256,6 +261,13 @@ def _fused_parameters(architecture: Architecture) -> frozenset[str]:
     """The names by which adapters are put on parameters of routed experts and their router, if there are any."""
     has_experts = any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in architecture.layers)
     return frozenset(["gate_up_proj", "down_proj", "gate.weight"]) if has_experts else frozenset()
+
+
+def fused_loss_rows(loss: str, num_tokens: int, architecture: Architecture) -> int:
+    """Tokens of a chunk of the loss on one rank; 0 for a loss over whole logits."""
+    if loss != "liger":
+        return 0
+    return rows_at_once(num_tokens, architecture.vocab_size, architecture.hidden_size)
 
 
 def _check_targets(architecture: Architecture, method: LoraMethod) -> None:

@@ -37,6 +37,7 @@ HOST = "host: "
 HOST_WEIGHTS = f"{HOST}weights"
 HOST_MASTER = f"{HOST}fp32 master weights"
 HOST_MOMENTS = f"{HOST}optimizer states"
+HOST_PAGED = f"{HOST}paged optimizer states"
 HOST_GRAD = f"{HOST}fp32 gradients"
 HOST_PARTITION = f"{HOST}gradient partition"
 HOST_STAGING = f"{HOST}staging buffers"
@@ -61,6 +62,12 @@ LABELS: dict[str, Label] = {
     HOST_WEIGHTS: Label(Category.PARAMETER, "width x elements / ranks, a flat pinned buffer (offload_param)"),
     HOST_MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks", Basis.EXACT),
     HOST_MOMENTS: Label(Category.OPTIMIZER, "2 x 4 B x trained elements / ranks (CPUAdam); made in the first step"),
+    HOST_PAGED: Label(
+        Category.OPTIMIZER,
+        "states of tensors of 100,000 elements and more, in memory that the driver moves to the host when room is "
+        "short (bitsandbytes); how much of it stays on the GPU nobody measured",
+        Basis.ASSUMED,
+    ),
     HOST_GRAD: Label(Category.GRADIENT, "4 B x trained elements / ranks, the master's .grad"),
     HOST_PARTITION: Label(Category.GRADIENT, "width x trained elements / ranks (grad_partitions_flat_buffer)"),
     HOST_STAGING: Label(

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from vramplan.errors import UnknownNameError
 
+PAGED_NUMEL = 100_000
+"""Tensors of at least as many elements keep their states in paged memory (bitsandbytes/optim/optimizer.py,
+``get_state_buffer``)."""
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerBytes:
@@ -17,7 +21,7 @@ class OptimizerBytes:
     """Elements that share one scale a moment, where moments are kept in 8 bits; 0: they are not."""
 
     def state_bytes(self, *tensors: int) -> int:
-        """What is kept for tensors of these numbers of elements."""
+        """What is kept for tensors of these numbers of elements, paged or not."""
         if not self.block:
             return self.state * sum(tensors)
         return sum(self._quantized_bytes(numel) for numel in tensors) + 2 * _TABLE_BYTES
@@ -44,8 +48,15 @@ _KNOWN = {
     "adamw_torch_fused": OptimizerBytes(8, 0),
     # torch/optim/sgd.py without momentum: grad.add(param, alpha=weight_decay) makes one tensor
     "sgd": OptimizerBytes(0, 4),
+    # torch/optim/_adafactor.py on one flat vector, which it does not factor: its variance; the square of the gradient
+    # and a copy of the variance
+    "adafactor": OptimizerBytes(4, 8),
 }
+# torch/optim/sgd.py with momentum: a buffer besides
+_SGD_MOMENTUM = OptimizerBytes(4, 4)
 _ONLY_ON_CUDA = {
+    # deepspeed/ops/lion/fused_lion.py: exp_avg like the fp32 master; one kernel
+    "lion": OptimizerBytes(4, 0),
     # bitsandbytes/optim/adamw.py, AdamW8bit: two moments in uint8, an fp32 scale each for 256 elements; one kernel
     "adamw_8bit": OptimizerBytes(2, 0, block=256),
 }
@@ -55,12 +66,14 @@ _FOREACH_ON_CUDA = {
 }
 
 
-def optimizer_bytes(kind: str, device: str) -> OptimizerBytes:
+def optimizer_bytes(kind: str, device: str, momentum: float = 0.0) -> OptimizerBytes:
     """Bytes an element for an optimizer kind on ``cuda`` or ``cpu``.
 
     Raises:
         UnknownNameError: no bytes are known for that kind yet.
     """
+    if kind == "sgd" and momentum:
+        return _SGD_MOMENTUM
     if device == "cuda" and kind in _FOREACH_ON_CUDA:
         return _FOREACH_ON_CUDA[kind]
     if device == "cuda" and kind in _ONLY_ON_CUDA:

@@ -60,10 +60,12 @@ class PlainTorch(Engine):
     def step(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
         if micro.boundary:
-            before = self.resident.without(labels.MOMENTS)
+            before = self.resident.without(labels.MOMENTS, labels.HOST_PAGED)
             states, scratch = self.steps.highest(micro.step == 1)
-            alive = {labels.MOMENTS: states, labels.STEP_SCRATCH: scratch}
+            paged = {labels.HOST_PAGED: self.steps.paged_bytes}
+            alive = {labels.MOMENTS: states, labels.STEP_SCRATCH: scratch, **paged}
             stretch.see("optimizer update", before, self.outputs, alive)
             after = before.without(labels.GRADIENTS)
-            self.resident = merged(after, {labels.MOMENTS: self.steps.state_bytes})
+            kept = {labels.MOMENTS: self.steps.state_bytes, labels.HOST_PAGED: self.steps.paged_bytes}
+            self.resident = merged(after, kept)
         stretch.close(self.resident, self.outputs)

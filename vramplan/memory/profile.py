@@ -16,6 +16,7 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
 from vramplan.memory.blocks.core import masks
+from vramplan.memory.blocks.fused_loss import fused_loss
 from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
 from vramplan.memory.blocks.layer import RESIDUAL, run_layer
 from vramplan.memory.blocks.linear import project
@@ -46,6 +47,8 @@ class ModelRun:
     keep_outputs: bool
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them."""
+    fused_loss_rows: int = 0
+    """Tokens of a chunk of the fused loss; 0: the model's own loss over whole logits."""
     sequence_parallel: int = 1
     lone_sequence: bool = False
     adapter_dtype: Dtype | None = None
@@ -160,7 +163,7 @@ class _Runner:
         return Point(where, len(tape.points), tape.total, dict(tape.by_label), tape.grad_numel)
 
     def _forward(self) -> Tensor:
-        ctx, architecture = self.ctx, self.run.architecture
+        ctx = self.ctx
         hooks, model = ctx.hooks, Module("model", ())
         wrappers = [Module("", ())]
         if isinstance(self.run.method, LoraMethod):  # PeftModel, LoraModel, and the causal language model
@@ -175,18 +178,27 @@ class _Runner:
         if hooks is not None:
             hooks.after_forward(model)
             x = identity(x, lambda: hooks.before_backward(model))
-        with self.tape.at("head"):
-            scores = logits(ctx, x, architecture)
-        with self.tape.at("loss"):
-            result = loss(ctx, scores, self.run.shifted_logits)
+        result = self._loss(x)
         del x  # the caller of the head holds its input until the loss is there
         ctx.casts.clear()
-        if self.run.keep_outputs:
-            self.kept.append(scores)
         if hooks is not None:
             for module in reversed(wrappers):
                 hooks.after_forward(module)
                 result = identity(result, partial(hooks.before_backward, module))
+        return result
+
+    def _loss(self, x: Tensor) -> Tensor:
+        """The head and the model's own loss, or both fused, where no logits are left for the loop to keep."""
+        ctx, architecture = self.ctx, self.run.architecture
+        if self.run.fused_loss_rows:
+            with self.tape.at("loss"):
+                return fused_loss(ctx, x, architecture, self.run.fused_loss_rows)
+        with self.tape.at("head"):
+            scores = logits(ctx, x, architecture)
+        with self.tape.at("loss"):
+            result = loss(ctx, scores, self.run.shifted_logits)
+        if self.run.keep_outputs:
+            self.kept.append(scores)
         return result
 
     def _decoder(self) -> Tensor:

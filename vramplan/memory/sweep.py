@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vramplan.errors import SpecError
-from vramplan.memory.job import Job
+from vramplan.memory.job import Job, fused_loss_rows
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, basis_at, evaluate, undominated
 from vramplan.memory.walked import walk
@@ -76,10 +76,20 @@ def allocated_peaks(job: Job, candidates: Candidates) -> Ints:
 
 
 def _shapes(job: Job, candidates: Candidates) -> list[Ints]:
-    """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, and the windows reached."""
+    """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, the windows reached, and
+    the chunks of a fused loss."""
     lone = (candidates.micro_batch_size == 1) & replace(job, micro_batch_size=1).lone_sequence
     windows = np.array(sorted(job.architecture.windows), dtype=np.int64)
-    return [lone.astype(np.int64), np.searchsorted(windows, candidates.seq_len, side="right")]
+    return [lone.astype(np.int64), np.searchsorted(windows, candidates.seq_len, side="right"), _chunks(job, candidates)]
+
+
+def _chunks(job: Job, candidates: Candidates) -> Ints:
+    """Tokens of a chunk of the loss, for each layout."""
+    num_tokens = candidates.micro_batch_size * candidates.seq_len
+    if job.loss != "liger":
+        return np.zeros_like(num_tokens)
+    different, which = np.unique(num_tokens, return_inverse=True)
+    return np.array([fused_loss_rows(job.loss, int(each), job.architecture) for each in different])[which]
 
 
 def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
@@ -91,6 +101,7 @@ def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
         grad_accum_steps=min(int(candidates.grad_accum_steps[row]), _TOLD_APART),
         micro_batch_size=int(candidates.micro_batch_size[row]),
         seq_len=int(candidates.seq_len[row]),
+        fused_loss_rows=int(_chunks(job, candidates)[row]),
     ).shapeless
 
 

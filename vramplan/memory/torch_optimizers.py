@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vramplan.errors import UnknownNameError
-from vramplan.memory.optimizers import optimizer_bytes
+from vramplan.memory.optimizers import PAGED_NUMEL, optimizer_bytes
 
 Numels = tuple[int, int]
 """Elements of a parameter, and of a row and a column of each of its matrices (of a vector: all)."""
@@ -34,6 +34,8 @@ class TorchOptimizer:
     """As ``one_by_one``, for parameters of a lower format than the slots, which are copied to be updated."""
     named: str = ""
     """The kind under which ``optimizer_bytes`` knows the slots, where they are none of the parameter's format."""
+    paged: bool = False
+    """Whether the slots of large parameters lie in memory that the driver may keep on the host."""
 
 
 _ADAMW = TorchOptimizer(slots=2, one_by_one=((1, 2),))
@@ -46,6 +48,15 @@ _ADAFACTOR = TorchOptimizer(
 )
 """transformers/optimization.py, ``Adafactor.step``: the update of the parameter before, then the square and its sum
 with eps; of a bf16 parameter fp32 copies of gradient and weight besides."""
+
+
+_ONLY_ON_CUDA = {
+    # bitsandbytes/optim/adamw.py and lion.py: states in fp32, or in 8 bits with a scale for each block; one kernel
+    "adamw_8bit": TorchOptimizer(slots=2, named="adamw_8bit"),
+    "paged_adamw": TorchOptimizer(slots=2, fp32=True, paged=True),
+    "paged_adamw_8bit": TorchOptimizer(slots=2, named="adamw_8bit", paged=True),
+    "lion": TorchOptimizer(slots=1, fp32=True),
+}
 
 
 def torch_optimizer(kind: str, device: str, momentum: float) -> TorchOptimizer:
@@ -61,11 +72,19 @@ def torch_optimizer(kind: str, device: str, momentum: float) -> TorchOptimizer:
         "adamw_torch_fused": _ADAMW_FUSED,
         "sgd": _sgd(every, momentum),
         "adafactor": _ADAFACTOR,
-        **({"adamw_8bit": TorchOptimizer(slots=2, named="adamw_8bit")} if every else {}),
+        **(_ONLY_ON_CUDA if every else {}),
     }
     if kind not in known:
         raise UnknownNameError("optimizer", kind, known, f"whose bytes are known under engine torch on {device}")
     return known[kind]
+
+
+def handed_to_deepspeed(kind: str, device: str, momentum: float) -> TorchOptimizer:
+    """As ``torch_optimizer``, where DeepSpeed looks the kind up in torch.optim: another Adafactor
+    (torch/optim/_adafactor.py: the update of the parameter before, then the estimate of the one in hand)."""
+    if kind == "adafactor":
+        return TorchOptimizer(slots=1, one_by_one=((1, 1),), factored=True)
+    return torch_optimizer(kind, device, momentum)
 
 
 def _sgd(foreach: bool, momentum: float) -> TorchOptimizer:
@@ -86,10 +105,20 @@ class Steps:
 
     @property
     def state_bytes(self) -> int:
-        """What is kept between steps."""
+        """What is kept on the device between steps."""
         if self.optimizer.named:
-            return optimizer_bytes(self.optimizer.named, "cuda").state_bytes(*(numel for numel, _ in self.params))
-        return sum(self._slots(param) for param in self.params)
+            every = optimizer_bytes(self.optimizer.named, "cuda").state_bytes(*(numel for numel, _ in self.params))
+        else:
+            every = sum(self._slots(param) for param in self.params)
+        return every - self.paged_bytes
+
+    @property
+    def paged_bytes(self) -> int:
+        """What is kept in memory that the driver may keep on the host."""
+        if not self.optimizer.paged:
+            return 0
+        width = 1 if self.optimizer.named else FP32
+        return self.optimizer.slots * width * sum(numel for numel, _ in self.params if numel >= PAGED_NUMEL)
 
     def highest(self, first: bool) -> tuple[int, int]:
         """Bytes of states and of temporaries at the highest instant of a step; ``first``: of the first."""

@@ -1,4 +1,5 @@
-"""ZeRO-0: every rank holds everything (deepspeed 0.19.8, runtime/fp16/fused_optimizer.py; raw optimizer for fp32)."""
+"""ZeRO-0: every rank holds everything (deepspeed 0.19.8, runtime/fp16/fused_optimizer.py and unfused_optimizer.py; the
+optimizer as it is for fp32)."""
 
 from __future__ import annotations
 
@@ -9,25 +10,37 @@ from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.term import Phase
+from vramplan.memory.torch_optimizers import Steps, handed_to_deepspeed
 
 REDUCE_NUMEL = 500_000_000
 """``MEMORY_OPT_ALLREDUCE_SIZE`` (runtime/engine.py): elements that one all-reduce flattens."""
 
 
 class Zero0(Engine):
-    """Low precision: flat weights, a flat fp32 master and states made at once. fp32: torch's parameters as they are."""
+    """Low precision under FusedAdam: flat weights, a flat fp32 master and states made at once; under any other
+    optimizer a master and states for each parameter (``_configure_fp16_optimizer``). fp32: torch's parameters as they
+    are."""
 
     def __init__(self, job: Job, rank: int) -> None:
         super().__init__(job, rank)
         self.low = self.width < self.master_bytes
-        self.optimizer = optimizer_bytes(job.optimizer, job.device)
+        self.flat = job.optimizer == "adamw"
+        self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
+        kind = handed_to_deepspeed(job.optimizer, job.device, job.momentum)
+        trained = tuple((param.numel, param.factored_numel) for param in job.parameters if param.trained)
+        self.steps = Steps(kind, trained, self.master_bytes)
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
         frozen = {labels.FROZEN: self.frozen_bytes}
         weights = {labels.WEIGHTS: self.trained_numel * self.width}
         self.resident = merged(frozen, weights)
-        if self.low:
+        if self.low and not self.flat:
+            master = {labels.MASTER: self.trained_numel * self.master_bytes}
+            zeros = {labels.INIT: self.trained_numel * (self.width + self.master_bytes)}  # of weights and of master
+            stretch.see("a first step with zero gradients", self.resident, master, zeros, self._update(1))
+            self.resident = merged(self.resident, master, {labels.MOMENTS: self.steps.state_bytes})
+        elif self.low:
             copies = {labels.INIT: 2 * self.trained_numel * self.width}  # clones, then their flat copy
             stretch.see("weights flattened", self.resident, copies)
             master = {labels.MASTER: self.trained_numel * self.master_bytes}
@@ -36,6 +49,11 @@ class Zero0(Engine):
             stretch.see("a first step with zero gradients", self.resident, master, states, trial)
             self.resident = merged(self.resident, master, states)
         stretch.close(self.resident)
+
+    def _update(self, step: int) -> dict[str, int]:
+        """States and temporaries at the highest instant of a step of torch's own loop over parameters."""
+        states, scratch = self.steps.highest(step == 1)
+        return {labels.MOMENTS: states, labels.STEP_SCRATCH: scratch}
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
@@ -65,6 +83,21 @@ class Zero0(Engine):
         if not micro.boundary:
             stretch.close(self.resident, self.outputs)
             return
+        if self.flat:
+            self._flat_step(stretch, micro)
+        else:
+            self._parameters_step(stretch, micro)
+        stretch.close(self.resident, self.outputs)
+
+    def _parameters_step(self, stretch: Stretch, micro: Micro) -> None:
+        """Every parameter by itself; in low precision each gradient is cast first, and both stay until the end."""
+        first = micro.step == 1 and not self.low
+        before = self.resident.without(labels.MOMENTS)
+        wide = {labels.FLAT_GRAD: self.trained_numel * self.master_bytes} if self.low else {}
+        stretch.see("optimizer update", before, self.outputs, wide, self._update(1 if first else 2))
+        self.resident = merged(before.without(labels.GRADIENTS), {labels.MOMENTS: self.steps.state_bytes})
+
+    def _flat_step(self, stretch: Stretch, micro: Micro) -> None:
         base = merged(self.resident, self.outputs)
         scratch = {labels.STEP_SCRATCH: self.trained_numel * self.optimizer.scratch}
         if self.low:
@@ -79,4 +112,3 @@ class Zero0(Engine):
                 self.resident = merged(self.resident, states)
             stretch.see("optimizer update", self.resident, self.outputs, scratch)
             self.resident = self.resident.without(labels.GRADIENTS)
-        stretch.close(self.resident, self.outputs)

@@ -27,7 +27,7 @@ class Zero12(Engine):
         self.partition_bytes = self.width * sum(sizes[name] for name in owned)
         self.num_owned = len(owned)
         self.largest_owned = max(owned.values(), default=0)
-        self.optimizer = optimizer_bytes(job.optimizer, job.device)
+        self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
         self._reducing: list[Instant] | None = None

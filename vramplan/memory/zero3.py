@@ -32,7 +32,7 @@ class Zero3(Engine):
         self.largest_share = max((shard(param.numel, degree) for param in params if param.trained), default=0)
         self.largest_trained = max((param.numel for param in params if param.trained), default=0)
         self.sub_group = self._largest_sub_group()
-        self.optimizer = optimizer_bytes(job.optimizer, job.device)
+        self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
         self.grad_width = job.grad_dtype.nbytes
         self.trained_width = (job.adapter_dtype or job.dtype).nbytes

@@ -10,6 +10,12 @@ from vramplan.emit.deepspeed import CLIENT_OPTIMIZERS
 from vramplan.errors import SpecError
 from vramplan.spec.run import RunSpec
 
+_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+
 
 def client_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer | None:
     """The optimizer to hand to ``deepspeed.initialize``; None where its config names it.
@@ -30,10 +36,10 @@ def client_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer |
             fused=True,
         )
     try:
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes.optim as quantized
     except ImportError as error:
-        raise SpecError("optimizer.kind: adamw_8bit needs bitsandbytes; install it, or use adamw") from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(
+        raise SpecError(f"optimizer.kind: {kind} needs bitsandbytes; install it, or use adamw") from error
+    optimizer: torch.optim.Optimizer = getattr(quantized, _BITSANDBYTES[kind])(
         params, lr=run.peak_lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
     )
     return optimizer
@@ -50,7 +56,12 @@ def plain_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer:
 
         adafactor: torch.optim.Optimizer = Adafactor(params, scale_parameter=False, relative_step=False, **common)
         return adafactor
-    if kind == "adamw_8bit":
+    if kind == "lion":
+        import bitsandbytes.optim as quantized
+
+        lion: torch.optim.Optimizer = quantized.Lion32bit(params, **common)
+        return lion
+    if kind in _BITSANDBYTES:
         made = client_optimizer(run, params)
         assert made is not None
         return made

@@ -18,7 +18,17 @@ Engine = Literal["deepspeed", "torch"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Checkpointing = Literal["none", "full"]
 Offload = Literal["none", "cpu"]
-Optimizer = Literal["adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd", "adafactor"]
+Optimizer = Literal[
+    "adamw",
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw",
+    "paged_adamw_8bit",
+    "lion",
+    "sgd",
+    "adafactor",
+]
 
 
 class ZeroSpec(UserModel):
@@ -81,7 +91,8 @@ class OptimizerSpec(UserModel):
     """The optimizer and its numbers."""
 
     kind: Optimizer = "adamw"
-    """``adamw`` is DeepSpeed's FusedAdam (its CPUAdam where states are offloaded)."""
+    """``adamw`` is DeepSpeed's FusedAdam (its CPUAdam where states are offloaded), ``lion`` its FusedLion; paged ones
+    are bitsandbytes', whose large states lie in memory that the driver moves to the host when room is short."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. None: by method, 1e-5 full, 2e-4 adapters."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -97,7 +108,7 @@ class OptimizerSpec(UserModel):
     def state_can_be_cut_anew(self) -> bool:
         """Whether what it keeps is fp32, element by element, so that any ZeRO stage and number of ranks can take it
         over; 8-bit states share scales, Adafactor's are sums of rows and columns."""
-        return self.kind not in ("adamw_8bit", "adafactor") and not self.momentum
+        return self.kind not in ("adamw_8bit", "paged_adamw_8bit", "adafactor") and not self.momentum
 
 
 class HardwareSpec(UserModel):

@@ -62,7 +62,7 @@ def test_layers_with_adapters_keep_more_than_layers_without():
         ({"zero": {"round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero": {"reduce_scatter": False}}, "reduce_scatter"),
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
-        ({"optimizer": {"kind": "adafactor"}}, "adafactor"),
+        ({"optimizer": {"kind": "paged_adamw"}}, "paged_adamw"),
         ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -3,7 +3,7 @@
 import pytest
 
 from vramplan.errors import UnknownNameError
-from vramplan.memory.torch_optimizers import Steps, torch_optimizer
+from vramplan.memory.torch_optimizers import Steps, handed_to_deepspeed, torch_optimizer
 
 PARAMS = ((1000, 70), (10, 10), (4000, 130))
 """A matrix, a vector, a larger matrix."""
@@ -44,6 +44,24 @@ def test_buffers_made_in_turn_are_not_all_there_at_the_first_step():
 def test_adafactor_keeps_rows_and_columns_in_fp32():
     assert steps("adafactor", width=2).state_bytes == 4 * (70 + 10 + 130)
     assert steps("adafactor", width=2).highest(False)[1] == 4 * (10 + 4 * 4000)
+
+
+def test_large_states_of_a_paged_optimizer_lie_apart():
+    params = ((99_999, 400), (100_000, 400))
+    paged = Steps(torch_optimizer("paged_adamw", "cuda", 0.0), params, 2)
+    assert (paged.state_bytes, paged.paged_bytes) == (8 * 99_999, 8 * 100_000)
+    in_8_bits = Steps(torch_optimizer("paged_adamw_8bit", "cuda", 0.0), params, 2)
+    assert in_8_bits.paged_bytes == 2 * 100_000
+    assert in_8_bits.state_bytes == 2 * 99_999 + 2 * 4 * (391 + 391) + 2 * 256 * 4
+
+
+def test_lion_keeps_one_fp32_moment():
+    assert steps("lion", "cuda", width=2).highest(False) == (4 * 5010, 0)
+
+
+def test_torchs_own_adafactor_has_rows_and_columns_of_the_parameters_format():
+    found = Steps(handed_to_deepspeed("adafactor", "cpu", 0.0), PARAMS, 4)
+    assert found.highest(False) == (4 * (70 + 10 + 130), 4 * (10 + 4000))
 
 
 def test_an_optimizer_that_is_not_known_is_one_sentence():

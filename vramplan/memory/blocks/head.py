@@ -12,7 +12,7 @@ from vramplan.memory.blocks.layer import RESIDUAL
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.size import Size, per_position
-from vramplan.memory.tape import Tensor
+from vramplan.memory.tape import Parameter, Tensor
 
 LOGITS = "logits"
 LOSS = "loss"
@@ -70,13 +70,20 @@ def _look_up(
     )
 
 
+def head_weight(ctx: BlockContext, architecture: Architecture) -> Parameter:
+    """The head's weight; a tied one is the token table's."""
+    head = architecture.head
+    if not architecture.tied_embeddings:
+        return ctx.linear_parameters(head)[0]
+    table = architecture.embeddings[0]
+    return ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
+
+
 def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
     """``lm_head(x)``; a tied head shares the embedding's parameter."""
     head = architecture.head
     if architecture.tied_embeddings:
-        table = architecture.embeddings[0]
-        weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
-        ctx.parameters[f"{head.name}.weight"] = weight
+        ctx.parameters[f"{head.name}.weight"] = head_weight(ctx, architecture)
     scores = project(ctx, x, head, LOGITS)
     if architecture.logits_softcap:
         scores = ops.scaled(scores, LOGITS)
