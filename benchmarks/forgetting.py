@@ -43,16 +43,19 @@ from vramplan.train.seeds import seed_micro_batch
 LR, LOW_LR, LORA_LR = 3e-4, 1e-4, 1e-3
 REPLAY_SHARE = 0.25
 LORA = {"kind": "lora", "r": 16}
-EWC = {"data": "general", "weight": 0.1, "samples": 6}
+EWC_SAMPLES = 6
+EWC = {"data": "general", "samples": EWC_SAMPLES, "weight": 0.1}
+STIFF_EWC = {**EWC, "weight": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
+    "ewc (1)": {"retain": {"ewc": STIFF_EWC}},
     "replay": {"replay": True},
-    "ewc": {"retain": {"ewc": EWC}},
-    "l2sp": {"retain": {"l2sp": {"weight": 0.1}}},
-    "kl": {"retain": {"kl": {"weight": 0.5}}},
+    "l2sp (0.1)": {"retain": {"l2sp": {"weight": 0.1}}},
+    "kl (0.5)": {"retain": {"kl": {"weight": 0.5}}},
     "lower rate": {"lr": LOW_LR},
     "lora": {"method": LORA, "lr": LORA_LR},
-    "replay + kl + interpolation (0.3)": {"replay": True, "interpolate": 0.3, "retain": {"kl": {"weight": 0.5}}},
+    "ewc (0.1)": {"retain": {"ewc": EWC}},
+    "ewc (1) + replay + interpolation (0.3)": {"replay": True, "interpolate": 0.3, "retain": {"ewc": STIFF_EWC}},
 }
 
 
@@ -158,7 +161,7 @@ class Bench:
         samples = chosen.sample(self.domain, batch)
         if replay:  # a share of a batch too small for it comes due every few steps
             due = math.floor((step + 1) * batch * REPLAY_SHARE) - math.floor(step * batch * REPLAY_SHARE)
-            samples[:due] = chosen.sample(self.general[: -EWC["samples"]], due)
+            samples[:due] = chosen.sample(self.general[:-EWC_SAMPLES], due)
         seed_micro_batch(run.training.seed, step, 0, 0)
         targets = sum(sample.num_targets for sample in samples)
         engine.backward(engine.forward(collate(samples, run.seq_len, 0), targets))

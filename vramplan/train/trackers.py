@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vramplan.errors import SpecError
 from vramplan.measure.run_dir import RunDir
 from vramplan.spec.run import RunSpec
@@ -29,7 +31,9 @@ def start_trackers(run: RunSpec, run_dir: RunDir, device_type: str) -> list[Any]
         return []
     from accelerate import PartialState
 
+    threads = torch.get_num_threads()
     PartialState(cpu=device_type == "cpu")  # what accelerate's loggers ask; the group is joined already
+    torch.set_num_threads(threads)  # it takes every core where OMP_NUM_THREADS is not set
     return [_started(name, run, run_dir) for name in run.training.trackers]
 
 
