@@ -126,7 +126,12 @@ class Bench:
 
     def base(self) -> dict[str, float]:
         """Perplexities before training."""
-        return self._measure(self._engine(self._run({}, 0)))
+        engine = self._engine(self._run({}, 0))
+        found = self._measure(engine)
+        engine.deepspeed.destroy()
+        del engine
+        gc.collect()
+        return found
 
     def train(self, method: dict[str, Any], seed: int) -> dict[str, float]:
         """Perplexities after training with a method, and the seconds of its steps."""

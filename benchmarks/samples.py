@@ -78,8 +78,8 @@ def describe(options: argparse.Namespace) -> str:
     rows = ", ".join(f"{count} {kind}" for kind, count in COUNTS.items())
     return (
         f"{rows} rows, {options.steps} steps of {BATCH}; a Llama of two layers and width 64 from random weights. "
-        "Losses: nats a token on all hundred questions of a kind with their right answers; every other token is the end "
-        "of the row and learnt at once, so that guessing gives 1.15."
+        "Losses: nats a token on all hundred questions of a kind with their right answers; every other token is the "
+        "end of the row and learnt at once, so that guessing gives 1.15."
     )
 
 

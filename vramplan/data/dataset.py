@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vramplan.data.augment import TokenDropout, token_dropout
-from vramplan.data.encode import Encoding, iter_samples
+from vramplan.data.encode import Encoding, draw, iter_samples
 from vramplan.data.fim import fim_of
 from vramplan.data.hard import Mining
 from vramplan.data.lengths import Lengths, measure_lengths
@@ -44,10 +44,14 @@ class RunData:
     notes: tuple[str, ...] = ()
     held_out_replay: Sequence[Sample] = ()
     """General samples that are not trained on: ``data.replay.eval_frac`` of them."""
+    worded: tuple[Sequence[Sample], ...] = ()
+    """``train`` under each of several prompt templates, one of which a visit is shown; none where rows are packed."""
 
     def shown(self, step: int, index: int) -> Sample:
         """Training sample ``index`` as step ``step`` shows it to the model."""
         sample = self.train[index]
+        if self.worded:
+            sample = self.worded[draw(self.stream.seed, "template", step, index) % len(self.worded)][index]
         return sample if self.dropout is None else self.dropout.apply(sample, step, index)
 
 
@@ -58,21 +62,34 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
         DataError: a row is malformed, or the held-out part takes every row.
     """
     _check_packing(run)
-    reader = Reader(run, tokenizer)
     spec, seed = run.data, run.training.seed
+    reader = Reader(run, tokenizer)
+    units, held_out, general = _read(reader)
+    worded = tuple(_one(_read(Reader(run, tokenizer, template))[0]) for template in _varied_templates(spec))
+    mining = None if spec.hard_examples is None else Mining(spec.hard_examples, seed)
+    stream = Stream(_parts(spec, [len(samples) for samples in units]), seed, mining)
+    lengths = measure_lengths(units, _one([held_out, *worded]), run.seq_len)
+    dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
+    notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
+    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes, general, worded)
+
+
+def _read(reader: Reader) -> tuple[list[Sequence[Sample]], Sequence[Sample], Sequence[Sample]]:
+    """(what is trained on, source by source with replay last; held-out samples; held-out general samples)."""
+    spec, seed = reader.run.data, reader.run.training.seed
     read = [reader.samples(source) for source in spec.train_sources]
     replay, general = _replay(spec, reader, seed)
     if spec.eval is not None:
         train, held_out = read, reader.samples(as_source(spec.eval))
     else:
         train, held_out = _split_all(read, spec.eval_frac, seed)
-    units: list[Sequence[Sample]] = [reader.packed(samples) for samples in (*train, *replay)]
-    mining = None if spec.hard_examples is None else Mining(spec.hard_examples, seed)
-    stream = Stream(_parts(spec, [len(samples) for samples in units]), seed, mining)
-    lengths = measure_lengths(units, held_out, run.seq_len)
-    dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
-    notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
-    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes, general)
+    return [reader.packed(samples) for samples in (*train, *replay)], held_out, general
+
+
+def _varied_templates(spec: DataSpec) -> tuple[str, ...]:
+    """Templates that visits choose among; none where there is no choice, or packs are laid once for all."""
+    templates = spec.augment.prompt_templates
+    return templates if len(templates) > 1 and spec.packing == "none" else ()
 
 
 def _replay(spec: DataSpec, reader: Reader, seed: int) -> tuple[list[Sequence[Sample]], Sequence[Sample]]:
@@ -107,10 +124,13 @@ def read_samples(path: str, run: RunSpec, tokenizer: PreTrainedTokenizerBase) ->
 class Reader:
     """Reads sources with one tokenizer and gathers what the user should know of them."""
 
-    def __init__(self, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, run: RunSpec, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        """``template``: for every prompt, instead of each row's own of ``prompt_templates``."""
         self.run, self.tokenizer = run, tokenizer
         self._notes: dict[str, None] = {}
         self._encoding = encoding_of(run, tokenizer)
+        if template is not None:
+            self._encoding = replace(self._encoding, prompt_templates=(template,))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -87,7 +87,8 @@ class AugmentSpec(UserModel):
     drawn anew at every visit."""
     prompt_templates: tuple[str, ...] = ()
     """Texts with ``{prompt}`` in them; each ``completion`` row's prompt, and each conversation's first user turn, is
-    put into one of them, chosen by seed and row."""
+    put into one of them, drawn anew at every visit (in a pack by row: packs are laid once). Rows are kept once a
+    template; held-out rows have one each."""
 
     @model_validator(mode="after")
     def _templates_take_the_prompt(self) -> Self:

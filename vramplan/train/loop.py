@@ -275,7 +275,7 @@ class Loop:
     def _global_batch(self, step: int) -> GlobalBatch:
         train = self.data.train
         ids = self.data.stream.batch(step, batch_size(self.run, self.engine.world_size))
-        samples = [train[index] for index in ids]
+        samples = [self.data.shown(step, index) for index in ids] if self.data.worded else [train[i] for i in ids]
         # The measured steps are as long as the plan says, so memory's peak is met at once and not by a late long batch.
         length = self.run.seq_len if step < PROBED_STEPS else padded_length(samples, self.run.seq_len)
         num_tokens = sum(sample.num_tokens for sample in samples)

@@ -63,6 +63,26 @@ def test_prompt_templates_change_the_prompt_alone(tokenizer, tmp_path):
     assert {prompt[:2] == "Q:" for prompt in prompts} == {True, False}
 
 
+def test_a_visit_is_shown_another_wording_with_the_same_answer(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(40)))
+    augment = {"prompt_templates": ["Q: {prompt}\nA: ", "{prompt} = "]}
+    data = load_data(run(data={"train": str(path), "eval_frac": 0.1, "augment": augment}), tokenizer)
+    prompts, answers = set(), [piece["text"] for piece in pieces(data.train[3], tokenizer) if piece["trained"]]
+    for step in range(20):
+        prompt, answer = pieces(data.shown(step, 3), tokenizer)
+        assert answer == {"text": answers[0], "trained": True, "begins_document": False}
+        prompts.add(prompt["text"])
+    assert len(prompts) == 2
+    again = load_data(run(data={"train": str(path), "eval_frac": 0.1, "augment": augment}), tokenizer)
+    for step in range(20):
+        assert np.array_equal(data.shown(step, 5).ids, again.shown(step, 5).ids)
+    packed = load_data(
+        run(data={"train": str(path), "eval_frac": 0.1, "augment": augment, "packing": "best_fit"}), tokenizer
+    )
+    assert packed.worded == ()
+
+
 def test_description_and_report(tokenizer):
     spec = run(
         data={"packing": "best_fit", "replay": {"path": "builtin:python-reference", "share": 0.25, "name": "general"}}
