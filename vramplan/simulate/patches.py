@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramplan.simulate.cuda_attention import cuda_attention
@@ -45,6 +46,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         put(torch.Tensor, "record_stream", lambda self, stream: None)
         # what rank 0 sends it hears itself; AutoTP compares a batch so, and a fake cannot be pickled
         put(torch.distributed, "broadcast_object_list", lambda *args, **kwargs: None)
+        put(DistributedDataParallel, "_pre_forward", _keeping_buckets(DistributedDataParallel._pre_forward))
         put(fused_adam, "FusedAdamBuilder", _NoKernel)
         put(cpu_adam, "CPUAdamBuilder", _NoKernel)
         put(zero_utils, "assert_lst_len_same_as_other_ranks", _length_from_rank0)
@@ -63,6 +65,30 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
         yield
+
+
+def _keeping_buckets(pre_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """DDP's ``_pre_forward`` without new buckets in the order of backward, which ranks agree on by values; they would
+    take as many bytes as the first ones."""
+
+    def kept(self: DistributedDataParallel, *inputs: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(self, "reducer", _KeptBuckets(self.reducer)):
+            return pre_forward(self, *inputs, **kwargs)
+
+    return kept
+
+
+class _KeptBuckets:
+    """DDP's reducer, whose buckets stay."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
 def _yes_after(question: Callable[..., Any], *, said: bool = True) -> Callable[..., bool]:

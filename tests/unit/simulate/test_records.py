@@ -10,6 +10,7 @@ from vramplan.simulate import record_request, simulate_jobs
 
 RECORDS = Path(__file__).parents[2] / "golden" / "cpu_records.jsonl"
 MASKED = RECORDS.parent / "measured" / "cpu_masks.jsonl"
+TORCH = RECORDS.parent / "measured" / "cpu_torch.jsonl"
 QUICK = ("CA009", "CA022", "CA028", "CA050", "EA011")
 """Stages 0, 2 and 3, checkpointing, adapters, accumulation, and families beyond llama's and qwen's."""
 
@@ -43,6 +44,13 @@ def check(pairs, median, p95):
 def test_records_of_every_kind():
     records = [record for record in read_records(RECORDS) if record.id in QUICK]
     assert len(records) == len(QUICK)
+    check(simulated(records), median=0.0001, p95=0.001)
+
+
+def test_plain_torch():
+    """Alone and under DDP, with accumulation and checkpointing."""
+    records = [record for record in read_records(TORCH) if record.id in ("T022", "T028")]
+    assert len(records) == 2
     check(simulated(records), median=0.0001, p95=0.001)
 
 
