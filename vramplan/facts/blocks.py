@@ -393,9 +393,21 @@ class MixtureOfExperts:
     ``softmax``      fp32 softmax over all experts, the best of them, in the scores' format again (Qwen)
     ``softmax_fp32`` the same, and the weights stay in fp32 (Mixtral)
     ``best``         the best scores, and softmax over them alone (gpt-oss)
+    ``softmax_greedy``    fp32 scores and softmax, the best of them, scaled (DeepSeek-V2)
+    ``softmax_of_groups`` the same, but out of the groups with the best experts (DeepSeek-V2)
+    ``sigmoid_of_groups`` sigmoids of fp32 scores, out of the groups with the best pairs of experts (DeepSeek-V3)
     """
     normalises: bool = True
     """A token's weights are divided by their sum."""
+    num_groups: int = 1
+    """Groups of experts that a router chooses among first."""
+    groups_per_token: int = 1
+    """How many of them a token's experts are taken from."""
+
+    @property
+    def scores_in_fp32(self) -> bool:
+        """Whether the router casts its input and its weight to fp32 (DeepSeek)."""
+        return self.scoring in ("softmax_greedy", "softmax_of_groups", "sigmoid_of_groups")
 
     @property
     def router(self) -> Router:

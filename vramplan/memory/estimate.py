@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, Attention, MixtureOfExperts
+from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.device import Node
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
 from vramplan.memory.job import Job, job_from_run
@@ -137,8 +137,6 @@ def _check_covered(job: Job) -> None:
     method = job.method
     uncovered = {
         f"the {job.architecture.family} family": job.architecture.family not in COVERED_FAMILIES,
-        "routed experts beside latent attention": job.architecture.has_latent_attention
-        and any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in job.architecture.layers),
         "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
         "QLoRA under ZeRO-3": method.kind == "qlora" and job.stage == 3,
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",

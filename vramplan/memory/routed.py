@@ -93,8 +93,27 @@ def scattered(tape: Tape, numel: Size, dtype: Dtype) -> Tensor:
     return out
 
 
-def divided_by_sum(x: Tensor, groups: Size, label: str) -> Tensor:
-    """``x /= x.sum(dim=-1, keepdim=True)``, ``groups`` being the sums: in place, so autograd keeps a copy of x."""
+def picked(scores: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
+    """``scores.gather(1, indices)``: saves both; backward adds into zeros of the scores' shape."""
+    tape, whole, dtype = scores.storage.tape, scores.numel, scores.dtype
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(0), node.unpack(1)]
+        result = tape.new(whole, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    node = tape.record("gather", [scores], [scores, indices], backward)
+    out = tape.new(numel, dtype, label)
+    out.node = node
+    return out
+
+
+def divided_by_sum(x: Tensor, groups: Size, label: str, shifted: bool = False) -> Tensor:
+    """``x /= x.sum(dim=-1, keepdim=True)``, ``groups`` being the sums: in place, so autograd keeps a copy of x.
+
+    ``shifted``: a small number is added to the sums first.
+    """
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
 
     def spread(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -102,6 +121,8 @@ def divided_by_sum(x: Tensor, groups: Size, label: str) -> Tensor:
         return [Tensor(grad.storage, numel, dtype) if grad is not None else None]
 
     total = tape.attach("sum", tape.new(groups, dtype, label), [x], [], spread)
+    if shifted:
+        total = tape.attach("shift", tape.new(groups, dtype, label), [total], [], lambda node, grads: [grads[0]])
     before = tape.new(numel, dtype, label) if x.requires_grad else x
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:

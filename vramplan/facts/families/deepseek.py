@@ -52,8 +52,19 @@ def _linear(name: str, fan_in: int, fan_out: int, bias: bool = False) -> Linear:
     return Linear(f"self_attn.{name}", fan_in, fan_out, bias, Role.ATTENTION)
 
 
-def mixture_with_shared(fields: Fields, hidden: int, *, default_shared: int, bias: bool = False) -> MixtureOfExperts:
-    """Routed experts and, as one MLP, ``n_shared_experts`` shared ones."""
+def mixture_with_shared(
+    fields: Fields,
+    hidden: int,
+    *,
+    scoring: str,
+    default_shared: int,
+    default_groups: tuple[int, int] = (1, 1),
+    bias: bool = False,
+) -> MixtureOfExperts:
+    """Routed experts and, as one MLP, ``n_shared_experts`` shared ones.
+
+    ``default_groups``: how many groups of experts there are, and how many a token's experts are taken from.
+    """
     activation = fields.text("hidden_act", default="silu")
     experts = routed_experts(fields, "mlp.experts", hidden, "n_routed_experts", "moe_intermediate_size")
     shared_width = experts.intermediate * fields.size("n_shared_experts", default=default_shared)
@@ -65,4 +76,8 @@ def mixture_with_shared(fields: Fields, hidden: int, *, default_shared: int, bia
             Router("mlp.gate", hidden, experts.num_experts),
             gated_mlp(hidden, shared_width, activation, bias=bias, prefix="mlp.shared_experts"),
         ),
+        scoring=scoring,
+        normalises=scoring == "sigmoid_of_groups" and fields.flag("norm_topk_prob", default=True),
+        num_groups=fields.optional_size("n_group", default=default_groups[0]) or 1,
+        groups_per_token=fields.optional_size("topk_group", default=default_groups[1]) or 1,
     )

@@ -15,7 +15,9 @@ def build(fields: Fields) -> Architecture:
     mixer = latent_attention(fields, hidden, "complex")
     bias = fields.flag("mlp_bias", default=False)
     dense, norms = standard_mlp(fields, hidden, bias=bias), norm_pair(hidden)
-    sparse = mixture_with_shared(fields, hidden, default_shared=2, bias=bias)
+    grouped = fields.text("topk_method", default="greedy") == "group_limited_greedy"
+    scoring = "softmax_of_groups" if grouped else "softmax_greedy"
+    sparse = mixture_with_shared(fields, hidden, scoring=scoring, default_shared=2, bias=bias)
     first_sparse = fields.count("first_k_dense_replace", default=0)
     layers = one_per_kind(
         [index >= first_sparse for index in range(fields.required_size("num_hidden_layers"))],

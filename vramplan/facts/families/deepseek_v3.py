@@ -17,7 +17,7 @@ def build(fields: Fields) -> Architecture:
     rotary = "pairs" if fields.flag("rope_interleave", default=True) else "whole"
     mixer = latent_attention(fields, hidden, rotary)
     dense, norms = standard_mlp(fields, hidden), norm_pair(hidden)
-    sparse = mixture_with_shared(fields, hidden, default_shared=1)
+    sparse = mixture_with_shared(fields, hidden, scoring="sigmoid_of_groups", default_shared=1, default_groups=(8, 4))
     first_sparse = fields.count("first_k_dense_replace", default=3)
     layers = one_per_kind(
         [index >= first_sparse for index in range(fields.required_size("num_hidden_layers"))],

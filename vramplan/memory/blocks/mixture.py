@@ -14,6 +14,8 @@ from vramplan.memory.tape import Parameter, Tensor
 
 def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
     """``mlp(x)`` (``MixtralSparseMoeBlock.forward``, ``Qwen2MoeSparseMoeBlock.forward``)."""
+    if block.shared is not None and block.shared_gate is None:
+        return _beside_shared(ctx, x, block)
     ctx.flat = True
     try:
         return ops.view(_routed(ctx, ops.view(x), block))
@@ -42,6 +44,19 @@ def _routed(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
         shared = ops.mul_broadcast(shared, share, MLP, small_first=True)
         del share
         out = ops.add(out, shared, EXPERTS)
+    return out
+
+
+def _beside_shared(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
+    """``DeepseekV3MoE.forward``: the shared expert sees sequences, and comes last."""
+    ctx.flat = True
+    try:
+        routing = route(ctx, x, block)
+        out = ops.view(run_experts(ctx, ops.view(x), routing, block))
+    finally:
+        ctx.flat = False
+    out = ops.add(out, _shared(ctx, x, block), EXPERTS)
+    del routing  # named until the block returns
     return out
 
 

@@ -9,10 +9,15 @@ from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.grouped_router import (
+    ROUTER,
+    scores_fp32,
+    sigmoid_of_groups,
+    softmax_greedy,
+    softmax_of_groups,
+)
 from vramplan.memory.blocks.linear import product
 from vramplan.memory.tape import Tensor
-
-ROUTER = "router"
 
 
 @dataclass(slots=True)
@@ -32,7 +37,10 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
     found: list[Routing] = []
 
     def run(x: Tensor) -> Tensor:
-        scores = product(ctx, x, weight, bias, tokens(router.num_experts), ROUTER)
+        if block.scores_in_fp32:
+            scores = scores_fp32(ctx, x, weight, block)
+        else:
+            scores = product(ctx, x, weight, bias, tokens(router.num_experts), ROUTER)
         found.append(Routing(scores, *_SCORINGS[block.scoring](ctx, scores, block)))
         return found[0].weights
 
@@ -65,4 +73,7 @@ _SCORINGS: dict[str, Callable[[BlockContext, Tensor, MixtureOfExperts], tuple[Te
     "softmax": _softmax,
     "softmax_fp32": _softmax_fp32,
     "best": _best,
+    "sigmoid_of_groups": sigmoid_of_groups,
+    "softmax_greedy": softmax_greedy,
+    "softmax_of_groups": softmax_of_groups,
 }
