@@ -25,7 +25,8 @@ checkpointing, ZeRO stage, precision and method. (So small that what is not coun
 and in low precision the buffers of the CPU's matrix kernels.)"""
 LATENT = Path(__file__).with_name("measured") / "cpu_mla.jsonl"
 """Taken by `vramplan bench run`: DeepSeek-V2 and -V3 with and without a narrow query, with each kind of rotation,
-values as wide as queries and narrower, in the settings of the families and more."""
+values as wide as queries and narrower, dense and with each kind of router, in the settings of the families and
+more."""
 EXPERTS = Path(__file__).with_name("measured") / "cpu_moe.jsonl"
 """Taken by `vramplan bench run`: families with routed experts, in the settings of the families and more; those whose
 adapters reach routers and experts are kept for when they are counted."""
@@ -93,7 +94,7 @@ def test_quantized_weights():
 
 
 @pytest.fixture(
-    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 60, 2), (EXPERTS, 49, 4)], ids=["dense", "latent", "experts"]
+    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 95, 2), (EXPERTS, 49, 4)], ids=["dense", "latent", "experts"]
 )
 def families(request):
     path, least, num_types = request.param

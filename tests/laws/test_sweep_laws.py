@@ -45,7 +45,7 @@ def run_of(config, layout):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.sampled_from(["llama", "gpt2", "mistral", "mixtral", "qwen3_moe", "gpt_oss"]),
+    st.sampled_from(["llama", "gpt2", "mistral", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"]),
     st.lists(layouts, min_size=1, max_size=8),
 )
 def test_a_sweep_equals_its_estimates(family, rows):
