@@ -11,7 +11,9 @@ import pytest
 
 from vramplan.supervise.child import free_port
 
-from support.training import ROOT, events_of, losses
+from support.faulty import attempts_of, fault, samples_of, train_with
+from support.tiny_model import save_tiny_model
+from support.training import ROOT, events_of, losses, write_spec
 
 pytestmark = pytest.mark.ranks
 
@@ -56,3 +58,20 @@ def test_what_is_still_held_ends_the_process_with_what_it_met(runs):
     assert error.endswith("bytes of the failed pass are still held")
     assert events_of(runs / "2-held", "halved") == []
     assert sorted(losses(runs / "2-held")) == [1]
+
+
+@pytest.mark.slow
+def test_a_real_limit_is_met_twice_and_the_run_goes_on_in_the_same_process(tmp_path):
+    """Logits of 4 sequences take 59 MB: these and their log-softmax do not fit into 75 MB, those of 2 do not with
+    their gradient."""
+    wide = save_tiny_model(tmp_path / "wide", vocab_size=32768)
+    alone = {"micro_batch_size": 4, "hardware": {"gpu": "cpu", "gpus_per_node": 1}}
+    spec = write_spec(tmp_path / "spec.yaml", wide, 2, **alone, training={"eval_micro_batch_size": 1})
+    free, met = tmp_path / "free", tmp_path / "met"
+    for faults, run_dir in (([], free), ([fault(0, r"step3\.micro1\.forward", "data", more=75 * 10**6)], met)):
+        done = train_with(faults, spec, run_dir)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [(each["step"], each["micro_batch_size"]) for each in events_of(met, "halved")] == [(2, 2), (2, 1)]
+    assert [each.cause for each in attempts_of(met)] == ["finished"]
+    assert samples_of(met) == samples_of(free)
+    assert losses(met) == pytest.approx(losses(free), rel=1e-5)
