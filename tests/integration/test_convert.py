@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ranks
 SAVED = ["0", "2", "3"]
 LOADED_BY_TWO = ["0", "3", "2+optimizer"]
 LOADED_BY_ONE = ["0", "2"]
-WORKER_TIMEOUT_S = 240
+WORKER_TIMEOUT_S = 600
 
 
 def run_workers(world_size: int, *arguments: str | Path) -> None:

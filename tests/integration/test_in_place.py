@@ -31,7 +31,7 @@ def runs(tiny_model, tmp_path_factory) -> Path:
         env=os.environ | alone | where | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

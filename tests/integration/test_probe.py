@@ -14,7 +14,7 @@ from vramplan.search.plan import Plan
 
 from support.training import ROOT, command, losses, processes_about, write_spec
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.slow]  # the way through without a wall: test_snapshot.py
 
 
 def test_a_plan_that_does_not_fit_is_found_out_and_replaced_before_the_run(finished_run, tiny_model, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.facts.resolve import resolve_architecture
+from vramplan.measure.record import read_records
 from vramplan.measure.run_dir import RunDir, read_events
 from vramplan.measure.snapshots import snapshots_of
 from vramplan.memory.estimate import estimate
@@ -20,7 +21,14 @@ from support.training import events_of, processes_about, start, train, write_spe
 
 pytestmark = pytest.mark.ranks
 
-PATIENCE_S = 200.0
+PATIENCE_S = 600.0
+TWO_MICRO_BATCHES = [
+    "micro1.forward",
+    "micro1.backward",
+    "micro2.forward",
+    "micro2.backward",
+    "micro2.optimizer_step",
+]
 FILE_OVERHEAD_BYTES = 100_000
 """Of pickles, our own JSON and the manifest, whatever the model's size."""
 
@@ -40,7 +48,7 @@ def test_a_run_goes_on_from_its_snapshot_when_all_its_processes_were_killed(tiny
     training = {"max_steps": 100_000, "save_every": 100_000, "snapshot_every": 2}
     spec, run_dir = write_spec(tmp_path / "spec.yaml", tiny_model, 2, training=training), RunDir(tmp_path / "run")
     memory = snapshots_of(run_dir)
-    process = start(spec, "-o", run_dir.root)
+    process = start(spec, "-o", run_dir.root, "--probe")
     try:
         wait_until(lambda: events_of(run_dir.root, "snapshot") or process.poll() is not None)
         assert process.poll() is None, process.stdout.read()
@@ -52,6 +60,7 @@ def test_a_run_goes_on_from_its_snapshot_when_all_its_processes_were_killed(tiny
             os.kill(pid, signal.SIGKILL)
     (snapshot,) = memory.glob("step-*")
     check_predicted(run_dir, snapshot)
+    check_probe(RunDir(run_dir.root / "probe"))
     done_before = int(snapshot.name.removeprefix("step-"))
     done = train(run_dir.root, "--resume", "--max-steps", str(done_before + 2))
     assert done.returncode == 0, done.stderr
@@ -75,3 +84,19 @@ def check_predicted(run_dir: RunDir, snapshot: Path) -> None:
     without = plan.run.training.model_copy(update={"snapshot_every": None})
     bare = estimate(plan.run.model_copy(update={"training": without}), plan.node, resolve_architecture(plan.run))
     assert bare.capacity_bytes - known.capacity_bytes == predicted  # on the CPU it is the ranks' own memory
+
+
+def check_probe(probe_dir: RunDir) -> None:
+    """The worst batch was run before, with an evaluation and a save, and nothing but the bytes is left of it."""
+    (record,) = read_records(probe_dir.record)
+    phases = [reading.phase for reading in record.measured.phases]
+    assert phases[:2] == ["model_load", "engine_init"]
+    assert phases[2:] == [
+        *(f"step{step}.{phase}" for step in (1, 2) for phase in TWO_MICRO_BATCHES),
+        "evaluation",
+        "save",
+    ]
+    assert not probe_dir.checkpoints.exists()
+    predicted = {each.phase: each.peak_bytes for each in Plan.load(probe_dir.plan).prediction.phases}
+    for reading in record.measured.phases[2:-2]:
+        assert predicted[reading.phase] == pytest.approx(reading.allocated_peak_bytes, rel=0.01), reading.phase
