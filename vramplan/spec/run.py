@@ -107,8 +107,9 @@ class OptimizerSpec(UserModel):
     @property
     def state_can_be_cut_anew(self) -> bool:
         """Whether what it keeps is fp32, element by element, so that any ZeRO stage and number of ranks can take it
-        over; 8-bit states share scales, Adafactor's are sums of rows and columns."""
-        return self.kind not in ("adamw_8bit", "paged_adamw_8bit", "adafactor") and not self.momentum
+        over; 8-bit states share scales, Adafactor's are sums of rows and columns. Lion's and the
+        paged ones' could be, and are not yet (``train/fragments.py``)."""
+        return self.kind in ("adamw", "adamw_torch", "adamw_torch_fused", "sgd") and not self.momentum
 
 
 class HardwareSpec(UserModel):
