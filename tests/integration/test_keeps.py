@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vramplan.measure.compare import compare_file
 from vramplan.measure.run_dir import RunDir
 
 from support.training import ROOT, command, events_of, losses, train, write_spec
@@ -147,3 +148,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_one_sentence(tiny_model, tmp_p
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "has 515 tokens but the model's embedding only 512 rows" in done.stderr
+
+
+def test_all_methods_together_take_what_was_predicted(tiny_model, tmp_path):
+    """Of micro-batches of 256 tokens and more; of smaller ones the KL term's chunk is predicted too large."""
+    retain = {**SPRINGS, "kl": {"weight": 0.5}, "layer_lr_decay": 0.9}
+    cut = {"seq_len": 128, "micro_batch_size": 4, "grad_accum_steps": 1, "training": {"max_steps": 2}}
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, retain=retain, **cut)
+    done = train(spec, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = compare_file(tmp_path / "run" / "record.jsonl").records
+    assert abs(record.error_frac) < 0.02, done.stdout
