@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
+
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+"""Fields of ``config.json`` with one entry a block."""
 
 
 def new_block_positions(num_layers: int, num_new: int) -> tuple[int, ...]:
@@ -19,6 +24,28 @@ def new_block_positions(num_layers: int, num_new: int) -> tuple[int, ...]:
     if num_new > num_layers:
         raise SpecError(f"method.new_blocks {num_new} is more than the {num_layers} blocks of the model: lower it")
     return tuple(round(group * num_layers / num_new) + group - 1 for group in range(1, num_new + 1))
+
+
+def block_sources(num_layers: int, num_new: int) -> list[tuple[int, bool]]:
+    """For each block of the expanded model the old block that it comes from, and whether it is new."""
+    source = [(index, False) for index in range(num_layers)]
+    for position in new_block_positions(num_layers, num_new):
+        source.insert(position, (source[position - 1][0], True))
+    return source
+
+
+def expand_config(fields: Mapping[str, Any], num_new: int) -> dict[str, Any]:
+    """The fields of ``config.json`` for the expanded model; a new block is of the kind of the one that it copies.
+
+    What transformers derives from a block's index must stand in ``fields`` (``PER_LAYER``).
+    """
+    name = "n_layer" if "n_layer" in fields else "num_hidden_layers"
+    source = block_sources(int(fields[name]), num_new)
+    changed = {**fields, name: len(source)}
+    for each in PER_LAYER:
+        if isinstance(fields.get(each), list):
+            changed[each] = [fields[each][old] for old, _ in source]
+    return changed
 
 
 def expand_architecture(architecture: Architecture, num_new: int) -> Architecture:

@@ -95,7 +95,7 @@ def needed_bytes(job: JobSpec) -> int | None:
     try:
         from vramplan.memory.estimate import estimate
 
-        found = estimate(run, Node(device=boundless, gpus_per_node=1), resolve_architecture(run))
+        found = estimate(run, Node(device=boundless, gpus_per_node=1), resolve_architecture(run), managed=True)
     except (VramplanError, ImportError):
         return None
     return max(phase.peak_bytes for phase in found.phases)

@@ -106,7 +106,7 @@ def estimated_largest(job: JobSpec, device_type: str) -> int:
         node = Node(device, gpus_per_node=layout.world_size)
         # a mask that is all ones is dropped (masking_utils.py)
         run = run.model_copy(update={"attention_mask": job.attention_mask and job.masked})
-        found = estimate(run, node, resolve_architecture(run), rank=0)
+        found = estimate(run, node, resolve_architecture(run), rank=0, managed=True)
         held = sum(term.num_bytes for term in found.overhead if term.name in HELD_BY_THE_ALLOCATOR)
         return found.allocated_peak_bytes + held <= (job.cap_bytes or 0)
 

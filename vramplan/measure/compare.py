@@ -167,6 +167,7 @@ def estimate_record(record: Record) -> Estimate:
         rank=0 if record.env.get("backend") == "fake" else None,  # a fake group runs rank 0 alone
         steps_skipped=steps_were_skipped(record),
         weights_halved=weights_were_halved(record),
+        managed=record.env.get("backend") == "fake",
     )
 
 

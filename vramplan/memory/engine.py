@@ -101,6 +101,10 @@ class Engine(ABC):
         stretch = self.open("model_load", Phase.MODEL_LOAD)
         frozen = self.frozen_bytes
         built = {labels.FROZEN: frozen, labels.WEIGHTS: base + adapters - frozen}
+        self.resident = merged(built)
+        if self.job.device != "cpu" and not self.job.quantized:  # built on the host; the engine moves it
+            stretch.close()
+            return
         if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32
             largest = max(param.numel for param in self.job.parameters if self.job.is_quantized(param))
             reading = {labels.LOADING: largest * self.width + 2 * 4 * (largest // BLOCK)}
@@ -108,7 +112,6 @@ class Engine(ABC):
         stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
         self._see_dora(stretch, base)
         stretch.close(built)
-        self.resident = merged(built)
 
     def _see_dora(self, stretch: Stretch, base: int) -> None:
         """Each magnitude starts as a norm of ``weight + scaling * B @ A`` (peft/tuners/lora/dora.py, ``update_layer``):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, Attention
+from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
 from vramplan.memory.job import Job, job_from_run
@@ -31,6 +32,7 @@ def estimate(
     rank: int | None = None,
     steps_skipped: bool = False,
     weights_halved: bool = False,
+    managed: bool = False,
 ) -> Estimate:
     """Bytes of one rank at every moment of a closed run.
 
@@ -38,12 +40,13 @@ def estimate(
 
     ``steps_skipped``: whether every optimizer step is discarded as an overflow (measurements with undefined weights).
     ``weights_halved``: whether ``zero.Init`` made bf16 weights for an fp32 run (``memory/job.py``).
+    ``managed``: whether DeepSpeed counts micro-batches, as in measurement records (``memory/job.py``).
 
     Raises:
         SpecError: a field that the planner decides is None, or the combination is not covered.
     """
-    job = job_from_run(run, node, architecture, weights_halved)
-    _check_covered(job)
+    job = job_from_run(run, node, architecture, weights_halved, managed)
+    check_covered(job)
     basis, shapeless = job.basis, job.shapeless
     ranks = [rank] if rank is not None else ranks_that_differ(shapeless)
     walks = [walk(shapeless, each, steps_skipped) for each in ranks]
@@ -132,11 +135,16 @@ COVERED_FAMILIES = frozenset(
 """Families whose blocks have been laid on the tape and compared with measurements."""
 
 
-def _check_covered(job: Job) -> None:
-    """Raise UncoveredError for what the arithmetic does not count yet, naming it."""
-    method = job.method
+def check_covered(job: Job) -> None:
+    """Raises:
+    UncoveredError: the arithmetic does not count something of the job yet; the text names it.
+    """
+    method, family = job.method, job.architecture.family
     uncovered = {
-        f"the {job.architecture.family} family": job.architecture.family not in COVERED_FAMILIES,
+        f"the {family} family": family not in COVERED_FAMILIES,
+        f"{job.attention} attention of the {family} family, which transformers lacks": not has_attention(
+            family, job.attention
+        ),
         "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
         "QLoRA under ZeRO-3": method.kind == "qlora" and job.stage == 3,
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
@@ -147,13 +155,11 @@ def _check_covered(job: Job) -> None:
         "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
-        f"sequence parallelism of the {job.architecture.family} family": job.layout.sp > 1
-        and job.architecture.has_own_core,
+        f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
         f"attention {job.attention} with sinks": job.attention != "eager" and _has_sinks(job),
         "adapters on routers and experts": bool(job.adapted_parameters),
         "adapters on embeddings": _adapts_embeddings(job),
-        f"masks of padded or packed sequences in the {job.architecture.family} family": job.masked
-        and job.architecture.has_own_core,
+        f"masks of padded or packed sequences in the {family} family": job.masked and job.architecture.has_own_core,
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,
         "zero.reduce_scatter: false": not job.zero.reduce_scatter,

@@ -84,6 +84,8 @@ class Job:
     masked: bool
     """Whether attention is given a mask of its own (``RunSpec.masked``)."""
     retain: RetainSpec
+    managed: bool
+    """Whether DeepSpeed counts micro-batches: stages 0 and 1 then reduce in the last backward, else in the step."""
     adapted_parameters: frozenset[str] = frozenset()
     """Parameters of experts and routers that get adapters as they are (``spec/targets.py``)."""
 
@@ -182,8 +184,13 @@ class Job:
         return parameters(self.architecture, self.method)
 
 
-def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_halved: bool = False) -> Job:
+def job_from_run(
+    run: RunSpec, node: Node, architecture: Architecture, weights_halved: bool = False, managed: bool = False
+) -> Job:
     """The job that a closed run describes.
+
+    ``managed``: whether DeepSpeed counts micro-batches, as where records are measured; the trainer lets it only where
+    it must (``emit/deepspeed.py``, ``managed_accumulation``).
 
     ``weights_halved``: ``zero.Init`` was told fp32 on a CPU without fp16 and made bf16 weights all the same
     (deepspeed 0.19.8, partition_parameters.py, ``_set_dtype``), while the engine goes on in fp32.
@@ -252,8 +259,10 @@ def job_from_run(run: RunSpec, node: Node, architecture: Architecture, weights_h
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
         clipping=run.training.max_grad_norm > 0,
-        masked=run.masked,
+        # flash-attn takes packed documents as they lie
+        masked=run.attention_mask if run.attention == "flash_attention_2" else run.masked,
         retain=run.retain,
+        managed=managed or (bool(run.zero.overlap_comm) and run.zero.stage < 2),
     )
 
 

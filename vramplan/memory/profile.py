@@ -205,7 +205,7 @@ class _Runner:
         """Embeddings, layers and final norm: the inner model of the causal language model."""
         ctx, architecture = self.ctx, self.run.architecture
         with self.tape.at("embedding"):
-            requires = self.run.checkpointing and isinstance(self.run.method, LoraMethod)
+            requires = self.run.checkpointing
             x = embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)
         attentions = [layer.mixer for layer in architecture.layers]
         masks(ctx, attentions, architecture.spare_mask)
@@ -222,8 +222,11 @@ class _Runner:
         return x
 
     def _require_input_gradient(self, x: Tensor) -> Tensor:
-        """``enable_input_require_grads``, which PEFT switches on with checkpointing: the embeddings' output becomes
-        a leaf whose gradient is kept as long as the graph is (by the outputs, where the loop keeps them)."""
+        """``enable_input_require_grads``, which transformers switches on with checkpointing: the output of embeddings
+        that are not trained becomes a leaf, whose gradient is kept as long as the graph is (by the outputs, where the
+        loop keeps them)."""
+        if x.requires_grad:
+            return x
         keep = self.kept if self.run.keep_outputs else []
         leaf = Tensor(x.storage, x.numel, x.dtype)
 

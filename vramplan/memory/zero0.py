@@ -64,7 +64,7 @@ class Zero0(Engine):
         self.outputs = self.after_backward()
         if micro.first:
             self.resident = merged(self.resident, {labels.GRADIENTS: self.width * self.trained_numel})
-        if micro.boundary:
+        if micro.boundary and self.job.managed:
             self._reduce(stretch)
         stretch.close(self.resident, self.outputs)
 
@@ -83,6 +83,8 @@ class Zero0(Engine):
         if not micro.boundary:
             stretch.close(self.resident, self.outputs)
             return
+        if not self.job.managed:
+            self._reduce(stretch)
         if self.flat:
             self._flat_step(stretch, micro)
         else:

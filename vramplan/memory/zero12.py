@@ -95,13 +95,12 @@ class Zero12(Engine):
                 stretch.see(point.where, self.resident, extra, kept, at_point(point))
         rest = self.after_backward()
         grads = {labels.GRADIENTS: self.width * self.trained_numel}
-        self.resident = self.resident.without(labels.BUCKET)
-        self.resident = self.resident.without(labels.GRADIENTS)
-        if not micro.boundary:
-            self.resident = merged(self.resident, grads, bucket)
-        else:
+        self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
+        if micro.boundary and self.job.managed:
             self._reduce_all(stretch, merged(self.resident, rest), bucket)
             self.resident = merged(self.resident, self._partition())
+        else:
+            self.resident = merged(self.resident, grads, bucket)
         self.outputs = rest
         stretch.close(self.resident, rest)
 
@@ -252,6 +251,10 @@ class Zero12(Engine):
         if not micro.boundary:
             stretch.close(self.resident, self.outputs)
             return
+        if self.job.stage == 1 and not self.job.managed:
+            self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
+            self._reduce_all(stretch, merged(self.resident, self.outputs), {labels.BUCKET: self.bucket_bytes})
+            self.resident = merged(self.resident, self._partition())
         base = merged(self.resident, self.outputs)
         if self.offloads:
             if micro.step == 1:

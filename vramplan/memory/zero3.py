@@ -68,6 +68,11 @@ class Zero3(Engine):
             cut += shard(architecture.vocab_size * architecture.hidden_size, job.degree) * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)
+        if job.offload_param and job.device != "cpu":  # each part goes to the host at once
+            largest = max(param.numel for param in base) * self.width
+            stretch.see("the largest tensor before it is cut", {labels.LOADING: largest})
+            stretch.close({labels.WEIGHTS: adapters})
+            return
         built = [(param.name, param.numel) for param in base]
         if architecture.tied_embeddings:
             built.append((f"{architecture.head.name}.weight", architecture.vocab_size * architecture.hidden_size))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from vramplan.errors import ConfigError, SpecError
+from vramplan.facts.expansion import expand_config
+from vramplan.rank.freeze import freeze
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -45,6 +47,8 @@ def transformers_config(run: RunSpec) -> Any:
     except ValueError as error:
         raise ConfigError(f"{run.model}: transformers does not know the model type {model_type!r}") from error
     config.use_cache = False
+    if run.new_blocks:
+        config = type(config).from_dict(expand_config(config.to_dict(), run.new_blocks))
     return config
 
 
@@ -94,6 +98,8 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
         model = add_adapters(model, run.method)
         if run.method.fp32_norms:
             widen_norms(model)
+    elif run.method.freezes:
+        freeze(model, run.method)
     fill_weights(model)
     if run.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(  # type: ignore[operator]

@@ -15,18 +15,16 @@ from typing import Any
 import torch
 
 from vramplan.errors import ConfigError
-from vramplan.facts.expansion import new_block_positions
+from vramplan.facts.expansion import PER_LAYER, block_sources, expand_config, new_block_positions
 
 _BLOCK = re.compile(r"^((?:\w+\.)*(?:layers|h)\.)(\d+)(\..*)$")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj", "attn.c_proj", "mlp.c_proj", "self_attn.dense", "mlp.fc2")
 """Modules of a block that write to the residual stream, in the families that transformers names this way."""
-_PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
-"""Fields of ``config.json`` with one entry a block."""
 
 
 def expand_state(state: Mapping[str, torch.Tensor], num_layers: int, num_new: int) -> dict[str, torch.Tensor]:
     """A state dict with ``num_new`` blocks more; tensors of old blocks are shared, not copied."""
-    source = _sources(num_layers, num_new)
+    source = block_sources(num_layers, num_new)
     expanded = {}
     for name, tensor in state.items():
         found = _BLOCK.match(name)
@@ -42,17 +40,6 @@ def expand_state(state: Mapping[str, torch.Tensor], num_layers: int, num_new: in
     return expanded
 
 
-def expand_config(fields: Mapping[str, Any], num_new: int) -> dict[str, Any]:
-    """The fields of ``config.json`` for the expanded model."""
-    name = "n_layer" if "n_layer" in fields else "num_hidden_layers"
-    source = _sources(int(fields[name]), num_new)
-    changed = {**fields, name: len(source)}
-    for each in _PER_LAYER:
-        if isinstance(fields.get(each), list):
-            changed[each] = [fields[each][old] for old, _ in source]
-    return changed
-
-
 def expand_model_directory(directory: Path, target: Path, num_new: int) -> None:
     """Writes the expanded model's ``config.json`` and safetensors to ``target``; other files are linked.
 
@@ -63,7 +50,7 @@ def expand_model_directory(directory: Path, target: Path, num_new: int) -> None:
 
     fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     num_layers = int(fields.get("n_layer", fields.get("num_hidden_layers")))
-    changed = expand_config(fields, num_new)
+    changed = expand_config({**fields, **_layer_lists(fields)}, num_new)
     num_zeroed = 0
     for path in sorted(directory.iterdir()):
         if path.suffix == ".safetensors":
@@ -82,12 +69,15 @@ def expand_model_directory(directory: Path, target: Path, num_new: int) -> None:
     _write_index(target)
 
 
-def _sources(num_layers: int, num_new: int) -> list[tuple[int, bool]]:
-    """For each block of the expanded model the old block that it comes from, and whether it is new."""
-    source = [(index, False) for index in range(num_layers)]
-    for position in new_block_positions(num_layers, num_new):
-        source.insert(position, (source[position - 1][0], True))
-    return source
+def _layer_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers derives from a block's index, written out, so that old blocks stay of their kind."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if fields.get("model_type") not in CONFIG_MAPPING:
+        return {}
+    resolved = AutoConfig.for_model(**fields).to_dict()
+    return {name: resolved[name] for name in PER_LAYER if isinstance(resolved.get(name), list)}
 
 
 def _num_writers(state: Mapping[str, torch.Tensor], num_layers: int, num_new: int) -> int:

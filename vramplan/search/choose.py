@@ -11,6 +11,7 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.estimate import UncoveredError, estimate
 from vramplan.memory.ledger import Estimate
+from vramplan.search.legality import with_usual_attention
 from vramplan.search.plan import Refusal
 from vramplan.search.price import TIE_FRAC, Priced, priced
 from vramplan.search.room import MARGIN_FRAC, fits_with_margin, shortfall, why_not
@@ -51,6 +52,7 @@ def search(
         UncoveredError: the arithmetic covers none.
     """
     check_sequence_length(run, architecture)
+    run = with_usual_attention(run, architecture)
     ranked = sorted(priced(run, node, architecture), key=lambda each: (each.seconds_per_sequence, each.complexity))
     trials = _Trials(node, architecture, excluded)
     for margin in (margin_frac, 0.0):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vramplan.facts.architecture import Architecture, Attention
+from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
 from vramplan.spec.run import RunSpec
 
@@ -38,6 +39,13 @@ def illegalities(run: RunSpec, node: Node, architecture: Architecture) -> Iterat
         reason = rule(run, node, architecture)
         if reason is not None:
             yield Illegality(reason, source)
+
+
+def with_usual_attention(run: RunSpec, architecture: Architecture) -> RunSpec:
+    """The run; where no attention was asked for and the family has no sdpa, with eager (as transformers does)."""
+    if "attention" in run.model_fields_set or has_attention(architecture.family, run.attention):
+        return run
+    return run.model_copy(update={"attention": "eager"})
 
 
 def _param_offload_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
@@ -85,6 +93,12 @@ def _sinks_need_eager(run: RunSpec, node: Node, architecture: Architecture) -> s
     if run.attention == "eager" or not any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers):
         return None
     return f"attention {run.attention} has no place for {architecture.family}'s attention sinks: set attention eager"
+
+
+def _attention_of_family(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if has_attention(architecture.family, run.attention):
+        return None
+    return f"attention {run.attention} does not exist for the {architecture.family} family: set attention eager"
 
 
 def _fused_loss_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
@@ -142,6 +156,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),
     (_flash_attention_precision, "transformers/modeling_utils.py, _flash_attn_can_dispatch"),
     (_sinks_need_eager, "transformers/models/gpt_oss/modeling_gpt_oss.py, _supports_sdpa"),
+    (_attention_of_family, "transformers/modeling_utils.py, _sdpa_can_dispatch and _flash_attn_can_dispatch"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),

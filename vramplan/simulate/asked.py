@@ -13,6 +13,7 @@ from vramplan.memory.ledger import Estimate
 from vramplan.memory.overhead import overhead
 from vramplan.memory.term import Term
 from vramplan.search.choose import check_sequence_length, search
+from vramplan.search.legality import with_usual_attention
 from vramplan.search.space import Candidate, batch_splits, layout_of
 from vramplan.simulate.request import Conditions, DeviceType, SimulationRequest
 from vramplan.spec.layout import Layout
@@ -71,6 +72,7 @@ def close_run(asked: RunSpec, node: Node) -> ClosedRun:
     try:
         architecture = resolve_architecture(asked)
         check_sequence_length(asked, architecture)
+        asked = with_usual_attention(asked, architecture)
         if _is_closed(asked):
             run = asked
             return ClosedRun(asked, run, node, estimate(run, node, architecture))

@@ -69,6 +69,7 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
                 player.play()
             except Exception as error:  # noqa: BLE001 - whatever the stack does not bear is named with its place
                 traced.error = _explain(error, tracker)
+            tracker.stop()
         categorise(tracker, player)
     traced.numel_total, traced.numel_trainable = player.played.numel_total, player.played.numel_trainable
     return traced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -58,6 +59,12 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         if packed:
             put(masking_utils, "find_packed_sequence_indices", _found_in(masking_utils.find_packed_sequence_indices))
         if device_type == "cuda":
+            # torch's optimizers take plain tensors on a GPU all at once, and fakes stand for plain tensors
+            put(
+                sys.modules["torch.optim.optimizer"],
+                "_foreach_supported_types",
+                [torch.Tensor, torch.nn.Parameter, FakeTensor],
+            )
             put(FakeTensor, "data", property(_DATA.__get__, _set_data))
             autocast = CudaAutocast(tracker.device_type)
             put(torch, "clear_autocast_cache", autocast.clear)
@@ -149,6 +156,8 @@ def _call_seen_by(tracker: Tracker) -> Callable[..., Any]:
     call = torch.nn.Module.__call__
 
     def seen_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # the fake mode sets it in its own thread; recomputation runs in the device's, where an index would be real
+        torch._C._set_only_lift_cpu_tensors(True)
         with tracker.inside(self):
             return call(self, *args, **kwargs)
 

@@ -89,6 +89,10 @@ class Tracker(TorchDispatchMode):
             shape = tuple(getattr(param, "ds_shape", param.shape))
             self.param_shapes |= {shape, shape[::-1]}
 
+    def stop(self) -> None:
+        """From now on deaths are not written down: what a run leaves behind dies at some time or other."""
+        self._watched.clear()  # a weak reference that is gone calls nobody
+
     def set_stream(self, number: int) -> None:
         """From now on births are on this stream."""
         self.stream = number

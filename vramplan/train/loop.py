@@ -250,7 +250,8 @@ class Loop:
                 loss = engine.forward(tensors, batch.target_weight, is_last=micro + 1 == len(chunks), row_losses=rows)
             with phases.phase(f"{prefix}.backward", step + 1, micro + 1):
                 engine.backward(loss)
-            total += loss.detach()
+                total += loss.detach()
+                del loss  # it holds the graph, and with it the embeddings' output where that is a leaf
         if self.mining is not None and row_losses is not None:
             self.mining.history.add(batch.ids, engine.gather(row_losses))
         return total

@@ -46,6 +46,7 @@ REFUSED = [
     ({"attention": "flash_attention_2"}, Node(find_device("T4"), 8), "compute capability 8.0"),
     ({"attention": "flash_attention_2", "precision": "fp32"}, NODE, "bf16 or fp16 only"),
     ({"model": "openai/gpt-oss-20b"}, NODE, "set attention eager"),
+    ({"model": "bigscience/bloom-560m", "attention": "sdpa"}, NODE, "does not exist for the bloom family"),
     ({"loss": "liger"}, CPU_NODE, "needs a GPU"),
     ({"layout": {"dp": 4, "pp": 2}}, NODE, "PipelineModule"),
     ({"layout": {"dp": 1, "sp": 3}, "seq_len": 3072}, NODE, "does not divide the 32 attention heads"),

@@ -55,10 +55,19 @@ def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mi
     """Softmax attention of rotated queries and keys with values."""
     if ctx.attention == "eager":
         return _eager(ctx, q, k, v, block)
+    if ctx.attention == "flash_attention_2" and ctx.masked:
+        return _without_padding(ctx, q, k, v, block)
     mask = ctx.tables.window_mask if block.sliding_window is not None else ctx.tables.mask
     if mask is not None:
         k, v = to_all_heads(k, block), to_all_heads(v, block)
     return fused_core(ctx, q, k, v, block, mask)
+
+
+def _without_padding(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> Tensor:
+    """flash-attn on padded sequences: what is no padding (here all, at most) is copied out and the result back
+    (modeling_flash_attention_utils.py, ``_upad_input``)."""
+    q, k, v = (ops.clone(ctx.low(part, CORE), CORE) for part in (q, k, v))
+    return ops.clone(fused_core(ctx, q, k, v, block, None), CORE)
 
 
 def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, mask: Tensor | None) -> Tensor:
@@ -66,19 +75,21 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer,
     if ctx.device == "cpu" and (block.dropout > 0.0 or block.out_width != block.q_width):
         return math_core(ctx, q, k, v, block, mask)
     q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
-    lse = per_token(block.num_heads)
-    scratch: Size = ZERO
-    if ctx.device == "cuda":
-        # FlashAttention-2's backward accumulates dq in fp32 and keeps one row sum a query and head
-        # (flash_api.cpp, mha_bwd: dq_accum, softmax_d)
-        scratch = per_token(block.q_width + block.num_heads)
+    scratch, efficient = ZERO, False
+    if ctx.device == "cuda" and mask is None and q.dtype is not Dtype.FP32:
+        scratch = _flash_scratch(block)
+    elif ctx.device == "cuda":
+        if k.numel != q.numel:  # told of grouped heads, which only FlashAttention takes
+            return math_core(ctx, q, k, v, block, mask)
+        scratch, efficient = per_token(block.num_heads), True
     if mask is not None:
         mask = _numbers(ctx, mask, q.dtype)
+    lse = per_token(block.num_heads)
     if block.out_width != block.q_width:
         return _of_two_widths(ctx, q, k, v, block, scratch, mask)
     out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
-    if ctx.sequence_parallel > 1 or not joined(block):
-        return out
+    if ctx.sequence_parallel > 1 or efficient or not joined(block):
+        return out  # the memory-efficient kernel lays positions before heads whatever the query's order
     return ops.clone(out, CORE)  # the result lies in memory as the query does, whose heads come before positions
 
 
@@ -95,6 +106,17 @@ def _of_two_widths(
     v = ops.spread(v, q.numel, CORE)
     out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
     return ops.clone(ops.piece(out, narrow), CORE)
+
+
+def _flash_scratch(block: Mixer) -> Size:
+    """What FlashAttention-2's backward makes besides gradients, in elements of fp32: dq summed in fp32, with widths
+    rounded up to 32 (64 above 128), a row sum a query and head, and with grouped heads dk and dv of every head
+    (flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded)."""
+    width = block.q_width // block.num_heads
+    step = 32 if width <= 128 else 64
+    rounded = -(-width // step) * step
+    grouped = block.q_width if block.num_heads > block.num_kv_heads else 0  # two of half an element each
+    return per_token(block.num_heads * rounded + block.num_heads + grouped)
 
 
 def joined(block: Mixer) -> bool:

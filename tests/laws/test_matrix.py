@@ -1,0 +1,35 @@
+"""Estimator against simulator: within 1% at the peak and 2% at every phase's peak and end.
+
+The pairwise covers and the whole matrix are ``benchmarks/matrix.py``, which writes a table of what is beyond the bar.
+"""
+
+from __future__ import annotations
+
+from vramplan.simulate.request import simulate_jobs
+
+from support.matrix import Case, Prepared, beyond_the_bar, prepare
+
+QUICK = (
+    "gpt2.0/full/3/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+    "stablelm.35/full/1/full/sdpa/bf16/packed/cuda/4/2/2/adamw/none/small/let go",
+    "mistral.15/full/2/none/flash_attention_2/bf16/padded/cuda/4/2/1/adamw/none/small/let go",
+    "llama.13/full/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
+    "gemma2.27/lora/2/none/eager/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
+    "gemma2.27/frozen/0/full/eager/fp32/none/cuda/4/1/2/adamw/none/small/let go",
+    "phi3.33/full/2/none/sdpa/bf16/none/cuda/4/1/1/adamw/none/small/let go",
+    "llama.13/full/1/full/sdpa/bf16/none/cuda/4/2/2/adamw_torch/none/small/let go",
+)
+"""All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
+
+
+def test_estimate_and_simulation_agree():
+    prepared = {}
+    for key in QUICK:
+        found = prepare(Case.parse(key))
+        assert isinstance(found, Prepared), found
+        prepared[key] = found
+    failed = []
+    for key, result in simulate_jobs((each.request() for each in prepared.values()), parallel=2):
+        beyond = [result.error] if result.error else beyond_the_bar(prepared[key].estimate, result)
+        failed += [f"{key}: {each}" for each in beyond[:2]]
+    assert not failed, "\n".join(failed)
