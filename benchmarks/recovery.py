@@ -102,8 +102,9 @@ class Outcome:
     attempts: int
     causes: list[str]
     steps_repeated: int
-    seconds_lost: float
-    """From the newest checkpoint to the failure, and from there to the next attempt's first step, summed."""
+    seconds_lost: float | None
+    """From the newest checkpoint before each failure to the first step that had not been done yet, summed; None where
+    that was not measured."""
     largest_loss_difference: float
     """To the uninterrupted run of the first plan, over all steps."""
     same_samples: bool
@@ -134,7 +135,7 @@ def run_case(case: Case, stage: int, method: str, model: Path, reference: Path, 
         attempts=len(attempts),
         causes=[each.cause for each in attempts],
         steps_repeated=_repeated(run_dir),
-        seconds_lost=_seconds_lost(run_dir),
+        seconds_lost=None if case.then_resume else _seconds_lost(run_dir),
         largest_loss_difference=difference,
         same_samples=same,
         changes=[dict(each.changes) for each in attempts if each.changes],
@@ -222,7 +223,7 @@ def write_table(outcomes: Iterable[Outcome], path: Path) -> None:
         "",
         "A run that did not recover ended by itself with exit code 4 and its reason: no plan needs less memory there. "
         "Seconds lost are from the newest checkpoint (or the first event) to the first step that had not been done "
-        "yet; most of them start processes and import libraries, on a machine whose two cores were shared.",
+        "yet; most of them start processes and import libraries, on two cores that others used at the same time.",
         "",
         "| fault | method | ZeRO | recovered | launches | steps repeated | seconds lost | largest loss difference |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -233,7 +234,7 @@ def write_table(outcomes: Iterable[Outcome], path: Path) -> None:
             f"| {case} | {method} | {', '.join(str(each.stage) for each in group)} "
             f"| {len(recovered)} of {len(group)} | "
             f"{_span([each.attempts for each in group])} | {_span([each.steps_repeated for each in recovered])} | "
-            f"{_median([each.seconds_lost for each in recovered])} | "
+            f"{_median([each.seconds_lost for each in recovered if each.seconds_lost is not None])} | "
             f"{_largest([each.largest_loss_difference for each in recovered])} |"
         )
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -26,6 +26,8 @@ from vramplan.train.shards import ShardedState, write_holdings
 from vramplan.train.state import STATE, RunState, StateLayout, check_same_run
 from vramplan.units import format_bytes
 
+_NOT_WRITTEN = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
+"""In what torch's writer of archives raises where a file does not grow any further."""
 _TAG = "deepspeed"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
@@ -84,7 +86,7 @@ def _why_not_written(error: OSError | RuntimeError, directory: Path) -> str | No
     """What the system said, and how much is free; None where the error is not about writing."""
     if isinstance(error, OSError):
         said = error.strerror or str(error)
-    elif "inline_container.cc" in str(error) or "PytorchStreamWriter" in str(error):
+    elif any(text in str(error) for text in _NOT_WRITTEN):
         said = "a file could not be written to its end"  # torch's writer does not pass on why
     else:
         return None

@@ -1,0 +1,39 @@
+"""A checkpoint that cannot be written is told from other errors, whatever torch's writer says of it."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from vramplan.train.checkpoint import _why_not_written
+
+LIMITED = """
+import resource, sys, torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+from pathlib import Path
+from vramplan.train.checkpoint import _why_not_written
+try:
+    torch.save({"a": torch.zeros(100_000), "b": list(range(20_000))}, sys.argv[1])
+except (OSError, RuntimeError) as error:
+    print(_why_not_written(error, Path(sys.argv[1]).parent))
+"""
+
+
+@pytest.mark.parametrize("size", [10, 1000, 100_000])
+def test_a_file_that_cannot_grow_is_said_with_what_is_free(tmp_path, size):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "x.pt"), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "free" in done.stdout
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672] .", "basic_ios::clear: iostream error"])
+def test_the_words_of_torchs_writer(tmp_path, text):
+    assert "could not be written to its end" in _why_not_written(RuntimeError(text), tmp_path)
+
+
+def test_another_error_is_not_about_writing(tmp_path):
+    assert _why_not_written(RuntimeError("shapes do not match"), tmp_path) is None
