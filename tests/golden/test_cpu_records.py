@@ -28,8 +28,8 @@ LATENT = Path(__file__).with_name("measured") / "cpu_mla.jsonl"
 values as wide as queries and narrower, dense and with each kind of router, in the settings of the families and
 more."""
 EXPERTS = Path(__file__).with_name("measured") / "cpu_moe.jsonl"
-"""Taken by `vramplan bench run`: families with routed experts, in the settings of the families and more; those whose
-adapters reach routers and experts are kept for when they are counted."""
+"""Taken by `vramplan bench run`: families with routed experts, in the settings of the families and more; the adapters
+of mixtral and qwen3_moe reach routers and experts."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -94,7 +94,7 @@ def test_quantized_weights():
 
 
 @pytest.fixture(
-    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 49, 4)], ids=["dense", "latent", "experts"]
+    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 59, 4)], ids=["dense", "latent", "experts"]
 )
 def families(request):
     path, least, num_types = request.param

@@ -70,7 +70,7 @@ def test_bytes_never_fall_as_layers_rise(family, stage, checkpointing, layers, m
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(DENSE), st.sampled_from([0, 1, 2]), st.integers(1, 32), st.integers(1, 32))
+@given(st.sampled_from(WITH_HEADS), st.sampled_from([0, 1, 2]), st.integers(1, 32), st.integers(1, 32))
 def test_bytes_never_fall_as_the_rank_of_adapters_rises(family, stage, rank, more):
     small, large = ({"kind": "lora", "r": r} for r in (rank, rank + more))
     assert peak(family, method=small, zero={"stage": stage}) <= peak(family, method=large, zero={"stage": stage})

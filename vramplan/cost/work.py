@@ -19,6 +19,7 @@ from vramplan.facts.architecture import (
     PlainMLP,
 )
 from vramplan.spec.run import RunSpec
+from vramplan.spec.targets import fused_adapters, resolve_targets
 from vramplan.spec.trainable import FullMethod, LoraMethod
 
 
@@ -88,7 +89,7 @@ def trainable_numel(run: RunSpec, architecture: Architecture) -> int:
     """Elements that the optimizer updates."""
     method = run.method
     if isinstance(method, LoraMethod):
-        return adapter_numel(run, architecture)
+        return adapter_numel(run, architecture) + _fused_adapter_numel(method, architecture)
     return _trained_numel(method, architecture)
 
 
@@ -99,13 +100,25 @@ def _trained_numel(method: FullMethod, architecture: Architecture) -> int:
 
 
 def adapter_numel(run: RunSpec, architecture: Architecture) -> int:
-    """Elements of all adapters: ``r (in + out)`` for each linear that gets one, and DoRA's magnitudes."""
-    method = run.method
-    if not isinstance(method, LoraMethod):
+    """Elements of adapters that tokens pass: ``r (in + out)`` for each linear that gets one, and DoRA's magnitudes."""
+    if not isinstance(run.method, LoraMethod):
         return 0
+    method = resolve_targets(run.method, architecture).method
     return sum(
         method.r * (linear.in_features + linear.out_features) + (linear.out_features if method.use_dora else 0)
         for linear in adapted_linears(method, architecture)
+    )
+
+
+def _fused_adapter_numel(method: LoraMethod, architecture: Architecture) -> int:
+    """Elements of the adapters on routers' and experts' parameters; these are folded in once for all tokens."""
+    adapted = resolve_targets(method, architecture).parameters
+    blocks = (layer.feed_forward for layer in architecture.layers)
+    return sum(
+        each.down_numel + each.up_numel
+        for block in blocks
+        if isinstance(block, MixtureOfExperts)
+        for each in fused_adapters(block, adapted, method.r)
     )
 
 

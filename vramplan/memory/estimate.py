@@ -157,7 +157,9 @@ def check_covered(job: Job) -> None:
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
         f"attention {job.attention} with sinks": job.attention != "eager" and _has_sinks(job),
-        "adapters on routers and experts": bool(job.adapted_parameters),
+        f"adapters on the experts of {job.architecture.family}": bool(job.adapted_parameters)
+        and job.architecture.family not in ("mixtral", "qwen3_moe"),
+        "QLoRA with adapters on experts": bool(job.adapted_parameters) and job.quantized,
         "adapters on embeddings": _adapts_embeddings(job),
         f"masks of padded or packed sequences in the {family} family": job.masked and job.architecture.has_own_core,
         "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,

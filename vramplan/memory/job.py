@@ -19,7 +19,7 @@ from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
-from vramplan.spec.targets import resolve_targets
+from vramplan.spec.targets import fused_adapters, resolve_targets
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 ADAPTER_DTYPE = Dtype.FP32
@@ -112,6 +112,7 @@ class Job:
             adapter_dtype=self.adapter_dtype,
             windowed=any(window <= self.seq_len for window in self.architecture.windows),
             masked=self.masked,
+            adapted_parameters=self.adapted_parameters,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
 
@@ -181,7 +182,7 @@ class Job:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        return parameters(self.architecture, self.method)
+        return parameters(self.architecture, self.method, self.adapted_parameters)
 
 
 def job_from_run(
@@ -215,6 +216,12 @@ def job_from_run(
         method, adapted = targets.method, targets.parameters & _fused_parameters(architecture)
         if not adapted:
             _check_targets(architecture, method)
+        elif method.dropout or method.use_dora:
+            field = "dropout" if method.dropout else "use_dora"
+            raise SpecError(
+                f"method.{field}: PEFT has no such adapters for parameters, as {architecture.family}'s experts and "
+                "routers are; leave it out, or name target_modules that are attention's alone (q_proj, v_proj)"
+            )
     assert run.micro_batch_size is not None
     assert run.grad_accum_steps is not None
     assert run.zero.stage is not None
@@ -290,12 +297,14 @@ def _check_targets(architecture: Architecture, method: LoraMethod) -> None:
 
 
 @lru_cache(maxsize=256)
-def parameters(architecture: Architecture, method: Method) -> tuple[Parameter, ...]:
+def parameters(
+    architecture: Architecture, method: Method, adapted: frozenset[str] = frozenset()
+) -> tuple[Parameter, ...]:
     """Every unique parameter of the model, adapters where PEFT puts them: after their own base layer's."""
-    return tuple(_parameters(architecture, method))
+    return tuple(_parameters(architecture, method, adapted))
 
 
-def _parameters(architecture: Architecture, method: Method) -> Iterator[Parameter]:
+def _parameters(architecture: Architecture, method: Method, adapted: frozenset[str]) -> Iterator[Parameter]:
     linears = dict(architecture.named_linears())
     linears[architecture.head.name] = architecture.head
     if isinstance(method, FullMethod):
@@ -305,6 +314,7 @@ def _parameters(architecture: Architecture, method: Method) -> Iterator[Paramete
             factored = factored_numel(tensor.shape)
             yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored)
         return
+    fused = _fused_adapters(architecture, method, adapted) if adapted else {}
     pending: tuple[str, list[Parameter]] | None = None
     for tensor in architecture.named_tensors():
         module = tensor.name.rpartition(".")[0]
@@ -314,10 +324,27 @@ def _parameters(architecture: Architecture, method: Method) -> Iterator[Paramete
         yield Parameter(tensor.name, tensor.numel, False, module in linears)
         if module in linears and pending is None:
             pending = module, _adapters(architecture, method, module, linears[module])
+        elif module in fused and pending is None:
+            pending = module, fused[module]
     if pending is not None:
         yield from pending[1]
     if architecture.tied_embeddings:  # a tied head has no weight of its own, but it can have an adapter
         yield from _adapters(architecture, method, architecture.head.name, architecture.head)
+
+
+def _fused_adapters(
+    architecture: Architecture, method: LoraMethod, adapted: frozenset[str]
+) -> dict[str, list[Parameter]]:
+    """The adapters of routers and experts by the full name of the module that they are in."""
+    made: dict[str, list[Parameter]] = {}
+    for index, layer in enumerate(architecture.layers):
+        block, prefix = layer.feed_forward, f"{architecture.layer_prefix}.{index}."
+        for each in fused_adapters(block, adapted, method.r) if isinstance(block, MixtureOfExperts) else ():
+            made.setdefault(f"{prefix}{each.parameter.rpartition('.')[0]}", []).extend(
+                Parameter(f"{prefix}{name}", numel, True, True, adapter=True)
+                for name, numel in ((each.down, each.down_numel), (each.up, each.up_numel))
+            )
+    return made
 
 
 def _adapters(architecture: Architecture, method: LoraMethod, module: str, linear: Linear) -> list[Parameter]:

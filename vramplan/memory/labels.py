@@ -145,6 +145,9 @@ LABELS: dict[str, Label] = {
     ),
     "router": Label(Category.ACTIVATION, "tokens x experts: scores and fp32 softmax; weights of the chosen"),
     "norms": Label(Category.ACTIVATION, "fp32 input, its row scale and the output of each norm that are kept"),
+    "weights with their adapters folded in": Label(
+        Category.PARAMETER, "width x elements of each adapted parameter of experts and routers, until its backward"
+    ),
     "adapters": Label(Category.ACTIVATION, "tokens x rank, and the adapters' outputs while they are added"),
     "adapters: dropped input": Label(Category.ACTIVATION, "dropout's result and mask on each adapter's input"),
     AUTOCAST_COPIES: Label(Category.PARAMETER, "2 B x trained linear weights, kept for backward"),

@@ -57,6 +57,8 @@ class ModelRun:
     """Whether sequences reach the sliding window."""
     masked: bool = False
     """Whether sequences are padded or packed."""
+    adapted_parameters: frozenset[str] = frozenset()
+    """Parameters of experts and routers that get adapters as they are."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 
@@ -103,6 +105,7 @@ class _Runner:
             windowed=run.windowed,
             masked=run.masked,
             hooks=self.gathers,
+            adapted_parameters=run.adapted_parameters,
             leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
             num_layers=run.architecture.num_layers,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
-from vramplan.memory.job import Job, parameters
+from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, merged
 from vramplan.memory.size import Size, add, const, per_token, scale
 from vramplan.memory.term import Phase
@@ -34,7 +34,7 @@ def reference_bytes(job: Job) -> Parts:
     """The frozen copy that KL needs where no adapters can be switched off; split under ZeRO-3."""
     if job.retain.kl is None or isinstance(job.method, LoraMethod):
         return {}
-    sizes = (param.numel for param in parameters(job.architecture, job.method))
+    sizes = (param.numel for param in job.parameters)
     degree = job.degree if job.stage == 3 else 1
     return {labels.REFERENCE: sum(shard(numel, degree) for numel in sizes) * job.dtype.nbytes}
 
@@ -67,5 +67,5 @@ def logits_bytes(job: Job) -> Size:
 def _trained_shares(job: Job) -> list[tuple[int, int]]:
     """(elements of this rank, bytes of one) of each trained parameter: every method's state is split over all ranks."""
     width = (job.adapter_dtype or job.dtype).nbytes
-    trained = (param for param in parameters(job.architecture, job.method) if param.trained)
+    trained = (param for param in job.parameters if param.trained)
     return [(shard(param.numel, job.degree), width) for param in trained]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.kernels import TEMPORARY, WEIGHT_GRADIENT
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Node, Parameter, Tape, Tensor
+from vramplan.memory.tape import Node, Tape, Tensor
 from vramplan.memory.views import GRADIENTS
 
 
@@ -44,20 +44,20 @@ def filled(x: Tensor, mask: Tensor, label: str, in_place: bool = False) -> Tenso
 
 
 def grouped_product(
-    x: Tensor, weight: Parameter, offsets: Tensor, out_numel: Size, label: str, whole: Tensor | None
+    x: Tensor, weight: Tensor, offsets: Tensor, out_numel: Size, label: str, whole: Tensor | None
 ) -> Tensor:
     """``grouped_mm(x, weight, offs=offsets)``: each expert's rows times its own matrix.
 
     Backward makes the gradient of all the experts' weights at once, then that of x. ``whole``: the gathered weight
     that is saved in the weight's place.
     """
-    tape, x_numel, dtype = x.storage.tape, x.numel, x.dtype
+    tape, x_numel, w_numel, dtype = x.storage.tape, x.numel, weight.numel, x.dtype
     need_x, need_w = x.requires_grad, weight.requires_grad
     saved = [*([whole or weight] if need_x else []), offsets, *([x] if need_w else [])]
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         held = [node.unpack(index) for index in range(len(node.saved))]
-        grad_w = tape.new(weight.numel, dtype, WEIGHT_GRADIENT) if need_w else None
+        grad_w = tape.new(w_numel, dtype, WEIGHT_GRADIENT) if need_w else None
         grad_x = tape.new(x_numel, dtype, GRADIENTS) if need_x else None
         del held
         return [grad_x, grad_w]

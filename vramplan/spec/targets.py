@@ -69,3 +69,42 @@ def _fused_names(architecture: Architecture, mapping: dict[str, str]) -> Iterato
         if isinstance(block, MixtureOfExperts):
             yield f"{prefix}.{block.router.name}"
             yield from (f"{prefix}.{block.experts.name}.{old}" for old in mapping if old != "gate")
+
+
+@dataclass(frozen=True, slots=True)
+class FusedAdapter:
+    """An adapter on a parameter as it is (peft 0.21, tuners/lora/layer.py, ``ParamWrapper``): names within the layer
+    and elements."""
+
+    parameter: str
+    down: str
+    down_numel: int
+    up: str
+    up_numel: int
+
+
+def fused_adapters(block: MixtureOfExperts, adapted: frozenset[str], r: int) -> tuple[FusedAdapter, ...]:
+    """The adapters on a block's router and experts, in registration order.
+
+    Each expert has factors of its own; gate and up together have twice the rank (``rank_pattern``). Wrappers of two
+    parameters of one module lie in each other.
+    """
+    router, experts = block.router, block.experts
+    hidden, inner, count = experts.hidden_size, experts.intermediate, experts.num_experts
+    wrapped = [name for name in ("gate_up_proj", "down_proj") if name in adapted]
+    shapes = {"gate_up_proj": (2 * r, hidden, 2 * inner), "down_proj": (r, inner, hidden)}
+    made = []
+    for part in block.parts:
+        if part is router and "gate.weight" in adapted:
+            name = router.name
+            made.append(_fused(f"{name}.weight", name, r * router.in_features, r * router.num_experts))
+        if part is experts:
+            for position, suffix in enumerate(wrapped):
+                rank, fan_in, fan_out = shapes[suffix]
+                owner = experts.name + ".base_layer" * (len(wrapped) - 1 - position)
+                made.append(_fused(f"{experts.name}.{suffix}", owner, count * rank * fan_in, count * rank * fan_out))
+    return tuple(made)
+
+
+def _fused(parameter: str, owner: str, down_numel: int, up_numel: int) -> FusedAdapter:
+    return FusedAdapter(parameter, f"{owner}.lora_A.weight", down_numel, f"{owner}.lora_B.weight", up_numel)

@@ -97,6 +97,8 @@ class BlockContext:
     """Local variables of the attention module, alive until it returns."""
     hooks: ModuleHooks | None = None
     """Who listens to modules: ZeRO-3's gathers, or nobody."""
+    adapted_parameters: frozenset[str] = frozenset()
+    """Parameters of experts and routers that get adapters as they are."""
     leaf_mixtures: bool = False
     """Whether ZeRO-3 takes each block with experts as one module (``gathers.LEAF_FAMILIES``)."""
     in_leaf: bool = False

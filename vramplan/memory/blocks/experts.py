@@ -10,6 +10,7 @@ from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.folded import Factors, factor_parameters, fold, hang
 from vramplan.memory.blocks.linear import recomputed
 from vramplan.memory.blocks.mlp import activate
 from vramplan.memory.blocks.router import Routing
@@ -24,11 +25,29 @@ def run_experts(ctx: BlockContext, x: Tensor, routing: Routing, block: MixtureOf
     params = {
         tensor.name.rpartition(".")[2]: ctx.parameter(tensor.name, tensor.numel) for tensor in block.experts.tensors()
     }
-    return ctx.call(block.experts.name, tuple(params.values()), lambda x: _grouped(ctx, x, routing, block, params), x)
+    return ctx.call(block.experts.name, tuple(params.values()), lambda x: _adapted(ctx, x, routing, block, params), x)
+
+
+def _adapted(
+    ctx: BlockContext, x: Tensor, routing: Routing, block: MixtureOfExperts, params: dict[str, Parameter]
+) -> Tensor:
+    """The experts inside the wrappers that adapt their parameters, the outermost of which comes first."""
+    found = factor_parameters(ctx, block)
+    factors: dict[str, Factors] = {}
+    for suffix in ("down_proj", "gate_up_proj"):
+        name = f"{block.experts.name}.{suffix}"
+        if name in found:
+            factors[suffix] = hang(ctx, params[suffix], found[name])
+    return _grouped(ctx, x, routing, block, params, factors)
 
 
 def _grouped(
-    ctx: BlockContext, x: Tensor, routing: Routing, block: MixtureOfExperts, params: dict[str, Parameter]
+    ctx: BlockContext,
+    x: Tensor,
+    routing: Routing,
+    block: MixtureOfExperts,
+    params: dict[str, Parameter],
+    factors: dict[str, Factors],
 ) -> Tensor:
     tape, k, given = ctx.tape, block.experts_per_token, x.dtype
     pairs, wide, both = tokens(k), tokens(k * block.experts.hidden_size), tokens(2 * k * block.experts.intermediate)
@@ -41,13 +60,19 @@ def _grouped(
     counts = tape.new(const(block.num_experts), Dtype.FP32, EXPERTS)
     offsets = tape.new(const(block.num_experts), Dtype.INT32, EXPERTS)
     mask = tape.new(pairs, Dtype.BOOL, EXPERTS)
+    gate_up: Tensor = params["gate_up_proj"]
+    if "gate_up_proj" in factors:
+        gate_up = fold(ctx, params["gate_up_proj"], factors["gate_up_proj"])
     bias = _bias(params.get("gate_up_proj_bias"), sorted_experts, both)
     selected = routed.filled(selected, mask, EXPERTS, in_place=True)
-    rows = _product(ctx, selected, params["gate_up_proj"], bias, offsets, block, both)
+    rows = _product(ctx, selected, gate_up, bias, offsets, block, both)
     rows = routed.filled(rows, mask, EXPERTS)
     rows = _gate(ctx, rows, block)
+    down: Tensor = params["down_proj"]
+    if "down_proj" in factors:
+        down = fold(ctx, params["down_proj"], factors["down_proj"])
     bias = _bias(params.get("down_proj_bias"), sorted_experts, wide)
-    rows = _product(ctx, rows, params["down_proj"], bias, offsets, block, wide)
+    rows = _product(ctx, rows, down, bias, offsets, block, wide)
     rows = routed.filled(rows, mask, EXPERTS)
     weighted = ops.mul_broadcast(rows, weights, EXPERTS)
     back = tape.new(pairs, Dtype.INT64, EXPERTS)
@@ -56,7 +81,7 @@ def _grouped(
     weighted = routed.rows(weighted, back, wide, EXPERTS)
     out = routed.summed(weighted, k, tokens(block.experts.hidden_size), EXPERTS)
     out = ops.to(out, given, EXPERTS)
-    del sorted_experts, histogram_input, counts, bias  # named until the function returns
+    del sorted_experts, histogram_input, counts, bias, gate_up, down  # named until the function returns
     return out
 
 
@@ -68,7 +93,7 @@ def _bias(bias: Parameter | None, experts: Tensor, numel: Size) -> Tensor | None
 def _product(
     ctx: BlockContext,
     x: Tensor,
-    weight: Parameter,
+    weight: Tensor,
     bias: Tensor | None,
     offsets: Tensor,
     block: MixtureOfExperts,
@@ -76,8 +101,10 @@ def _product(
 ) -> Tensor:
     """``_grouped_linear``: in the weight's format, whatever autocast says. A weight that is stored (experts, out, in)
     is saved as its transposed view, which outlives a gathered weight's release."""
-    as_view = not block.experts.transposed
-    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and as_view else recomputed(ctx, weight)
+    whole = None
+    if isinstance(weight, Parameter):
+        as_view = not block.experts.transposed
+        whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and as_view else recomputed(ctx, weight)
     out = routed.grouped_product(ops.to(x, weight.dtype, EXPERTS), weight, offsets, numel, EXPERTS, whole)
     return out if bias is None else ops.add(out, bias, EXPERTS, in_place=True)
 

@@ -6,6 +6,7 @@ from vramplan.facts.architecture import Linear, MixtureOfExperts
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.blocks.experts import EXPERTS, run_experts
+from vramplan.memory.blocks.folded import factor_parameters
 from vramplan.memory.blocks.linear import linear_parameters, project
 from vramplan.memory.blocks.mlp import MLP, gated
 from vramplan.memory.blocks.router import route
@@ -32,7 +33,7 @@ def mixture_parameters(ctx: BlockContext, block: MixtureOfExperts) -> tuple[Para
             params += [param for linear in linears for param in linear_parameters(ctx, linear)]
         else:
             params += [ctx.parameter(tensor.name, tensor.numel) for tensor in part.tensors()]
-    return tuple(params)
+    return (*params, *(factor for pair in factor_parameters(ctx, block).values() for factor in pair))
 
 
 def _routed(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:

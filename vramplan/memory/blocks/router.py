@@ -9,6 +9,7 @@ from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.folded import factor_parameters, fold, hang
 from vramplan.memory.blocks.grouped_router import (
     ROUTER,
     scores_fp32,
@@ -17,7 +18,7 @@ from vramplan.memory.blocks.grouped_router import (
     softmax_of_groups,
 )
 from vramplan.memory.blocks.linear import product
-from vramplan.memory.tape import Tensor
+from vramplan.memory.tape import Parameter, Tensor
 
 
 @dataclass(slots=True)
@@ -36,8 +37,12 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
     bias = ctx.parameter(f"{router.name}.bias", router.num_experts) if router.bias else None
     found: list[Routing] = []
 
+    factors = factor_parameters(ctx, block).get(weight.name.removeprefix(ctx.prefix))
+
     def run(x: Tensor) -> Tensor:
-        if block.scores_in_fp32:
+        if factors is not None:
+            scores = _with_adapter(ctx, x, weight, factors, block)
+        elif block.scores_in_fp32:
             scores = scores_fp32(ctx, x, weight, block)
         else:
             scores = product(ctx, x, weight, bias, tokens(router.num_experts), ROUTER)
@@ -46,6 +51,15 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
 
     found[0].weights = ctx.call(router.name, (weight, bias), run, x)
     return found[0]
+
+
+def _with_adapter(
+    ctx: BlockContext, x: Tensor, weight: Parameter, factors: tuple[Parameter, Parameter], block: MixtureOfExperts
+) -> Tensor:
+    """``F.linear(x, weight + scaling * lora_B @ lora_A)``."""
+    folded = fold(ctx, weight, hang(ctx, weight, factors))
+    low, zero3 = ctx.low(x, ROUTER), ctx.hooks is not None
+    return ops.linear(low, ctx.low(folded, ROUTER), None, tokens(block.num_experts), ROUTER, zero3, flat=ctx.flat)
 
 
 def _softmax_fp32(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
