@@ -85,6 +85,7 @@ _COMMUNICATION_TEXTS = (
     "recvBytes",
     "DistNetworkError",
     "failed to connect",
+    "EADDRINUSE",  # another process took the port between its choice and the ranks' meeting
 )
 _NAN_TEXT = "the loss is "
 

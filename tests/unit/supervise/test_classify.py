@@ -106,6 +106,15 @@ def test_only_echoes_of_a_lost_connection():
     assert cause_of(marker(message=CLOSED), launcher_code=1) is Cause.COMMUNICATOR
 
 
+def test_a_port_that_another_process_took_may_pass():
+    taken = (
+        "The server socket has failed to listen on any local network address. port: 50255, useIpv6: false, code: -98, "
+        "name: EADDRINUSE, message: address already in use"
+    )
+    found = classify(Evidence(launcher_code=1, markers=(marker(0, "join", taken, kind="DistNetworkError"),)))
+    assert found.may_pass
+
+
 def test_an_exit_code_without_a_whole_marker_tells_of_memory_by_the_phase():
     ranks = (RankState(0, "step2.micro1.backward", 2), RankState(1, "step1.micro2.optimizer_step", 1))
     lost = classify(Evidence(86, (marker(rank=0, message=CLOSED),), ranks, dead=(1,)))
