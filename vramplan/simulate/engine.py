@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch._subclasses import FakeTensorMode
 
@@ -16,6 +16,7 @@ from vramplan.simulate.accumulate import sole_use_counts
 from vramplan.simulate.answers import ANSWERS
 from vramplan.simulate.categories import categorise
 from vramplan.simulate.cuda_attention import register_flash
+from vramplan.simulate.events import Note
 from vramplan.simulate.patches import patched
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.scratch import CPU_SCRATCH, CUDA_SCRATCH
@@ -34,6 +35,11 @@ class Traced:
     numel_trainable: int = 0
     error: SimulationError | None = None
     """Why it stopped; the phases before are whole."""
+    notes: list[Note] = field(default_factory=list)
+    traced_layers: tuple[int, ...] = ()
+    """Depths that were traced and from which this trace follows; empty: it was traced in full."""
+    in_full_because: str = ""
+    """Why it does not follow from fewer layers; empty where it does, or was not asked to."""
 
 
 class _FakeMode(FakeTensorMode):
@@ -62,7 +68,7 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
         padded=conditions.padded,
     )
     player.on_model = tracker.learn_model
-    traced = Traced(tracker.trace)
+    traced = Traced(tracker.trace, notes=tracker.notes)
     with _quiet(), _FakeMode(allow_non_fake_inputs=True):
         with patched(tracker, conditions, device_type, packed=run.data.packing != "none"), tracker:
             try:

@@ -28,6 +28,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
     """Everything below, for the duration of the context; ``packed``: positions restart within a sequence."""
     import deepspeed.ops.adam.cpu_adam as cpu_adam
     import deepspeed.ops.adam.fused_adam as fused_adam
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
     import deepspeed.runtime.zero.utils as zero_utils
     import transformers.masking_utils as masking_utils
@@ -55,6 +56,10 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         # A mask is kept or dropped by its values, as in a real run: no graph is being traced here.
         put(masking_utils, "is_tracing", lambda tensor=None: False)
         put(modeling_utils, "is_tracing", lambda tensor=None: False)
+        # The order of a set of parameters depends on their addresses; any is as real as another.
+        stack.enter_context(mock.patch.object(coordinator, "set", _SetInOrder, create=True))
+        parameters = coordinator.PartitionedParameterCoordinator
+        put(parameters, "_fetch_sub_module_impl", _noting_available(tracker, parameters._fetch_sub_module_impl))
         put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not conditions.padded))
         if packed:
             put(masking_utils, "find_packed_sequence_indices", _found_in(masking_utils.find_packed_sequence_indices))
@@ -162,6 +167,24 @@ def _call_seen_by(tracker: Tracker) -> Callable[..., Any]:
             return call(self, *args, **kwargs)
 
     return seen_call
+
+
+class _SetInOrder(set[Any]):
+    """A set of ZeRO-3's parameters, or of their numbers, that is gone through in the order of the numbers."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(set.__iter__(self), key=lambda item: getattr(item, "ds_id", item)))
+
+
+def _noting_available(tracker: Tracker, fetch: Callable[..., None]) -> Callable[..., None]:
+    """``fetch``; elements that ZeRO-3 counts as gathered, by which it decides what to prefetch, are noted before."""
+
+    def noting_fetch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.is_complete_trace():
+            tracker.note("available", self._PartitionedParameterCoordinator__n_available_params)
+        fetch(self, *args, **kwargs)
+
+    return noting_fetch
 
 
 def _rng_state() -> torch.Tensor:

@@ -35,6 +35,8 @@ class Conditions:
     """Where a padding mask is passed, it masks something."""
     skip_steps: bool = False
     """Every optimizer step is discarded as an overflow."""
+    by_depth: bool = True
+    """A deep model's trace may be followed from those of fewer layers where that is exact; else it is taken in full."""
 
 
 AS_RECORDED = Conditions(managed=True, padded=False)

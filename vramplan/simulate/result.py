@@ -98,6 +98,10 @@ class SimulationResult:
     failure: Failure | None = None
     error: str | None = None
     """Why the trace stopped before its end; the phases before are whole."""
+    traced_layers: tuple[int, ...] = ()
+    """Depths that were traced and from which the full depth follows exactly; empty: all layers were traced."""
+    in_full_because: str = ""
+    """Why all layers were traced; empty where they were not, or nothing else was asked for."""
     host_rss_peak_bytes: int = 0
     """Of the process that simulated."""
     overhead_bytes: int = 0
@@ -169,6 +173,7 @@ class SimulationResult:
                     tuple(timeline["births"]),
                     tuple(tuple((birth, size) for birth, size in row) for row in timeline["largest"]),
                 ),
+                "traced_layers": tuple(raw["traced_layers"]),
                 "failure": Failure(**{**failure, "birth": Birth(**failure["birth"])}) if failure else None,
             }
         )

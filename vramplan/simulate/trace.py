@@ -55,13 +55,20 @@ class Trace:
     def __len__(self) -> int:
         return len(self.num_bytes)
 
-    def bear(self, num_bytes: int, birth: int, place: Place = Place.DEVICE, stream: int = 0) -> int:
+    def bear(
+        self,
+        num_bytes: int,
+        birth: int,
+        place: Place = Place.DEVICE,
+        stream: int = 0,
+        category: Category = Category.TEMPORARY,
+    ) -> int:
         """Appends a block born now; its number."""
         self.num_bytes.append(num_bytes)
         self.born_at.append(self.num_instants)
         self.died_at.append(ALIVE)
         self.birth.append(birth)
-        self.category.append(_TEMPORARY)
+        self.category.append(_CATEGORY_NUMBER[category])
         self.place.append(_PLACE_NUMBER[place])
         self.stream.append(stream)
         self.num_instants += 1
@@ -96,9 +103,9 @@ class Trace:
         _, born, died = self._times()
         return np.flatnonzero(self.in_place(place) & (born < instant) & ((died == ALIVE) | (died >= instant)))
 
-    def events(self, place: Place = Place.DEVICE) -> Iterator[tuple[int, int, bool]]:
-        """(instant, block, is it a birth) in order of time."""
-        blocks = np.flatnonzero(self.in_place(place))
+    def events(self, place: Place | None = Place.DEVICE) -> Iterator[tuple[int, int, bool]]:
+        """(instant, block, is it a birth) in order of time; None: in all places."""
+        blocks = np.arange(len(self)) if place is None else np.flatnonzero(self.in_place(place))
         _, born, died = (times[blocks] for times in self._times())
         dead = died != ALIVE
         when = np.concatenate([born, died[dead]])
@@ -112,4 +119,4 @@ class Trace:
 
 
 _PLACE_NUMBER = {place: number for number, place in enumerate(PLACES)}
-_TEMPORARY = CATEGORIES.index(Category.TEMPORARY)
+_CATEGORY_NUMBER = {category: number for number, category in enumerate(CATEGORIES)}

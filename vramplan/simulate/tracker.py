@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vramplan.memory.birth import Birth
 from vramplan.memory.term import Place
+from vramplan.simulate.events import Note
 from vramplan.simulate.lines import Lines
 from vramplan.simulate.trace import PhaseSpan, Trace
 
@@ -36,6 +37,7 @@ class Tracker(TorchDispatchMode):
         self.trace = Trace()
         self.phase_name = ""
         self.stream = 0
+        self.notes: list[Note] = []
         self.module_names: dict[int, str] = {}
         self.param_shapes: set[tuple[int, ...]] = set()
         self.last_dims = array("q")
@@ -54,6 +56,7 @@ class Tracker(TorchDispatchMode):
         self._made_by: dict[int, tuple[int, str, str]] = {}
         self._birth_numbers: dict[Birth, int] = {}
         self._lines = Lines()
+        self._streams = {0: 0}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -94,8 +97,12 @@ class Tracker(TorchDispatchMode):
         self._watched.clear()  # a weak reference that is gone calls nobody
 
     def set_stream(self, number: int) -> None:
-        """From now on births are on this stream."""
-        self.stream = number
+        """From now on births are on this stream; streams are numbered here as they first come, the first one 0."""
+        self.stream = self._streams.setdefault(number, len(self._streams))
+
+    def note(self, name: str, value: int) -> None:
+        """Keeps a number that the engine carries along."""
+        self.notes.append(Note(self.trace.num_instants, name, value))
 
     def empty_cache(self) -> None:
         """The engine asks the allocator to give back what it does not use."""

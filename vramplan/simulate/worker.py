@@ -19,7 +19,7 @@ import transformers  # noqa: F401
 
 from vramplan.forkserver import serve
 from vramplan.simulate.alloc_conf import AllocConf
-from vramplan.simulate.engine import trace_rank
+from vramplan.simulate.extend import trace_run
 from vramplan.simulate.replay import replay
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.result import SimulationResult
@@ -40,7 +40,7 @@ def simulate_here(request: dict[str, Any]) -> SimulationResult:
     started = time.perf_counter()
     run, layout = RunSpec.model_validate(request["run"]), Layout(**request["layout"])
     capacity, overhead = request["capacity_bytes"], request["overhead_bytes"]
-    traced = trace_rank(run, layout, Conditions(**request["conditions"]), request["device_type"])
+    traced = trace_run(run, layout, Conditions(**request["conditions"]), request["device_type"])
     trace = traced.trace
     replayed = None
     if request["device_type"] == "cuda":
@@ -62,6 +62,8 @@ def simulate_here(request: dict[str, Any]) -> SimulationResult:
         failure=replayed.failure if replayed else None,
         error=str(traced.error) if traced.error else None,
         host_rss_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        traced_layers=traced.traced_layers,
+        in_full_because=traced.in_full_because,
         overhead_bytes=overhead,
         capacity_bytes=capacity,
     )
