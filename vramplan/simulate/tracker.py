@@ -192,8 +192,9 @@ class Tracker(TorchDispatchMode):
         if node is not None and not torch.is_grad_enabled():
             node_name = node.name().rsplit("::", 1)[-1]
             module, frame, outer = self._made_by.get(node._sequence_nr(), (module, frame, outer))
+        elif torch.is_grad_enabled() and node is not None:
+            node_name = RECOMPUTATION  # its nodes never run, and a device's thread numbers them from 0 again
         elif torch.is_grad_enabled():
-            node_name = "" if node is None else RECOMPUTATION
             # below autograd the node of this operator exists already: it has the last number given out
             self._made_by.setdefault(torch._C._autograd._get_sequence_nr() - 1, (module, frame, outer))
         birth = Birth(_op_name(func), node_name, self.module_names.get(module, ""), frame, outer, self.phase_name)
