@@ -10,7 +10,7 @@ bucket that is sent is empty, a window that looks ahead no further than a period
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class DepthPlan:
 
     def is_worth(self, attempt: int = 0) -> bool:
         """Whether all the depths traced up to this attempt take clearly less than the full depth."""
-        traced = sum({depth for number in range(attempt + 1) for depth in self.depths(number)})
-        return traced <= WORTH_FRAC * self.num_layers
+        layers = sum({depth for number in range(attempt + 1) for depth in self.depths(number)})
+        return layers <= WORTH_FRAC * self.num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def plan_depths(run: RunSpec, layout: Layout) -> DepthPlan:
     first += (cycle.num_layers - first) % period
     plan = DepthPlan(cycle.num_layers, first, period)
     if not plan.is_worth():
-        raise NotByDepth(f"of {cycle.num_layers} layers {plan.depths()} would have to be traced: no shorter")
+        raise NotByDepth(f"instead of {cycle.num_layers} layers at least {sum(plan.depths())} would have to be traced")
     return plan
 
 
@@ -128,14 +128,20 @@ def _check_kind(run: RunSpec, layout: Layout) -> None:
 
 def _cycle_of(run: RunSpec) -> _Cycle:
     """The shortest cycle in which the layers repeat to the end, whichever depth the model is cut to."""
-    full = _layers_of(run)
+    config = transformers_config(run).get_text_config()
+    lists = [
+        name
+        for name, value in config.to_dict().items()
+        if isinstance(value, list) and len(value) == config.num_hidden_layers
+    ]
+    full = _layers_of(run, lists)
     length = next((length for length in range(1, len(full)) if _start_of_cycles(full, length) is not None), None)
     if length is None:
         raise NotByDepth("no two layers are alike")
     start = _start_of_cycles(full, length)
     assert start is not None
     for depth in (start + length, start + 2 * length):
-        if depth >= len(full) or _layers_of(at_depth(run, depth)) != full[:depth]:
+        if depth >= len(full) or _layers_of(at_depth(run, depth), lists) != full[:depth]:
             raise NotByDepth(f"cut to {depth} layers the model does not have its own first layers")
     return _Cycle(len(full), start, length)
 
@@ -148,20 +154,19 @@ def _start_of_cycles(layers: list[Any], length: int) -> int | None:
     return start if len(layers) - start >= 2 * length else None
 
 
-def _layers_of(run: RunSpec) -> list[Any]:
-    """What tells each decoder layer from others, in order."""
+def _layers_of(run: RunSpec, lists: Sequence[str]) -> list[Any]:
+    """What tells each decoder layer from others, in order; ``lists``: fields of the config with an entry a layer."""
     config = transformers_config(run)
     text = config.get_text_config()
     model = _on_meta(run, config)
     num_layers = text.num_hidden_layers
-    lists = [value for value in text.to_dict().values() if isinstance(value, list) and len(value) == num_layers]
     stacks = [
         module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
     ]
     if len(stacks) != 1:
         raise NotByDepth(f"the model has {len(stacks)} stacks of {num_layers} layers")
     return [
-        (tuple(str(value[index]) for value in lists), tuple(_seen_in(layer, index)))
+        (tuple(str(getattr(text, name)[index]) for name in lists), tuple(_seen_in(layer, index)))
         for index, layer in enumerate(stacks[0])
     ]
 
