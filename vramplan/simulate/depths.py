@@ -50,6 +50,10 @@ class DepthPlan:
         start = self.first + attempt * self.period
         return tuple(start + step * self.period for step in range(DEPTHS))
 
+    def periods_beyond(self, depth: int) -> int:
+        """How many periods the full depth has more than this one."""
+        return (self.num_layers - depth) // self.period
+
     def is_worth(self, attempt: int = 0) -> bool:
         """Whether all the depths traced up to this attempt take clearly less than the full depth."""
         layers = sum({depth for number in range(attempt + 1) for depth in self.depths(number)})

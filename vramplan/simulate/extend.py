@@ -43,8 +43,10 @@ def _by_depth(run: RunSpec, layout: Layout, conditions: Conditions, device_type:
         for depth in plan.depths(attempt):
             if depth not in traces:
                 traces[depth] = _traced(at_depth(run, depth), layout, conditions, device_type)
-        traced = _extended([traces[depth] for depth in plan.depths(attempt)], plan, attempt)
+        depths = plan.depths(attempt)
+        traced = follow([traces[depth] for depth in depths], plan.periods_beyond(depths[0]))
         if traced is not None:
+            traced.traced_layers = depths
             return traced
     raise NotByDepth(f"{sorted(traces)} layers do not follow one law")
 
@@ -56,19 +58,18 @@ def _traced(run: RunSpec, layout: Layout, conditions: Conditions, device_type: s
     return traced
 
 
-def _extended(traced: Sequence[Traced], plan: DepthPlan, attempt: int) -> Traced | None:
-    """The full depth's trace, if the depths follow one law."""
+def follow(traced: Sequence[Traced], times: int) -> Traced | None:
+    """From traces of three depths, each a period deeper than the last, that of the first and ``times`` periods.
+
+    None where they do not follow one law.
+    """
     kinds, events = read_events([one.trace for one in traced], [one.notes for one in traced])
     law = law_of(*events)
-    if law is None or not _comes_round(law, kinds):
-        return None
-    depths = plan.depths(attempt)
-    times = (plan.num_layers - depths[0]) // plan.period
     total = _counted_on([one.numel_total for one in traced], times)
     trainable = _counted_on([one.numel_trainable for one in traced], times)
-    if total is None or trainable is None:
+    if law is None or total is None or trainable is None or not _comes_round(law, kinds):
         return None
-    return Traced(write_trace(law.after(times), kinds), total, trainable, traced_layers=depths)
+    return Traced(write_trace(law.after(times), kinds), total, trainable)
 
 
 def _comes_round(law: Law, kinds: Kinds) -> bool:

@@ -1,0 +1,102 @@
+"""Small models traced in full and followed from fewer layers: ``python depth_cases.py DP`` prints a line a case."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "vocab_size": 320,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "sliding_window": 16}
+SMALL_BUCKETS = {
+    "reduce_bucket_size": 9000,
+    "stage3_prefetch_bucket_size": 4000,
+    "stage3_max_live_parameters": 9000,
+    "stage3_max_reuse_distance": 9000,
+    "stage3_param_persistence_threshold": 100,
+    "sub_group_size": 5000,
+}
+
+CASES = {
+    1: {
+        "zero 0": {},
+        "zero 0, checkpointing, lora": {"activation_checkpointing": "full", "method": {"kind": "lora"}},
+        "zero 1, fp32": {"zero": {"stage": 1}, "precision": "fp32"},
+        "zero 0, sliding and full attention": {"fields": GEMMA},
+        "zero 3, lora": {"zero": {"stage": 3}, "method": {"kind": "lora"}},
+    },
+    2: {
+        "zero 1": {"zero": {"stage": 1}},
+        "zero 2, checkpointing": {"zero": {"stage": 2}, "activation_checkpointing": "full"},
+        "zero 2, two micro-batches": {"zero": {"stage": 2}, "grad_accum_steps": 2},
+        "zero 3": {"zero": {"stage": 3}},
+        "zero 3, checkpointing, small buckets": {
+            "zero": {"stage": 3, **SMALL_BUCKETS},
+            "activation_checkpointing": "full",
+        },
+        "zero 3, optimizer offloaded": {"zero": {"stage": 3, "offload_optimizer": "cpu"}},
+    },
+}
+"""By ranks, since a process plays one world size in its life."""
+MORE_PERIODS = 4
+"""How many periods the depth that is followed has more than the first that is traced."""
+
+
+def run_of(case, dp, num_layers):
+    from vramplan.spec.load import run_from_mapping
+
+    zero = {"stage": 0, "offload_optimizer": "none", "offload_param": "none", **case.get("zero", {})}
+    rest = {key: value for key, value in case.items() if key not in ("zero", "fields")}
+    fields = {**case.get("fields", LLAMA), "num_hidden_layers": num_layers}
+    closed = {"seq_len": 32, "micro_batch_size": 1, "grad_accum_steps": 1, "activation_checkpointing": "none"}
+    return run_from_mapping(
+        {"model": "small", "layout": {"dp": dp}, **closed, **rest, "zero": zero, "model_config_fields": fields}
+    )
+
+
+def columns(traced):
+    """Everything that a trace says, block by block."""
+    trace = traced.trace
+    blocks = zip(trace.num_bytes, trace.born_at, trace.died_at, trace.category, trace.place, trace.stream, strict=True)
+    return {
+        "blocks": list(blocks),
+        "births": [trace.births[birth] for birth in trace.birth],
+        "phases": trace.phases,
+        "cache_emptied_at": trace.cache_emptied_at,
+        "num_instants": trace.num_instants,
+        "numel": (traced.numel_total, traced.numel_trainable),
+    }
+
+
+def compare(case, dp):
+    from vramplan.simulate.depths import at_depth, plan_depths
+    from vramplan.simulate.engine import trace_rank
+    from vramplan.simulate.extend import follow
+    from vramplan.simulate.request import Conditions
+
+    plan = plan_depths(run_of(case, dp, 400), run_of(case, dp, 400).layout)
+    deep = run_of(case, dp, plan.first + MORE_PERIODS * plan.period)
+
+    def traced(depth):
+        found = trace_rank(at_depth(deep, depth), deep.layout, Conditions(), "cuda")
+        assert found.error is None, found.error
+        return found
+
+    followed = follow([traced(depth) for depth in plan.depths()], MORE_PERIODS)
+    if followed is None:
+        return plan.depths(), ["they follow no law"], 0
+    found, full = columns(followed), columns(traced(deep.model_config_fields["num_hidden_layers"]))
+    return plan.depths(), [name for name in full if full[name] != found[name]], len(full["blocks"])
+
+
+if __name__ == "__main__":
+    ranks = int(sys.argv[1])
+    for name, case in CASES[ranks].items():
+        depths, differing, num_blocks = compare(case, ranks)
+        print(json.dumps({"case": name, "depths": depths, "differing": differing, "num_blocks": num_blocks}), flush=True)
