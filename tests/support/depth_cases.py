@@ -1,4 +1,4 @@
-"""Small models traced in full and followed from fewer layers: ``python depth_cases.py DP`` prints a line a case."""
+"""Small models traced in full and followed from fewer layers: ``python depth_cases.py DP CASE...``, a line a case."""
 
 from __future__ import annotations
 
@@ -23,28 +23,31 @@ SMALL_BUCKETS = {
     "sub_group_size": 5000,
 }
 
+CHECKPOINTED = {"activation_checkpointing": "full"}
 CASES = {
     1: {
+        "zero 0, checkpointing, lora": {**CHECKPOINTED, "method": {"kind": "lora"}},
+        "zero 1": {"zero": {"stage": 1}},
+        "zero 2, checkpointing": {"zero": {"stage": 2}, **CHECKPOINTED},
+    },
+    2: {"zero 3, checkpointing, small buckets": {"zero": {"stage": 3, **SMALL_BUCKETS}, **CHECKPOINTED}},
+}
+"""By ranks, since a process plays one world size in its life."""
+MORE_CASES = {
+    1: {
         "zero 0": {},
-        "zero 0, checkpointing, lora": {"activation_checkpointing": "full", "method": {"kind": "lora"}},
         "zero 1, fp32": {"zero": {"stage": 1}, "precision": "fp32"},
         "zero 0, sliding and full attention": {"fields": GEMMA},
         "zero 3, lora": {"zero": {"stage": 3}, "method": {"kind": "lora"}},
     },
     2: {
-        "zero 1": {"zero": {"stage": 1}},
-        "zero 2, checkpointing": {"zero": {"stage": 2}, "activation_checkpointing": "full"},
-        "zero 2, two micro-batches": {"zero": {"stage": 2}, "grad_accum_steps": 2},
-        "zero 3": {"zero": {"stage": 3}},
-        "zero 3, checkpointing, small buckets": {
-            "zero": {"stage": 3, **SMALL_BUCKETS},
-            "activation_checkpointing": "full",
-        },
+        "zero 1, two partitions": {"zero": {"stage": 1}},
+        "zero 2, two partitions, two micro-batches": {"zero": {"stage": 2}, "grad_accum_steps": 2},
+        "zero 3, lora, checkpointing": {"zero": {"stage": 3}, "method": {"kind": "lora"}, **CHECKPOINTED},
         "zero 3, optimizer offloaded": {"zero": {"stage": 3, "offload_optimizer": "cpu"}},
     },
 }
-"""By ranks, since a process plays one world size in its life."""
-MORE_PERIODS = 4
+MORE_PERIODS = 3
 """How many periods the depth that is followed has more than the first that is traced."""
 
 
@@ -97,6 +100,9 @@ def compare(case, dp):
 
 if __name__ == "__main__":
     ranks = int(sys.argv[1])
-    for name, case in CASES[ranks].items():
-        depths, differing, num_blocks = compare(case, ranks)
-        print(json.dumps({"case": name, "depths": depths, "differing": differing, "num_blocks": num_blocks}), flush=True)
+    known = {**CASES[ranks], **MORE_CASES[ranks]}
+    for name in sys.argv[2:]:
+        depths, differing, num_blocks = compare(known[name], ranks)
+        print(
+            json.dumps({"case": name, "depths": depths, "differing": differing, "num_blocks": num_blocks}), flush=True
+        )
