@@ -15,12 +15,12 @@ LLAMA = {
 }
 GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "sliding_window": 16}
 SMALL_BUCKETS = {
-    "reduce_bucket_size": 9000,
+    "reduce_bucket_size": 2000,
     "stage3_prefetch_bucket_size": 4000,
     "stage3_max_live_parameters": 9000,
     "stage3_max_reuse_distance": 9000,
     "stage3_param_persistence_threshold": 100,
-    "sub_group_size": 5000,
+    "sub_group_size": 1000,
 }
 
 CHECKPOINTED = {"activation_checkpointing": "full"}
@@ -103,6 +103,5 @@ if __name__ == "__main__":
     known = {**CASES[ranks], **MORE_CASES[ranks]}
     for name in sys.argv[2:]:
         depths, differing, num_blocks = compare(known[name], ranks)
-        print(
-            json.dumps({"case": name, "depths": depths, "differing": differing, "num_blocks": num_blocks}), flush=True
-        )
+        row = {"case": name, "depths": depths, "differing": differing, "num_blocks": num_blocks}
+        sys.stdout.write(f"{json.dumps(row)}\n")

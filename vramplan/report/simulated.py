@@ -91,6 +91,8 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "alloc_retries": found.alloc_retries,
         "error": found.error,
         "num_blocks": found.num_blocks,
+        "traced_layers": list(found.traced_layers),
+        "in_full_because": found.in_full_because,
         "seconds": found.seconds,
         "host_rss_peak_bytes": found.host_rss_peak_bytes,
     }
@@ -164,9 +166,17 @@ def render_simulation(closed: ClosedRun, found: SimulationResult) -> RenderableT
         Text(f"Largest live tensors in {found.peak.phase}", style="bold"),
         live_table((group.to_dict() for group in found.largest_live[:SHOWN_LIVE]), found.allocated_peak_bytes),
         "",
-        Text(f"{found.num_blocks:,} allocations traced in {found.seconds:.1f} s", style="dim"),
+        Text(_how_traced(found), style="dim"),
     ]
     return Group(*parts)
+
+
+def _how_traced(found: SimulationResult) -> str:
+    count, seconds = f"{found.num_blocks:,} allocations", f"{found.seconds:.1f} s"
+    if not found.traced_layers:
+        return f"{count} traced in {seconds}"
+    *some, last = found.traced_layers
+    return f"{count}, exactly as they follow from traces of {', '.join(map(str, some))} and {last} layers, in {seconds}"
 
 
 def spark_text(found: SimulationResult, width: int = SPARK_WIDTH) -> str:

@@ -81,7 +81,7 @@ def plan_depths(run: RunSpec, layout: Layout) -> DepthPlan:
     counts = [_count(at_depth(run, first_counted + step * cycle.length)) for step in range(2)]
     times = _cycles_in_period(run, layout, cycle, *counts)
     period = times * cycle.length
-    first = cycle.start + 2 * period + cycle.length
+    first = cycle.start + max(2 * period + cycle.length, _cycles_that_hold_ends(run, layout, *counts) * cycle.length)
     first += (cycle.num_layers - first) % period
     plan = DepthPlan(cycle.num_layers, first, period)
     if not plan.is_worth():
@@ -120,6 +120,10 @@ def _check_kind(run: RunSpec, layout: Layout) -> None:
         raise NotByDepth("code that comes with the model may do anything at any layer")
     if layout.sp > 1 or layout.tp > 1 or layout.pp > 1 or layout.ep > 1:
         raise NotByDepth("only data-parallel layouts are followed by depth")
+    if run.engine != "deepspeed" and layout.world_size > 1:
+        raise NotByDepth("DDP cuts the model's gradients into buckets of its own")
+    if run.zero.round_robin_gradients:
+        raise NotByDepth("round-robin gradients deal the layers out in another order at every depth")
     if method.kind == "qlora":
         raise NotByDepth("4-bit weights are traced in full")
     if isinstance(method, LoraMethod) and method.target_modules != "all-linear":
@@ -224,14 +228,25 @@ def _cycles_in_period(run: RunSpec, layout: Layout, cycle: _Cycle, shallow: _Num
             times = max(times, -(-limit // max(here, 1)))
     if run.zero.stage != 3 and ranks > 1:
         aligned = _ALIGNMENT * ranks
-        times = -(-times // (whole := aligned // math.gcd(aligned, each.trained))) * whole
-        if run.zero.stage in (1, 2):  # rank 0's partition ends one cycle later every so many cycles
-            times = math.lcm(times, ranks)
+        whole = aligned // math.gcd(aligned, each.trained)
+        times = math.lcm(-(-times // whole) * whole, ranks)  # each rank's partition grows by whole cycles
     return times
+
+
+def _cycles_that_hold_ends(run: RunSpec, layout: Layout, shallow: _Numel, deeper: _Numel) -> int:
+    """How many cycles a model needs so that the ends of all ranks' partitions lie in cycles, as they do in the full
+    one: a rank's share is more than what is trained beside the cycles, and one of them."""
+    ranks, each = layout.zero_degree, deeper.trained - shallow.trained
+    if run.zero.stage == 3 or ranks == 1 or not each:
+        return 0
+    beside = shallow.trained - each  # ``shallow`` has one cycle
+    return -(-(ranks - 1) * beside // each) + ranks
 
 
 def _limits(run: RunSpec, layout: Layout, each: _Numel, full: _Numel) -> Iterator[tuple[int, int, int]]:
     """(limit, elements that count towards it in a cycle, in the full model): what DeepSpeed sums up over layers."""
+    if run.engine != "deepspeed":
+        return
     zero = ds_config(run, layout.world_size)["zero_optimization"]
     yield zero["reduce_bucket_size"], each.trained, full.trained
     if run.zero.stage == 0:

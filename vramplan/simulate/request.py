@@ -39,7 +39,7 @@ class Conditions:
     """A deep model's trace may be followed from those of fewer layers where that is exact; else it is taken in full."""
 
 
-AS_RECORDED = Conditions(managed=True, padded=False)
+AS_RECORDED = Conditions(managed=True, padded=False, by_depth=False)
 """How measurement records are taken (an all-ones mask is dropped by transformers)."""
 
 
