@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class CudaAutocast:
-    """The casting kernels of one device type, registered while this object lives."""
+    """The casting kernels of one device type; torch registers them once in a process (``cuda_autocast``)."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type
@@ -216,6 +217,12 @@ class CudaAutocast:
 
     def _eligible(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device.type == self._device_type and value.dtype in _FLOATS
+
+
+@lru_cache(maxsize=1)
+def cuda_autocast(device_type: str) -> CudaAutocast:
+    """The process's casting kernels."""
+    return CudaAutocast(device_type)
 
 
 def _overload(name: str) -> Callable[..., Any]:

@@ -135,7 +135,7 @@ def _check_kind(run: RunSpec, layout: Layout) -> None:
 
 
 def _cycle_of(run: RunSpec) -> _Cycle:
-    """The shortest cycle in which the layers repeat to the end, whichever depth the model is cut to."""
+    """How the layers repeat to the end, whichever depth the model is cut to: the way that shows soonest."""
     config = transformers_config(run).get_text_config()
     lists = [
         name
@@ -143,11 +143,11 @@ def _cycle_of(run: RunSpec) -> _Cycle:
         if isinstance(value, list) and len(value) == config.num_hidden_layers
     ]
     full = _layers_of(run, lists)
-    length = next((length for length in range(1, len(full)) if _start_of_cycles(full, length) is not None), None)
-    if length is None:
-        raise NotByDepth("no two layers are alike")
-    start = _start_of_cycles(full, length)
-    assert start is not None
+    starts = {length: _start_of_cycles(full, length) for length in range(1, len(full) // 2 + 1)}
+    found = [(start + 2 * length, start, length) for length, start in starts.items() if start is not None]
+    if not found:
+        raise NotByDepth("its layers do not come in cycles")
+    _, start, length = min(found)
     for depth in (start + length, start + 2 * length):
         if depth >= len(full) or _layers_of(at_depth(run, depth), lists) != full[:depth]:
             raise NotByDepth(f"cut to {depth} layers the model does not have its own first layers")

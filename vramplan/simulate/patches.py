@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vramplan.simulate.cuda_attention import cuda_attention
-from vramplan.simulate.cuda_autocast import CudaAutocast
+from vramplan.simulate.cuda_autocast import cuda_autocast
 from vramplan.simulate.many_ranks import few_views
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.tracker import Tracker
@@ -71,7 +71,8 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
                 [torch.Tensor, torch.nn.Parameter, FakeTensor],
             )
             put(FakeTensor, "data", property(_DATA.__get__, _set_data))
-            autocast = CudaAutocast(tracker.device_type)
+            autocast = cuda_autocast(tracker.device_type)
+            autocast.clear()  # of a trace before
             put(torch, "clear_autocast_cache", autocast.clear)
             put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
         if conditions.skip_steps:
