@@ -51,7 +51,7 @@ def test_both_witnesses_cast_alike():
         "zero3 checkpointing": asked(3, checkpointing="full"),
         "zero3 adapters": asked(3, LORA),
     }
-    conditions = Conditions(managed=True, padded=False)
+    conditions = Conditions(padded=False)
     requests = [SimulationRequest(run, "cuda", conditions=conditions, key=key) for key, run in runs.items()]
     for key, found in simulate_jobs(requests):
         assert found.error is None, key
