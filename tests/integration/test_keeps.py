@@ -43,6 +43,7 @@ def test_early_stopping_ends_a_run_and_saves_it(tiny_model, tmp_path):
     assert (RunDir(tmp_path / "run").model / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_springs_go_on_bit_for_bit_after_a_resume(tiny_model, tmp_path):
     """The anchors and the Fisher diagonal are made again from the base model, not from the checkpoint's weights."""
     spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, retain=SPRINGS)
@@ -90,6 +91,7 @@ def test_the_reference_under_zero_3_gives_what_a_whole_copy_gives(tiny_model, tm
     assert found[0][1] > 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tiny_model, tmp_path):
     """A file may not grow past a limit that the earlier checkpoint's shards are just under: writing fails as on a full
     disk, with an error of the operating system."""

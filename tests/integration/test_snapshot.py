@@ -44,6 +44,7 @@ def num_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_snapshot_when_all_its_processes_were_killed(tiny_model, tmp_path):
     training = {"max_steps": 100_000, "save_every": 100_000, "snapshot_every": 2}
     spec, run_dir = write_spec(tmp_path / "spec.yaml", tiny_model, 2, training=training), RunDir(tmp_path / "run")
