@@ -6,7 +6,8 @@ import pytest
 
 from vramplan.emit.deepspeed import ds_config
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.measure.record import read_jobs, run_from_record_spec
+from vramplan.measure.record import read_jobs
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.simulate.alloc_conf import AllocConf
 
 CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "gpu.jsonl"

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from vramplan.errors import VramplanError
 from vramplan.measure.compare import Comparison, RecordComparison
-from vramplan.measure.record import Record, UnreadRecord, run_from_record_spec, steps_were_skipped
+from vramplan.measure.record import Record, UnreadRecord, steps_were_skipped
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.simulate.request import SimulationRequest, record_request, simulate_jobs
 from vramplan.simulate.result import SimulationResult
 

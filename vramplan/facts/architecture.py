@@ -14,17 +14,15 @@ from functools import cached_property
 from vramplan.facts.blocks import (
     Attention,
     Embedding,
-    Experts,
     GatedMLP,
     LatentAttention,
     Linear,
-    MixtureOfExperts,
     Norm,
     ParamTensor,
     PlainMLP,
     Role,
-    Router,
 )
+from vramplan.facts.mixture import Experts, MixtureOfExperts, Router
 
 __all__ = [
     "Architecture",

@@ -18,7 +18,8 @@ from vramplan.facts.host import read_host
 from vramplan.facts.nvml import read_driver
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.forkserver import Ended, ForkServer
-from vramplan.measure.record import JobSpec, Measured, Record, append_record, read_records, run_from_record_spec
+from vramplan.measure.record import JobSpec, Measured, Record, append_record, read_records
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.units import GIB, MIB, TIB
 
 PROCESS_BYTES = 1 * GIB

@@ -17,7 +17,8 @@ from vramplan.facts.device import Device, Node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.forkserver import Ended, ForkServer
 from vramplan.measure.bench import Capacity, local_capacity, record_of, worker_env
-from vramplan.measure.record import JobSpec, Record, append_record, read_records, run_from_record_spec
+from vramplan.measure.record import JobSpec, Record, append_record, read_records
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.memory.estimate import estimate
 from vramplan.memory.overhead import HELD_BY_THE_ALLOCATOR
 from vramplan.units import TIB

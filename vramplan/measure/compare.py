@@ -15,10 +15,10 @@ from vramplan.measure.record import (
     Record,
     UnreadRecord,
     read_records_leniently,
-    run_from_record_spec,
     steps_were_skipped,
     weights_were_halved,
 )
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.memory.estimate import estimate
 from vramplan.memory.ledger import Estimate
 from vramplan.units import TIB

@@ -15,7 +15,8 @@ import torch
 
 from vramplan.errors import VramplanError
 from vramplan.measure.probe import PhaseProbe
-from vramplan.measure.record import JobSpec, Measured, Outcome, Record, peaks_of, run_from_record_spec
+from vramplan.measure.record import JobSpec, Measured, Outcome, Record, peaks_of
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.measure.trace import BirthReader, largest_live
 from vramplan.rank.play import RankPlayer
 

@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError
 
 from vramplan.errors import SpecError
 from vramplan.spec.base import UserModel
-from vramplan.spec.data import DataSpec
 from vramplan.spec.layout import Layout, shard
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import (
@@ -25,13 +24,10 @@ from vramplan.spec.run import (
     Engine,
     HardwareSpec,
     Optimizer,
-    OptimizerSpec,
     Precision,
-    RunSpec,
     ZeroSpec,
 )
 from vramplan.spec.trainable import FullMethod, Method
-from vramplan.spec.training import TrainingSpec
 
 Outcome = Literal["ok", "oom", "error", "died"]
 
@@ -291,75 +287,6 @@ def append_record(path: Path | str, record: Record) -> None:
     """Adds one line to a records file, whole or not at all in the face of a crash (one write, flushed)."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record.to_dict()) + "\n")
-
-
-def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
-    """The closed RunSpec (every None decided) that says what the record's program ran, and its layout."""
-    layout = spec.layout
-    zero = spec.zero.model_copy(
-        update={
-            "stage": spec.zero.stage or 0,
-            "offload_optimizer": spec.zero.offload_optimizer or "none",
-            "offload_param": spec.zero.offload_param or "none",
-        }
-    )
-    hardware = spec.hardware
-    if spec.cap_bytes is not None:
-        hardware = hardware.model_copy(update={"memory_cap": spec.cap_bytes})
-    run = RunSpec(
-        model=spec.model.name,
-        model_config_fields=spec.model.config,
-        method=spec.method,
-        engine=spec.engine,
-        precision=spec.precision,
-        seq_len=spec.seq_len,
-        global_batch_size=spec.micro_batch_size * spec.grad_accum_steps * layout.dp,
-        micro_batch_size=spec.micro_batch_size,
-        grad_accum_steps=spec.grad_accum_steps,
-        attention=spec.attention,
-        attention_mask=spec.attention_mask,
-        activation_checkpointing=spec.activation_checkpointing,
-        loss=spec.loss,
-        shifted_logits=spec.shifted_logits,
-        keep_outputs=spec.keep_outputs,
-        retain=spec.retain,
-        data=DataSpec(packing="best_fit" if spec.masked and not spec.attention_mask else "none"),
-        optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01, momentum=spec.momentum),
-        zero=zero,
-        layout=layout,
-        alloc_conf=spec.alloc_conf,
-        hardware=hardware,
-        training=TrainingSpec(max_steps=spec.steps, max_grad_norm=1.0),
-    )
-    return run, layout
-
-
-def record_spec_from_run(run: RunSpec, config: dict[str, Any], layout: Layout, run_id: str = "") -> JobSpec:
-    """The spec under which a closed run is recorded; ``config``: the fields of the model's ``config.json``."""
-    return JobSpec(
-        id=run_id,
-        model=JobModel(name=run.model, config=config),
-        engine=run.engine,
-        precision=run.precision,
-        micro_batch_size=run.micro_batch_size or 1,
-        seq_len=run.seq_len,
-        grad_accum_steps=run.grad_accum_steps or 1,
-        attention=run.attention,
-        attention_mask=run.attention_mask,
-        masked=run.masked,
-        activation_checkpointing=run.activation_checkpointing or "none",
-        loss=run.loss,
-        shifted_logits=run.shifted_logits,
-        method=run.method,
-        optimizer=run.optimizer.kind,
-        momentum=run.optimizer.momentum,
-        zero=run.zero,
-        world=World(dp=layout.dp, tp=layout.tp, sp=layout.sp, pp=layout.pp),
-        alloc_conf=run.alloc_conf,
-        hardware=run.hardware,
-        keep_outputs=run.keep_outputs,
-        retain=run.retain,
-    )
 
 
 def _phase_from_dict(raw: dict[str, Any]) -> PhaseReading:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from vramplan.facts.environment import TESTED_VERSIONS
-from vramplan.measure.record import Measured, PhaseReading, Record, peaks_of, record_spec_from_run
+from vramplan.measure.record import Measured, PhaseReading, Record, peaks_of
+from vramplan.measure.record_spec import record_spec_from_run
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
 from vramplan.spec.layout import Layout

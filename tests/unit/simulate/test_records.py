@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from vramplan.measure.compare import quantile
-from vramplan.measure.record import read_records, run_from_record_spec, steps_were_skipped
+from vramplan.measure.record import read_records, steps_were_skipped
+from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.simulate import record_request, simulate_jobs
 
 RECORDS = Path(__file__).parents[2] / "golden" / "cpu_records.jsonl"
