@@ -68,10 +68,15 @@ def test_a_real_limit_is_met_twice_and_the_run_goes_on_in_the_same_process(tmp_p
     alone = {"micro_batch_size": 4, "hardware": {"gpu": "cpu", "gpus_per_node": 1}}
     spec = write_spec(tmp_path / "spec.yaml", wide, 2, **alone, training={"eval_micro_batch_size": 1})
     free, met = tmp_path / "free", tmp_path / "met"
-    for faults, run_dir in (([], free), ([fault(0, r"step3\.micro1\.forward", "data", more=75 * 10**6)], met)):
+    limit = fault(0, r"step3\.micro1\.forward", "data", more=75 * 10**6)
+    for faults, run_dir in (([], free), ([limit], met)):
         done = train_with(faults, spec, run_dir)
         assert done.returncode == 0, done.stdout + done.stderr
     assert [(each["step"], each["micro_batch_size"]) for each in events_of(met, "halved")] == [(2, 2), (2, 1)]
     assert [each.cause for each in attempts_of(met)] == ["finished"]
     assert samples_of(met) == samples_of(free)
     assert losses(met) == pytest.approx(losses(free), rel=1e-5)
+    ended = train_with([limit], spec, tmp_path / "ended", "--no-recover")
+    assert ended.returncode == 3
+    assert "ran out of memory in step3.micro1.forward" in ended.stderr
+    assert events_of(tmp_path / "ended", "halved") == []

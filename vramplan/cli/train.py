@@ -104,7 +104,15 @@ def train(
                 architecture = resolve_architecture(plan.run)
                 plan = train_to_the_end(plan, run_dir, architecture, view.on_event, terms, resuming=resume)
             else:
-                run_plan(plan, run_dir, view.on_event, resuming=resume, hostfile=hostfile, silent_after_s=hang_after)
+                run_plan(
+                    plan,
+                    run_dir,
+                    view.on_event,
+                    resuming=resume,
+                    retrying=False,
+                    hostfile=hostfile,
+                    silent_after_s=hang_after,
+                )
         finally:
             said = put_away(run_dir)
             if said is not None:

@@ -18,9 +18,12 @@ SUPERVISOR_VARIABLE = "VRAMPLAN_SUPERVISOR"
 """``process_identity`` of the process that started the launcher: a rank does not outlive it."""
 
 
-def trainer_arguments(plan: Path | str, run_dir: Path | str, *, resume: bool = False, probe: bool = False) -> list[str]:
+def trainer_arguments(
+    plan: Path | str, run_dir: Path | str, *, resume: bool = False, probe: bool = False, retry: bool = True
+) -> list[str]:
     """Arguments of the trainer's module."""
-    return [str(plan), str(run_dir), *(["--resume"] if resume else []), *(["--probe"] if probe else [])]
+    flags = (("--resume", resume), ("--probe", probe), ("--no-retry", not retry))
+    return [str(plan), str(run_dir), *(flag for flag, is_set in flags if is_set)]
 
 
 def launch_command(
@@ -30,6 +33,7 @@ def launch_command(
     *,
     resume: bool = False,
     probe: bool = False,
+    retry: bool = True,
     port: int = DEFAULT_PORT,
     hostfile: Path | str | None = None,
     log_dir: Path | str | None = None,
@@ -45,7 +49,7 @@ def launch_command(
     command += ["--master_port", str(port), "--no_local_rank", "--module"]
     if log_dir is not None:
         command += ["--enable_each_rank_log", str(log_dir)]
-    return [*command, TRAINER_MODULE, *trainer_arguments(plan, run_dir, resume=resume, probe=probe)]
+    return [*command, TRAINER_MODULE, *trainer_arguments(plan, run_dir, resume=resume, probe=probe, retry=retry)]
 
 
 def local_launcher() -> tuple[str, ...]:

@@ -23,6 +23,19 @@ _OPTIMIZERS = {
 _TORCH_PRECISIONS = {torch.float32: ("fp32", "bf16-autocast"), torch.bfloat16: ("bf16", "bf16-weights-autocast")}
 """By the format of the weights: without autocast, and under autocast to bf16."""
 
+_UNCOUNTED_ADAPTERS = (
+    "modules_to_save",
+    "layers_to_transform",
+    "exclude_modules",
+    "rank_pattern",
+    "bias",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "lora_bias",
+)
+"""Fields of ``peft.LoraConfig`` that add or leave out weights in ways that a RunSpec does not say."""
+
 
 def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: bool) -> RunSpec:
     """The closed run that a Trainer is about to make.
@@ -102,6 +115,12 @@ def _method(model: Any) -> Method:
     (config,) = model.peft_config.values()
     if config.peft_type.value != "LORA":
         raise UncoveredError(f"adapters of kind {config.peft_type.value} are not counted")
+    for name in _UNCOUNTED_ADAPTERS:
+        value = getattr(config, name, None)
+        if value not in (None, "none", False) and value != {} and value != []:
+            raise UncoveredError(f"adapters with {name} {value} are not counted")
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise UncoveredError("weights in 8 bits are not counted")
     targets = config.target_modules
     return LoraMethod(
         kind="qlora" if getattr(model, "is_loaded_in_4bit", False) else "lora",

@@ -77,12 +77,14 @@ def run_plan(
     *,
     resuming: bool = False,
     probing: bool = False,
+    retrying: bool = True,
     hostfile: Path | None = None,
     silent_after_s: float = SILENT_AFTER_S,
 ) -> None:
     """Trains: returns when every rank came to its end. ``listener`` is given each event of ``metrics.jsonl``.
 
-    ``probing``: the worst batch is run for two steps, and nothing else (``train/probe_run.py``).
+    ``probing``: the worst batch is run for two steps, and nothing else (``train/probe_run.py``). ``retrying``: a rank
+    that is alone may take a step anew by itself (``train/in_place.py``).
 
     All ranks are ended as soon as one has failed, is gone, or gave no heartbeat for ``silent_after_s``.
 
@@ -99,6 +101,7 @@ def run_plan(
         run_dir.root,
         resume=resuming and not probing,
         probe=probing,
+        retry=retrying,
         port=port,
         hostfile=hostfile,
         log_dir=run_dir.logs,

@@ -1,4 +1,4 @@
-"""What the launcher starts on each rank: ``python -m vramplan.train PLAN RUN_DIR [--resume | --probe]``."""
+"""What the launcher starts on each rank: ``python -m vramplan.train PLAN RUN_DIR`` and options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> NoReturn:
 
         plan = Plan.load(arguments.plan)
         status.plan = plan_id(plan.run)
-        train(plan, run_dir, status, resuming=arguments.resume, probing=arguments.probe)
+        train(plan, run_dir, status, resuming=arguments.resume, probing=arguments.probe, retrying=arguments.retry)
         barrier()  # no rank leaves while another still needs it
     except BaseException as error:  # noqa: BLE001  # whatever it is, the supervisor must learn of it
         import traceback
@@ -54,6 +54,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     parser.add_argument("--probe", action="store_true", help="run the worst batch for two steps, and nothing else")
+    parser.add_argument("--no-retry", dest="retry", action="store_false", help="end at out of memory, wherever it is")
     return parser.parse_args()
 
 

@@ -89,6 +89,10 @@ class Loop:
         most = engine.run.data.eval_max
         self._sets = {name: samples[:most] for name, samples in every.items() if len(samples)}
 
+    def forbid_retries(self) -> None:
+        """From now on out of memory ends the process, also where the step could be taken anew."""
+        self._in_place.is_safe = False
+
     def step(self, step: int) -> StepResult:
         """Optimizer step ``step`` (from 0).
 

@@ -50,8 +50,12 @@ class Inputs:
     """What EWC's Fisher diagonal is estimated from."""
 
 
-def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool, probing: bool = False) -> None:
+def train(
+    plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool, probing: bool = False, retrying: bool = True
+) -> None:
     """Runs a plan on this rank to its end, or its worst batch alone; every rank calls it.
+
+    ``retrying``: out of memory is mended in this process where that is safe (``in_place.py``).
 
     Raises:
         VramplanError: what the user can mend, as one sentence.
@@ -89,6 +93,8 @@ def train(plan: Plan, run_dir: RunDir, status: RankStatus, *, resuming: bool, pr
         run_probe(loop, plan, dict(read_config(start / "config.json")))
         status.mark("end")
         return
+    if not retrying:
+        loop.forbid_retries()
     loop.saving.start(resuming)
     first_step = _resume(loop, resuming)
     loop.restore_losses(first_step)
