@@ -142,8 +142,9 @@ def as_markdown(lines: list[dict[str, Any]], rows: list[Compared], file: str, qu
         "",
         f"Made by `python benchmarks/published.py {file}`: rows of quality {quality}, transformers' own model code, "
         "one GPU without DeepSpeed or DeepSpeed. Allocated bytes: (predicted - measured) / measured. Reserved and "
-        "nvidia-smi: how many lie in the band that the estimate states. The band is wide, and its upper end was set with "
-        "these very rows in view, so that lying in it proves little. fits and oom: how many verdicts are the row's.",
+        "nvidia-smi: how many lie in the band that the estimate states. The band is wide, and its upper end was set "
+        "with these very rows in view, so that lying in it proves little. fits and oom: how many verdicts are the "
+        "row's.",
         "",
         "| figure | source | rows | compared | median error | 95th percentile | worst under | worst over | right |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

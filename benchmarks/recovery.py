@@ -214,9 +214,9 @@ def write_table(outcomes: Iterable[Outcome], path: Path) -> None:
     lines = [
         "# Recovery from real faults",
         "",
-        f"{len(every)} runs of `python benchmarks/recovery.py` on two CPU ranks: {STEPS} steps, a checkpoint and an "
-        "evaluation every third; the loss is compared step by step with that of the uninterrupted run of the first "
-        "plan. "
+        f"{len(every)} runs of `python benchmarks/recovery.py` on two CPU ranks, in several goes (it adds what is "
+        f"missing) at commits that differ a little: {STEPS} steps, a checkpoint and an evaluation every third; the "
+        "loss is compared step by step with that of the uninterrupted run of the first plan. "
         f"{sum(each.recovered for each in every)} came to their end, {sum(each.as_it_must for each in every)} ended as "
         "they must (exit code, time, no process left); "
         f"{sum(each.same_samples for each in every)} saw the very samples, step by step, of the uninterrupted run.",
