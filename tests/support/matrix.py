@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vramplan.errors import SpecError
 from vramplan.facts.device import Node
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
@@ -189,7 +190,7 @@ def why_not(case: Case) -> str:
         return refused.reason
     try:
         check_covered(job_from_run(run, node, architecture))
-    except UncoveredError as error:
+    except (UncoveredError, SpecError) as error:
         return str(error)
     return ""
 
