@@ -16,12 +16,11 @@ class Dtype(Enum):
     BOOL = "bool"
     UINT8 = "uint8"
 
-    @property
-    def nbytes(self) -> int:
-        return _NBYTES[self]
+    nbytes: int
+    """Bytes of one element."""
 
 
-_NBYTES = {
+for _dtype, _nbytes in {
     Dtype.FP32: 4,
     Dtype.BF16: 2,
     Dtype.FP16: 2,
@@ -29,4 +28,5 @@ _NBYTES = {
     Dtype.INT32: 4,
     Dtype.BOOL: 1,
     Dtype.UINT8: 1,
-}
+}.items():
+    _dtype.nbytes = _nbytes

@@ -12,4 +12,4 @@ class UserModel(BaseModel):
     made an eighth of the time in which ``vramplan fit`` starts.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
