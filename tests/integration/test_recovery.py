@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
 from vramplan.supervise.classify import Cause
 
+from support.cgroups import NoGroup, memory_group, oom_kills_of
 from support.faulty import EVERY_TIME, MIB, attempts_of, fault, kill, samples_of, stop, train_with
 from support.tiny_model import save_tiny_model
 from support.training import events_of, losses, processes_about, train, write_spec
@@ -74,6 +76,27 @@ def test_a_killed_and_a_stopped_rank_are_started_again_as_they_were(finished_run
     assert losses(run_dir) == losses(finished_run(2, "full"))
     assert samples_of(run_dir) == samples_of(finished_run(2, "full"))
     assert processes_about(str(run_dir)) == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_the_kernel_kills_for_memory_goes_on_with_a_plan_that_needs_less(wide_model, tmp_path):
+    spec, run_dir = write_spec(tmp_path / "spec.yaml", wide_model, 2, micro_batch_size=4, grad_accum_steps=1), "run"
+    try:
+        with memory_group(f"vramplan-test-{os.getpid()}") as group:
+            limit = fault(1, r"step5\.micro1\.forward", "group", path=str(group), more=16 * MIB)
+            done = train_with([limit], spec, tmp_path / run_dir)
+            counted = oom_kills_of(group)
+    except NoGroup as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert counted == 1
+    first, last = attempts_of(tmp_path / run_dir)
+    assert (first.cause, first.rank, first.phase) == (Cause.HOST_MEMORY.value, 1, "step5.micro1.forward")
+    assert last.cause == "finished"
+    assert last.plan != first.plan
+    assert "killed for want of host memory in step5.micro1.forward" in done.stdout
+    assert sorted(losses(tmp_path / run_dir)) == [1, 2, 3, 4, 5, 6]
+    assert processes_about(str(tmp_path / run_dir)) == []
 
 
 def test_a_plan_that_can_never_fit_ends_with_its_reason(tiny_model, tmp_path):

@@ -24,7 +24,7 @@ EVERY_TIME = 0
 MIB = 2**20
 
 
-def fault(rank: int, phase: str, do: str, times: int = 1, **fields: int) -> dict[str, Any]:
+def fault(rank: int, phase: str, do: str, times: int = 1, **fields: Any) -> dict[str, Any]:
     """One fault, as ``faults/sitecustomize.py`` reads it."""
     return {"rank": rank, "phase": phase, "do": do, "times": times, **fields}
 

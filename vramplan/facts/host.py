@@ -53,26 +53,28 @@ def cgroup_limit_bytes(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
-def oom_kills(root: Path = Path("/")) -> int:
-    """Processes that the kernel has killed for want of memory so far, in this process's control groups or anywhere;
-    only the rise of the number tells something.
+def oom_kill_counts(root: Path = Path("/"), process: str = "self") -> dict[Path, int]:
+    """Processes that the kernel has killed for want of memory so far, by the file that counts them: in the control
+    groups of ``process`` (an id; empty when it is gone), and on the whole machine. Only a rise tells something.
 
-    Counted in v2's ``memory.events``, in v1's ``memory.oom_control`` and in ``/proc/vmstat``.
+    Counted in v2's ``memory.events``, in v1's ``memory.oom_control`` (Linux 4.13, not added up to the parents there)
+    and in ``/proc/vmstat``.
     """
     names = {"memory.max": "memory.events", "memory.limit_in_bytes": "memory.oom_control"}
-    files = [directory / names[limit] for directory, limit in _cgroup_directories(root)]
-    return sum(_counter(file, "oom_kill") for file in (*files, root / "proc/vmstat"))
+    groups = [directory / names[limit] for directory, limit in _cgroup_directories(root, process)]
+    counts = {path: _counter(path, "oom_kill") for path in (*groups, root / "proc/vmstat")}
+    return {path: count for path, count in counts.items() if count is not None}
 
 
-def _counter(path: Path, name: str) -> int:
+def _counter(path: Path, name: str) -> int | None:
     words = (line.split() for line in _text(path).splitlines())
-    return next((int(line[1]) for line in words if len(line) == 2 and line[0] == name), 0)
+    return next((int(line[1]) for line in words if len(line) == 2 and line[0] == name), None)
 
 
-def _cgroup_directories(root: Path) -> list[tuple[Path, str]]:
-    """Directories that may hold a limit, with the name of the file that holds it."""
+def _cgroup_directories(root: Path, process: str = "self") -> list[tuple[Path, str]]:
+    """Directories that may hold a limit of a process, with the name of the file that holds it."""
     found = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in _text(root / "proc" / process / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             base, file_name = root / "sys/fs/cgroup", "memory.max"

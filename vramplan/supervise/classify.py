@@ -117,7 +117,7 @@ class Evidence:
     tails: Mapping[int, str] | None = None
     """The last of each rank's output."""
     oom_kills: int = 0
-    """By which the control groups' counters of killed processes rose during the run."""
+    """By which the kernel's counters of processes that it killed for want of memory rose shortly before the end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ _TAIL_BYTES = 4096
 
 
 def collect(run_dir: RunDir, launcher_code: int | None, trouble: Trouble, oom_kills: int = 0) -> Evidence:
-    """Everything that ``classify`` reads, once the run's processes are gone. ``oom_kills``: during the run."""
+    """Everything that ``classify`` reads, once the run's processes are gone. ``oom_kills``: as in ``Evidence``."""
     ranks = rank_states(run_dir)
     return Evidence(
         launcher_code=launcher_code,

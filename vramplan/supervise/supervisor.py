@@ -16,7 +16,6 @@ from typing import Any
 from vramplan.data.source import check_rows
 from vramplan.emit.launch import launch_command, launch_environment, local_launcher
 from vramplan.errors import DataError, RunFailedError, SpecError, UnknownNameError
-from vramplan.facts.host import oom_kills
 from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import has_saved_state, remove_forgotten
 from vramplan.search.plan import Plan
@@ -25,6 +24,7 @@ from vramplan.spec.data import SourceSpec
 from vramplan.spec.run import RunSpec
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
+from vramplan.supervise.kills import KillCounter
 from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
 from vramplan.supervise.tail import Tail
 from vramplan.supervise.watch import SILENT_AFTER_S, RankWatch, Trouble
@@ -94,7 +94,7 @@ def run_plan(
     _clear_old_failures(run_dir)
     remove_forgotten_buffers()
     remove_forgotten()
-    port, kills_before = free_port(), oom_kills()
+    port, kills = free_port(), KillCounter()
     command = launch_command(
         plan.node,
         run_dir.plan,
@@ -108,7 +108,7 @@ def run_plan(
         executable=local_launcher(),
     )
     tail = Tail(run_dir.metrics)
-    watch = RankWatch(run_dir, local=plan.node.num_nodes == 1, silent_after_s=silent_after_s)
+    watch = RankWatch(run_dir, local=plan.node.num_nodes == 1, silent_after_s=silent_after_s, kills=kills)
     with interrupts_raise():
         child = Child(command, launch_environment(plan.run, plan.node), run_dir.logs / "launcher.log")
         try:
@@ -120,7 +120,7 @@ def run_plan(
             child.end()
             remove_buffers(port)
     if trouble is not None:
-        raise explain(run_dir, code, trouble, oom_kills() - kills_before)
+        raise explain(run_dir, code, trouble, kills.risen())
 
 
 def interrupted(run_dir: RunDir) -> TrainingFailed:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vramplan.measure.run_dir import RunDir
 from vramplan.supervise.classify import RankState
+from vramplan.supervise.kills import KillCounter
 
 SILENT_AFTER_S = 60.0
 """A rank beats each second; one that has not for so long is stopped, or its machine is."""
@@ -56,6 +57,8 @@ class RankWatch:
     local: bool = True
     silent_after_s: float = SILENT_AFTER_S
     stuck_after_s: float = STUCK_AFTER_S
+    kills: KillCounter | None = None
+    """Is told which processes are the ranks'."""
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _last_look: float | None = None
 
@@ -69,6 +72,8 @@ class RankWatch:
             self._notice(status, passed)
         ended = {status["rank"] for status in every if status["phase"] == "end"}
         running = [status for status in every if status["rank"] not in ended]
+        if self.kills is not None:
+            self.kills.look(status["pid"] for status in every if self.local)
         silent = tuple(rank for rank, seen in self._seen.items() if seen.silent_s > self.silent_after_s)
         return Trouble(
             markers=tuple(sorted(self.run_dir.ranks.glob("rank*.failure.json"))),

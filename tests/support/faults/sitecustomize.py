@@ -6,6 +6,8 @@ begins. ``times`` (1 unless given) is counted over all attempts of a run, in fil
 - ``{"do": "data", "more": BYTES}``: RLIMIT_DATA that many bytes above what the process takes: allocations fail
 - ``{"do": "data_from_load", "more": BYTES}``: the same above what it took when the model's loading began
 - ``{"do": "file_size", "bytes": N}``: RLIMIT_FSIZE: no file can grow beyond
+- ``{"do": "group", "path": DIRECTORY, "more": BYTES}``: the rank moves into a memory control group that gives it that
+  many bytes more than it has, and the kernel kills it beyond
 - ``{"do": "signal", "number": N}``: a signal to the rank itself (SIGKILL, SIGSTOP)
 - ``{"do": "cut"}``: the largest file of the newest checkpoint loses its second half, and the rank is killed
 - ``{"do": "half_marker"}``: the rank leaves half a marker of an out-of-memory and ends with its exit code
@@ -47,6 +49,8 @@ def _happen(fault, at_load):
         resource.setrlimit(resource.RLIMIT_DATA, (at_load + fault["more"], _INFINITY))
     elif fault["do"] == "file_size":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], _INFINITY))
+    elif fault["do"] == "group":
+        _move(Path(fault["path"]), fault["more"])
     elif fault["do"] == "signal":
         os.kill(os.getpid(), fault["number"])
     elif fault["do"] == "cut":
@@ -58,6 +62,17 @@ def _happen(fault, at_load):
         path = _run_dir() / "ranks" / f"rank{fault['rank']}.failure.json"
         path.write_text('{"rank": 1, "phase": "step2.micro1.forw', encoding="utf-8")
         os._exit(86)
+
+
+def _move(group, more):
+    """What a process holds already stays with the group that it comes from (both versions)."""
+    for name in ("memory.limit_in_bytes", "memory.max"):
+        if (group / name).exists():
+            (group / name).write_text(str(more))
+    for name in ("memory.memsw.limit_in_bytes", "memory.swap.max"):  # the one counts memory too, the other does not
+        if (group / name).exists():
+            (group / name).write_text(str(more if "memsw" in name else 0))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _run_dir():

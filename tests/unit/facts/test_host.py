@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.facts.host import cgroup_limit_bytes, read_host
+from vramplan.facts.host import cgroup_limit_bytes, oom_kill_counts, read_host
 from vramplan.units import GIB
 
 
@@ -51,6 +51,32 @@ def test_a_container_s_own_mount_counts(machine: Path):
     write(machine, "proc/self/cgroup", "4:memory:/docker/unseen\n")
     write(machine, "sys/fs/cgroup/memory/memory.limit_in_bytes", f"{4 * GIB}\n")
     assert cgroup_limit_bytes(machine) == 4 * GIB
+
+
+# as mm/memcontrol.c of Linux writes v2's memory.events, and v1's memory.oom_control
+EVENTS_V2 = "low 0\nhigh 0\nmax 41\noom 3\noom_kill 2\noom_group_kill 0\n"
+CONTROL_V1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n"
+
+
+def test_kills_are_counted_in_a_v2_group_and_its_parents(machine: Path):
+    write(machine, "proc/77/cgroup", "0::/slurm/job_5/step_0\n")
+    write(machine, "sys/fs/cgroup/slurm/job_5/step_0/memory.events", EVENTS_V2)
+    write(machine, "sys/fs/cgroup/slurm/job_5/memory.events", EVENTS_V2.replace("oom_kill 2", "oom_kill 7"))
+    write(machine, "proc/vmstat", "nr_free_pages 9\noom_kill 12\n")
+    counts = {path.parent.name: count for path, count in oom_kill_counts(machine, "77").items()}
+    assert counts == {"step_0": 2, "job_5": 7, "proc": 12}
+
+
+def test_kills_are_counted_in_a_v1_group(machine: Path):
+    write(machine, "proc/self/cgroup", "9:name=systemd:/\n4:memory:/docker/x\n0::/\n")
+    write(machine, "sys/fs/cgroup/memory/docker/x/memory.oom_control", CONTROL_V1)
+    assert list(oom_kill_counts(machine).values()) == [1]
+
+
+def test_an_older_kernel_and_a_process_that_is_gone_count_nothing(machine: Path):
+    write(machine, "proc/self/cgroup", "4:memory:/docker/x\n")
+    write(machine, "sys/fs/cgroup/memory/docker/x/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\n")
+    assert oom_kill_counts(machine) == oom_kill_counts(machine, "4711") == {}
 
 
 def test_this_machine_answers():
