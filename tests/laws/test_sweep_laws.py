@@ -28,7 +28,7 @@ layouts = st.tuples(
 )
 
 
-def run_of(config, layout):
+def run_of(config, layout, kl):
     stage, dp, checkpointing, micro, accumulation, seq_len = layout
     return RunSpec(
         model="small",
@@ -40,6 +40,7 @@ def run_of(config, layout):
         activation_checkpointing="full" if checkpointing else "none",
         zero={"stage": stage, "reduce_bucket_size": 3_000_000},
         layout=Layout(dp=dp),
+        retain={"kl": {} if kl else None},
     )
 
 
@@ -47,13 +48,14 @@ def run_of(config, layout):
 @given(
     st.sampled_from(["llama", "gpt2", "mistral", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"]),
     st.lists(layouts, min_size=1, max_size=8),
+    st.booleans(),
 )
-def test_a_sweep_equals_its_estimates(family, rows):
+def test_a_sweep_equals_its_estimates(family, rows, kl):
     config = CONFIGS[family]
     architecture = architecture_from_config(config)
     columns = [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
-    job = job_from_run(run_of(config, rows[0]), NODE, architecture)
-    expected = [estimate(run_of(config, row), NODE, architecture).allocated_peak_bytes for row in rows]
+    job = job_from_run(run_of(config, rows[0], kl), NODE, architecture)
+    expected = [estimate(run_of(config, row, kl), NODE, architecture).allocated_peak_bytes for row in rows]
     assert allocated_peaks(job, Candidates(*columns)).tolist() == expected
 
 

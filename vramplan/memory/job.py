@@ -40,6 +40,10 @@ class Parameter:
     """Elements of a row and a column of each of its matrices; of a vector all."""
 
 
+KL_CHUNK_TOKENS = 256
+"""Most tokens whose probabilities the KL term has in fp32 at once (``retain/kl.py``)."""
+
+
 def factored_numel(shape: tuple[int, ...]) -> int:
     """What an optimizer keeps that factors matrices (Adafactor), one element each."""
     if len(shape) < 2:
@@ -78,6 +82,8 @@ class Job:
     shifted_logits: bool
     fused_loss_rows: int
     """Tokens of a chunk of the fused loss (liger), which no polynomial of the batch gives; 0: another loss."""
+    kl_chunk_tokens: int
+    """Tokens whose probabilities the KL term has at once; 0: there is none."""
     offload_optimizer: bool
     offload_param: bool
     clipping: bool
@@ -237,6 +243,7 @@ def job_from_run(
         grad_dtype, communicates = Dtype.FP32, autocast
         dtype, autocast = Dtype.BF16, None
     layout = run.layout if run.layout is not None else Layout(dp=node.world_size)
+    num_tokens = run.micro_batch_size * (run.seq_len // layout.sp)
     if layout.sp > 1:  # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"
         communicates = Dtype.FP32
     return Job(
@@ -262,7 +269,8 @@ def job_from_run(
         keep_outputs=run.keep_outputs,
         loss=run.loss,
         shifted_logits=run.shifted_logits,
-        fused_loss_rows=fused_loss_rows(run.loss, run.micro_batch_size * (run.seq_len // layout.sp), architecture),
+        fused_loss_rows=fused_loss_rows(run.loss, num_tokens, architecture),
+        kl_chunk_tokens=kl_chunk_tokens(run.retain, num_tokens),
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
         clipping=run.training.max_grad_norm > 0,
@@ -284,6 +292,11 @@ def fused_loss_rows(loss: str, num_tokens: int, architecture: Architecture) -> i
     if loss != "liger":
         return 0
     return rows_at_once(num_tokens, architecture.vocab_size, architecture.hidden_size)
+
+
+def kl_chunk_tokens(retain: RetainSpec, num_tokens: int) -> int:
+    """Tokens whose probabilities the KL term has at once on one rank; 0 without it."""
+    return 0 if retain.kl is None else min(KL_CHUNK_TOKENS, num_tokens)
 
 
 def _check_targets(architecture: Architecture, method: LoraMethod) -> None:

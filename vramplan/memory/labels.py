@@ -125,7 +125,7 @@ LABELS: dict[str, Label] = {
     FISHER: Label(Category.PARAMETER, "4 B x trained elements / ranks, each tensor rounded up (EWC)", Basis.EXACT),
     REFERENCE: Label(Category.PARAMETER, "width x elements; / ranks under ZeRO-3 (KL without adapters)", Basis.EXACT),
     KL: Label(
-        Category.LOGITS, "logits of the base, the gradient made with the value, 256 tokens in fp32 (retain/kl.py)"
+        Category.LOGITS, "logits of the base, the gradient made with the value, up to 256 tokens in fp32 (retain/kl.py)"
     ),
     PULL: Label(Category.TEMPORARY, "5 x 4 B x the rank's slice of the largest trained tensor (retain/anchored.py)"),
     SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),

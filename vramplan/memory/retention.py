@@ -11,8 +11,6 @@ from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
 from vramplan.spec.trainable import LoraMethod
 
-KL_CHUNK_TOKENS = 256
-"""Tokens whose probabilities the KL term has in fp32 at once (``retain/kl.py``)."""
 _KL_TEMPORARIES = 5
 """fp32 tensors of a chunk: two log-softmaxes, the base's probabilities, their difference, its product."""
 _PULL_TEMPORARIES = 5
@@ -54,7 +52,7 @@ def kl_instant_bytes(job: Job) -> Parts:
     """While the KL term is computed: logits and its gradient, beside the base's logits, and a chunk in fp32."""
     if job.retain.kl is None:
         return {}
-    chunk = _KL_TEMPORARIES * KL_CHUNK_TOKENS * job.architecture.vocab_size * Dtype.FP32.nbytes
+    chunk = _KL_TEMPORARIES * job.kl_chunk_tokens * job.architecture.vocab_size * Dtype.FP32.nbytes
     return {labels.KL: add(scale(logits_bytes(job), 2), const(chunk))}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vramplan.errors import SpecError
-from vramplan.memory.job import Job, fused_loss_rows
+from vramplan.memory.job import Job, fused_loss_rows, kl_chunk_tokens
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, basis_at, evaluate, undominated
 from vramplan.memory.walked import walk
@@ -77,22 +77,23 @@ def allocated_peaks(job: Job, candidates: Candidates) -> Ints:
 
 def _shapes(job: Job, candidates: Candidates) -> list[Ints]:
     """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, the windows reached, and
-    the chunks of a fused loss."""
+    the chunks of a fused loss and of the KL term."""
     lone = (candidates.micro_batch_size == 1) & replace(job, micro_batch_size=1).lone_sequence
     windows = np.array(sorted(job.architecture.windows), dtype=np.int64)
-    return [lone.astype(np.int64), np.searchsorted(windows, candidates.seq_len, side="right"), _chunks(job, candidates)]
+    reached = np.searchsorted(windows, candidates.seq_len, side="right")
+    return [lone.astype(np.int64), reached, *_chunks(job, candidates)]
 
 
-def _chunks(job: Job, candidates: Candidates) -> Ints:
-    """Tokens of a chunk of the loss, for each layout."""
+def _chunks(job: Job, candidates: Candidates) -> tuple[Ints, Ints]:
+    """Tokens of a chunk of the loss and of the KL term, for each layout."""
     num_tokens = candidates.micro_batch_size * candidates.seq_len
-    if job.loss != "liger":
-        return np.zeros_like(num_tokens)
     different, which = np.unique(num_tokens, return_inverse=True)
-    return np.array([fused_loss_rows(job.loss, int(each), job.architecture) for each in different])[which]
+    rows = [fused_loss_rows(job.loss, int(each), job.architecture) for each in different]
+    return np.array(rows)[which], np.array([kl_chunk_tokens(job.retain, int(each)) for each in different])[which]
 
 
 def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
+    rows, tokens = _chunks(job, candidates)
     return replace(
         job,
         stage=int(candidates.stage[row]),
@@ -101,7 +102,8 @@ def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
         grad_accum_steps=min(int(candidates.grad_accum_steps[row]), _TOLD_APART),
         micro_batch_size=int(candidates.micro_batch_size[row]),
         seq_len=int(candidates.seq_len[row]),
-        fused_loss_rows=int(_chunks(job, candidates)[row]),
+        fused_loss_rows=int(rows[row]),
+        kl_chunk_tokens=int(tokens[row]),
     ).shapeless
 
 
