@@ -95,6 +95,19 @@ SMALL: list[tuple[str, dict[str, Any]]] = [
     ("gpt_oss", {**FEW_KV, "num_local_experts": 4}),
     ("llama4_text", {**FEW_KV, "num_local_experts": 4}),
     ("llama4_text", {**FEW_KV, "num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 80}),
+    (
+        "llama4_text",
+        {
+            **FEW_KV,
+            "num_hidden_layers": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_chunk_size": 64,
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 ]
 """``(model_type, fields)``."""
 

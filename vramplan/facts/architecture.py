@@ -62,6 +62,10 @@ class DecoderLayer:
     """Whether that dropout acts on the attention's branch too (StableLM: on the MLP's alone)."""
     residual_scaled: bool = False
     """Both branches are multiplied by a constant before they are added (Granite)."""
+    feed_forward_name: str = "mlp"
+    """The module that the MLP or the experts are."""
+    names_result: bool = False
+    """In a sequential layer: attention's result has a name of its own and stays until the layer is done (Llama-4)."""
     names_attention: bool = False
     """In a sequential layer: attention's input and result have names of their own and stay until the layer is done
     (StableLM, Falcon-RW)."""
@@ -146,6 +150,8 @@ class Architecture:
     """Between the embedding's width and the layers': out, in; registered after the embeddings (OPT-350m)."""
     norm_before_layers: bool = False
     """The final norm is registered before the layers (OPT)."""
+    both_masks: bool = False
+    """Masks of both kinds are made whichever kinds its layers are of (Llama-4)."""
     spare_mask: bool = False
     """A mask for sliding layers is made though none slides (Qwen2-MoE: its window is then 0, which all reach)."""
     extra: dict[str, object] = field(default_factory=dict, compare=False)
@@ -166,13 +172,8 @@ class Architecture:
 
     @cached_property
     def windows(self) -> frozenset[int]:
-        """The sliding windows of its layers, in tokens."""
-        attentions = (layer.mixer for layer in self.layers)
-        return frozenset(
-            block.sliding_window
-            for block in attentions
-            if isinstance(block, Attention) and block.sliding_window is not None
-        )
+        """The sliding windows and chunks of its layers, in tokens."""
+        return frozenset(layer.mixer.local_window for layer in self.layers if layer.mixer.local_window is not None)
 
     def named_tensors(self) -> Iterator[ParamTensor]:
         """Every unique parameter tensor by its full name, in registration order (a tied head's weight is left out)."""

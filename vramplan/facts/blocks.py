@@ -74,6 +74,7 @@ class Norm:
     ``rms``          fp32 copy, scaled, cast back, then times the weight (Llama)
     ``rms_fp32``     the same, but the weight is applied before the cast back (OLMo-2, gpt-oss)
     ``rms_gemma``    the same with ``1 + weight`` in fp32 (Gemma)
+    ``rms_last``     as ``rms``, the weight being the second factor (Llama-4)
     ``l2``           RMS without a weight (Llama-4's queries and keys)
     ``layer``        ``torch.nn.LayerNorm``: one fused op
     ``layer_fp32``   the fused op on an fp32 copy, without parameters (OLMo)
@@ -145,7 +146,14 @@ class Attention:
     ``halves``       ``a * cos - b * sin`` and ``b * cos + a * sin`` of each head's halves, joined (gpt-oss)
     ``fp32``         whole, with fp32 tables and a cast back (OLMo)
     ``fp32_inputs``  whole, on fp32 copies of queries and keys (Cohere)
+    ``complex``      a product of complex numbers in fp32 (Llama-4)
     """
+    normed_late: bool = False
+    """Norms of queries and keys come after the rotation (Llama-4)."""
+    tempered: bool = False
+    """Queries are multiplied by an fp32 factor of each position (Llama-4's layers without rotation)."""
+    softmax_fp32: bool = True
+    """Eager attention takes its softmax in fp32 (not Llama-4)."""
     fused: str = "split"
     """How one fused projection is cut into query, key and value:
 
@@ -173,6 +181,11 @@ class Attention:
     """One more learned score a head, so that attention can look at nothing (gpt-oss)."""
     out_first: bool = False
     """The output projection is registered before the fused one (Phi-3)."""
+
+    @property
+    def local_window(self) -> int | None:
+        """Tokens that a query sees at most, before it or in its chunk; None: all."""
+        return self.chunk if self.sliding_window is None else self.sliding_window
 
     @property
     def q_width(self) -> int:
@@ -236,7 +249,8 @@ class LatentAttention:
 
     # What the core asks of every kind of attention.
     core: ClassVar[str] = "shared"
-    sliding_window: ClassVar[None] = None
+    local_window: ClassVar[None] = None
+    softmax_fp32: ClassVar[bool] = True
     softcap: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
 

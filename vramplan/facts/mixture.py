@@ -79,6 +79,7 @@ class MixtureOfExperts:
     ``best``         the best scores, and softmax over them alone (gpt-oss)
     ``softmax_greedy``    fp32 scores and softmax, the best of them, scaled (DeepSeek-V2)
     ``softmax_of_groups`` the same, but out of the groups with the best experts (DeepSeek-V2)
+    ``sigmoid_of_all``    every expert gets every token, times the sigmoid of its score or 0 (Llama-4)
     ``sigmoid_of_groups`` sigmoids of fp32 scores, out of the groups with the best pairs of experts (DeepSeek-V3)
     """
     normalises: bool = True

@@ -116,6 +116,7 @@ COVERED_FAMILIES = frozenset(
         "gpt_oss",
         "granite",
         "llama",
+        "llama4",
         "mistral",
         "mixtral",
         "olmo",

@@ -213,7 +213,7 @@ class _Runner:
             requires = self.run.checkpointing
             x = embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)
         attentions = [layer.mixer for layer in architecture.layers]
-        masks(ctx, attentions, architecture.spare_mask)
+        masks(ctx, attentions, architecture.spare_mask, architecture.both_masks)
         rotary_tables(ctx, attentions, architecture.rotary_of_kind)
         x = self._layers(x)
         with self.tape.at("head"):

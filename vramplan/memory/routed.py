@@ -68,6 +68,49 @@ def grouped_product(
     return out
 
 
+def batched_product(x: Tensor, weight: Tensor, out_numel: Size, label: str, whole: Tensor | None) -> Tensor:
+    """``torch.bmm(x, weight)``: each expert's rows times its own matrix; backward makes the gradient of x first.
+
+    ``whole``: the gathered weight that is saved in the weight's place.
+    """
+    tape, x_numel, w_numel, dtype = x.storage.tape, x.numel, weight.numel, x.dtype
+    need_x, need_w = x.requires_grad, weight.requires_grad
+    saved = [*([x] if need_w else []), *([whole or weight] if need_x else [])]
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = [node.unpack(index) for index in range(len(node.saved))]
+        grad_x = tape.new(x_numel, dtype, GRADIENTS) if need_x else None
+        grad_w = tape.new(w_numel, dtype, WEIGHT_GRADIENT) if need_w else None
+        del held
+        return [grad_x, grad_w]
+
+    node = tape.record("bmm", [x, weight], saved, backward)
+    out = tape.new(out_numel, dtype, label)
+    out.node = node
+    return out
+
+
+def repeated(x: Tensor, numel: Size, label: str) -> Tensor:
+    """``x.repeat(n, 1)``: a copy; its backward sums the repeats."""
+    tape, small, dtype = x.storage.tape, x.numel, x.dtype
+    out = tape.new(numel, dtype, label)
+    return tape.attach("repeat", out, [x], [], lambda node, grads: [tape.new(small, dtype, GRADIENTS)])
+
+
+def scattered_into(values: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
+    """``torch.full(...).scatter_(1, indices, values)``: saves the indices; backward gathers."""
+    tape, small, dtype = values.storage.tape, values.numel, values.dtype
+    out = tape.new(numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(small, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    return tape.attach("scatter", out, [values], [indices], backward)
+
+
 def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
     """``torch.topk(scores, k)``: values and indices; backward scatters into zeros of the scores' shape."""
     tape, whole, dtype = scores.storage.tape, scores.numel, scores.dtype

@@ -27,15 +27,19 @@ def build(fields: Fields) -> Architecture:
     hidden = heads.hidden_size
     activation = fields.text("hidden_act", default="silu")
     dense = gated_mlp(hidden, fields.size("intermediate_size_mlp", default=16_384), activation, prefix="feed_forward")
-    sparse, norms = _mixture(fields, hidden, activation), norm_pair(hidden)
+    sparse, norms = _mixture(fields, hidden, activation), norm_pair(hidden, "rms_last")
 
     def layer(kind: tuple[bool, str, bool]) -> DecoderLayer:
         rotated, attention_kind, is_sparse = kind
         mixer = _attention(fields, heads, rotated=rotated, chunked=attention_kind == "chunked_attention")
-        return DecoderLayer((mixer, sparse if is_sparse else dense, *norms))
+        return DecoderLayer(
+            (mixer, sparse if is_sparse else dense, *norms), feed_forward_name="feed_forward", names_result=True
+        )
 
     layers = one_per_kind(_kinds(fields, fields.required_size("num_hidden_layers")), layer)
-    return decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False)
+    final_norm = Norm("model.norm", hidden, "rms_last")
+    frame = decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False, final_norm=final_norm)
+    return replace(frame, both_masks=True)
 
 
 def _kinds(fields: Fields, num_layers: int) -> list[tuple[bool, str, bool]]:
@@ -55,7 +59,11 @@ def _attention(fields: Fields, heads: Heads, *, rotated: bool, chunked: bool) ->
         attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)),
         q_norm=norm,
         k_norm=norm,
+        normed_late=True,
+        tempered=not rotated and fields.flag("attn_temperature_tuning", default=True),
+        softmax_fp32=False,
         rotary_dim=heads.head_dim if rotated else 0,
+        rotary="complex",
         chunk=fields.optional_size("attention_chunk_size", default=8192) if chunked else None,
     )
 
@@ -70,4 +78,5 @@ def _mixture(fields: Fields, hidden: int, activation: str) -> MixtureOfExperts:
             Router("feed_forward.router", hidden, experts.num_experts, is_linear=True),
             gated_mlp(hidden, experts.intermediate, activation, prefix="feed_forward.shared_expert"),
         ),
+        scoring="sigmoid_of_all",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from vramplan.facts.architecture import Attention
+from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.bloom import bloom_core
 from vramplan.memory.blocks.context import BlockContext, tokens
@@ -14,6 +15,7 @@ from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import CORE, rotate_both
 from vramplan.memory.blocks.ulysses import ulysses
+from vramplan.memory.size import per_position
 from vramplan.memory.tape import Tensor
 
 PROJECTIONS = "attention projections"
@@ -33,6 +35,10 @@ def attend(ctx: BlockContext, x: Tensor, block: Attention) -> Tensor:
         q, k, v = ops.clamped(q, PROJECTIONS), ops.clamped(k, PROJECTIONS), ops.clamped(v, PROJECTIONS)
     if block.rotary_dim:
         q, k = rotate_both(ctx, q, k, block)
+    if block.normed_late:
+        q, k = _normed(ctx, q, block, 0), _normed(ctx, k, block, 1)
+    if block.tempered:
+        q = _tempered(ctx, q)
     core = partial(_CORES[block.core], ctx, block=block)
     out = ulysses(ctx, q, k, v, block, core) if ctx.sequence_parallel > 1 else core(q, k, v)
     projected = project(ctx, ops.view(out), block.out, PROJECTIONS)
@@ -56,12 +62,24 @@ def _projected(ctx: BlockContext, x: Tensor, block: Attention, which: int) -> Te
     if block.q_scaled and which == 0:
         projected = ops.scaled(projected, PROJECTIONS)
     projected = ops.view(projected)
+    return projected if block.normed_late else _normed(ctx, projected, block, which)
+
+
+def _normed(ctx: BlockContext, projected: Tensor, block: Attention, which: int) -> Tensor:
     norm = (block.q_norm, block.k_norm)[which]
     if norm is None:
         return projected
     heads = (block.num_heads, block.num_kv_heads)[which]
     over_whole = norm.num_heads is None and norm.width != block.head_dim
     return ops.view(normalise(ctx, projected, norm, rows=tokens(1 if over_whole else heads)))
+
+
+def _tempered(ctx: BlockContext, q: Tensor) -> Tensor:
+    """``(query * scales).to(dtype)`` with an fp32 factor a position (``attn_temperature_tuning``)."""
+    ctx.frame.append(ctx.tape.new(per_position(1), Dtype.INT64, CORE))
+    scales = ctx.tape.new(per_position(1), Dtype.FP32, CORE)
+    ctx.frame.append(scales)
+    return ops.to(ops.mul_broadcast(q, scales, CORE), q.dtype, CORE)
 
 
 def _cut(fused: Tensor, block: Attention) -> tuple[Tensor, Tensor, Tensor]:

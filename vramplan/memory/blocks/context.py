@@ -53,7 +53,7 @@ class Tables:
 
     def of(self, mixer: Attention | LatentAttention) -> Tables:
         """What of them a layer is given."""
-        if isinstance(mixer, Attention) and mixer.sliding_window is not None:
+        if mixer.local_window is not None:
             return Tables(window_rotary=self.window_rotary, window_mask=self.window_mask)
         return Tables(rotary=self.rotary, mask=self.mask)
 

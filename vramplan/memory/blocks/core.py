@@ -15,25 +15,26 @@ MASK = "causal mask"
 Mixer = Attention | LatentAttention
 
 
-def masks(ctx: BlockContext, attentions: list[Mixer], spare: bool = False) -> None:
+def masks(ctx: BlockContext, attentions: list[Mixer], spare: bool = False, both: bool = False) -> None:
     """One mask for all layers that see everything and one for those that slide (transformers/masking_utils.py).
 
     Eager attention adds them; fused kernels are told that the mask is causal unless sequences reach the window, or
     are padded or packed.
-    Falcon always has one, which ALiBi's bias is part of. ``spare``: see ``Architecture.spare_mask``.
+    Falcon always has one, which ALiBi's bias is part of. ``spare``, ``both``: see ``Architecture``.
     """
-    has_window = spare or any(block.sliding_window is not None for block in attentions)
+    has_whole = both or any(block.local_window is None for block in attentions)
+    has_window = spare or both or any(block.local_window is not None for block in attentions)
     is_falcon = any(block.core == "falcon" for block in attentions)
     tables = ctx.tables
     if ctx.attention == "eager":
-        if any(block.sliding_window is None for block in attentions):
+        if has_whole:
             tables.mask = ctx.tape.new(per_score(1), ctx.dtype, MASK)
         if has_window:
             tables.window_mask = ctx.tape.new(per_score(1), ctx.dtype, MASK)
     elif ctx.attention == "sdpa" and is_falcon:
         tables.mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
     elif ctx.attention == "sdpa" and ctx.masked:
-        if any(block.sliding_window is None for block in attentions):
+        if has_whole:
             tables.mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
         if has_window:
             tables.window_mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
@@ -57,7 +58,7 @@ def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mi
         return _eager(ctx, q, k, v, block)
     if ctx.attention == "flash_attention_2" and ctx.masked:
         return _without_padding(ctx, q, k, v, block)
-    mask = ctx.tables.window_mask if block.sliding_window is not None else ctx.tables.mask
+    mask = ctx.tables.window_mask if block.local_window is not None else ctx.tables.mask
     if mask is not None:
         k, v = to_all_heads(k, block), to_all_heads(v, block)
     return fused_core(ctx, q, k, v, block, mask)
@@ -151,14 +152,19 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> 
         weights = ops.scaled(weights, CORE)
         weights = ops.unary(weights, CORE, "result")
         weights = ops.scaled(weights, CORE)
-    mask = ctx.tables.mask if block.sliding_window is None else ctx.tables.window_mask
+    mask = ctx.tables.mask if block.local_window is None else ctx.tables.window_mask
     assert mask is not None
     weights = ops.masked(weights, mask, CORE)
     if isinstance(block, Attention) and block.sinks:
         weights = ops.dropout(sink_weights(ctx, weights, block), block.dropout, ctx.device, CORE)
         weights = ctx.returned = ops.to(weights, values.dtype, CORE)
         return ops.clone(weighed(ctx, weights, values, wide), CORE)
-    weights = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device == "cuda", CORE), q.dtype, CORE)
+    if block.softmax_fp32 or ctx.autocast is not None:  # autocast takes every softmax in fp32
+        weights = ops.softmax(weights, Dtype.FP32, ctx.device == "cuda" and block.softmax_fp32, CORE)
+    else:
+        weights = ops.softmax(weights, weights.dtype, True, CORE)
+    if block.softmax_fp32:
+        weights = ops.to(weights, q.dtype, CORE)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights
     values = ctx.low(values, CORE)

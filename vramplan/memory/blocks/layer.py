@@ -40,14 +40,17 @@ def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     block = layer.feed_forward
     if isinstance(block, MixtureOfExperts) and ctx.leaf_mixtures:
-        return ctx.call_leaf("mlp", mixture_parameters(ctx, block), lambda x: mixture(ctx, x, block), x)
-    return ctx.call("mlp", (), lambda x: _feed_forward(ctx, x, block), x)
+        return ctx.call_leaf(
+            layer.feed_forward_name, mixture_parameters(ctx, block), lambda x: mixture(ctx, x, block), x
+        )
+    name = layer.feed_forward_name
+    return ctx.call(name, (), lambda x: _feed_forward(ctx, x, block, name), x)
 
 
-def _feed_forward(ctx: BlockContext, x: Tensor, block: GatedMLP | PlainMLP | MixtureOfExperts) -> Tensor:
+def _feed_forward(ctx: BlockContext, x: Tensor, block: GatedMLP | PlainMLP | MixtureOfExperts, name: str) -> Tensor:
     if isinstance(block, MixtureOfExperts):
         return mixture(ctx, x, block)
-    return gated(ctx, x, block) if isinstance(block, GatedMLP) else plain(ctx, x, block)
+    return gated(ctx, x, block, name) if isinstance(block, GatedMLP) else plain(ctx, x, block)
 
 
 def _attention_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
@@ -72,13 +75,13 @@ def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     residual = x
     normed = normalise(ctx, x, first)
     x = _attention_branch(ctx, normed, layer)
-    named = [normed, x] if layer.names_attention else []
+    named = [normed, x] if layer.names_attention else [x] if layer.names_result else []
     del normed
     x = ops.add(residual, x, RESIDUAL)
     residual = x
     x = normalise(ctx, x, second)
     x = _mlp_branch(ctx, x, layer)
-    x = ops.add(residual, x, RESIDUAL)
+    x = ops.add(residual, ops.view(x) if layer.names_result else x, RESIDUAL)
     named.clear()
     return x
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vramplan.facts.architecture import Linear
-from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels, ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.dora import dora, rows
@@ -71,8 +70,8 @@ def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | N
     if ctx.hooks is not None:
         return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=recomputed(ctx, weight))
     low = ops.to(x, ctx.autocast, label)
-    cast_weight = _cast(ctx, weight, ctx.autocast)
-    cast_bias = _cast(ctx, bias, ctx.autocast) if bias is not None else None
+    cast_weight = cast_of_weight(ctx, weight)
+    cast_bias = cast_of_weight(ctx, bias) if bias is not None else None
     return ops.linear(low, cast_weight, cast_bias, out, label, flat=ctx.flat)
 
 
@@ -82,7 +81,7 @@ def _matmul(
     """``FalconLinear.forward``: ``x @ weight.T``, then the bias. What is saved of a gathered weight is its transposed
     view, which outlives the release."""
     low = ctx.low(x, label)
-    cast = weight if ctx.autocast is None else _cast(ctx, weight, ctx.autocast)
+    cast = cast_of_weight(ctx, weight)
     whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
     return out if bias is None else ops.add_vector(out, bias, label)
@@ -97,12 +96,14 @@ def recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
     return ctx.hooks.whole(weight.name)
 
 
-def _cast(ctx: BlockContext, weight: Parameter, dtype: Dtype) -> Tensor:
-    """Autocast's copy of a weight: made once while autocast is on and kept if the weight is trained
-    (``at::autocast::cached_cast``), else made for each use."""
+def cast_of_weight(ctx: BlockContext, weight: Parameter) -> Tensor:
+    """A weight as autocast hands it to a product: itself where autocast is off, else a copy, made once while autocast
+    is on and kept if the weight is trained (``at::autocast::cached_cast``), or made for each use."""
+    if ctx.autocast is None:
+        return weight
     if weight.name in ctx.casts:
         return ctx.casts[weight.name]
-    copy = ops.to(weight, dtype, labels.AUTOCAST_COPIES)
+    copy = ops.to(weight, ctx.autocast, labels.AUTOCAST_COPIES)
     if weight.requires_grad:
         ctx.casts[weight.name] = copy
     return copy

@@ -8,6 +8,7 @@ from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.blocks.experts import EXPERTS, run_experts
 from vramplan.memory.blocks.folded import factor_parameters
 from vramplan.memory.blocks.linear import linear_parameters, project
+from vramplan.memory.blocks.llama4 import mixture_of_all
 from vramplan.memory.blocks.mlp import MLP, gated
 from vramplan.memory.blocks.router import route
 from vramplan.memory.tape import Parameter, Tensor
@@ -15,6 +16,8 @@ from vramplan.memory.tape import Parameter, Tensor
 
 def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
     """``mlp(x)`` (``MixtralSparseMoeBlock.forward``, ``Qwen2MoeSparseMoeBlock.forward``)."""
+    if block.scoring == "sigmoid_of_all":
+        return mixture_of_all(ctx, x, block)
     if block.shared is not None and block.shared_gate is None:
         return _beside_shared(ctx, x, block)
     ctx.flat = True

@@ -59,6 +59,14 @@ def _rms(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: st
     return ops.mul_broadcast(low, weight, label, small_first=True)
 
 
+def _rms_last(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: str) -> Tensor:
+    """``(x32 * rsqrt(mean(x32 ** 2) + eps)).type_as(x) * weight`` (``Llama4TextRMSNorm.forward``)."""
+    weight = params[0]
+    assert weight is not None
+    output = ops.to(_scaled_rows(ops.to(x, Dtype.FP32, label), rows, label), x.dtype, label)
+    return ops.mul_broadcast(output, weight, label)
+
+
 def _rms_fp32(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: str) -> Tensor:
     """``(weight * x32 * rsqrt(mean(x32 ** 2) + eps)).to(dtype)`` (``Olmo2RMSNorm.forward``)."""
     source, weight = x.dtype, params[0]
@@ -99,6 +107,7 @@ _KINDS: dict[str, Callable[[BlockContext, Tensor, Parameters, Size, str], Tensor
     "rms": _rms,
     "rms_fp32": _rms_fp32,
     "rms_gemma": _rms_gemma,
+    "rms_last": _rms_last,
     "l2": _rms,
 }
 

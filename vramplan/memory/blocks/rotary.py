@@ -28,7 +28,7 @@ def rotary_tables(ctx: BlockContext, attentions: list[Attention | LatentAttentio
     if not rotated:
         return
     ctx.tables.rotary = ctx.tables.window_rotary = _tables(ctx, rotated[0])
-    if of_kind and len({block.sliding_window for block in rotated}) > 1:
+    if of_kind and len({block.local_window for block in rotated}) > 1:
         ctx.tables.window_rotary = _tables(ctx, rotated[0])
 
 
@@ -102,10 +102,21 @@ def _rotate_complex(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor
     return turned_q, turned_k
 
 
+def _rotate_complex_together(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """``apply_rotary_emb`` of Llama-4: all four names stay until it returns."""
+    wide_q = ops.view(ops.to(q, Dtype.FP32, CORE))
+    wide_k = ops.view(ops.to(k, Dtype.FP32, CORE))
+    turned_q = ops.view(ops.mul_broadcast(wide_q, table, CORE))
+    turned_k = ops.view(ops.mul_broadcast(wide_k, table, CORE))
+    return ops.to(turned_q, q.dtype, CORE), ops.to(turned_k, k.dtype, CORE)
+
+
 def rotate_both(ctx: BlockContext, q: Tensor, k: Tensor, block: Attention) -> tuple[Tensor, Tensor]:
     """``apply_rotary_pos_emb(q, k, cos, sin)``."""
-    tables = ctx.tables.rotary if block.sliding_window is None else ctx.tables.window_rotary
+    tables = ctx.tables.rotary if block.local_window is None else ctx.tables.window_rotary
     assert tables is not None
+    if block.rotary == "complex":
+        return _rotate_complex_together(q, k, tables[0])
     cos, sin = tables
     if block.rotary in ("sliced", "named_slices", "paired"):
         return _rotate_slices(ctx, q, k, (cos, sin), block)
