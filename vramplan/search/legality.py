@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vramplan.facts.architecture import Architecture, Attention
+from vramplan.facts.architecture import Architecture, Attention, MixtureOfExperts
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
 from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,25 @@ def _attention_of_family(run: RunSpec, node: Node, architecture: Architecture) -
     return f"attention {run.attention} does not exist for the {architecture.family} family: set attention eager"
 
 
+def _adapters_on_linear_routers(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    method = run.method
+    if not isinstance(method, LoraMethod):
+        return None
+    blocks = ((index, layer.feed_forward) for index, layer in enumerate(architecture.layers))
+    routers = (
+        f"{architecture.layer_prefix}.{index}.{block.router.name}"
+        for index, block in blocks
+        if isinstance(block, MixtureOfExperts) and block.router.is_linear
+    )
+    if not any(method.adapts(name) for name in routers):
+        return None
+    return (
+        f"method.target_modules {method.target_modules!r} reaches {architecture.family}'s routers, which return two "
+        "tensors where an adapter takes one: name its projections (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
+        "down_proj)"
+    )
+
+
 def _fused_loss_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.loss != "liger" or node.device.kind != "cpu":
         return None
@@ -157,6 +177,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_flash_attention_precision, "transformers/modeling_utils.py, _flash_attn_can_dispatch"),
     (_sinks_need_eager, "transformers/models/gpt_oss/modeling_gpt_oss.py, _supports_sdpa"),
     (_attention_of_family, "transformers/modeling_utils.py, _sdpa_can_dispatch and _flash_attn_can_dispatch"),
+    (_adapters_on_linear_routers, "peft/tuners/lora/layer.py, Linear.forward; models/llama4, Llama4Router.forward"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),

@@ -47,6 +47,7 @@ REFUSED = [
     ({"attention": "flash_attention_2", "precision": "fp32"}, NODE, "bf16 or fp16 only"),
     ({"model": "openai/gpt-oss-20b"}, NODE, "set attention eager"),
     ({"model": "bigscience/bloom-560m", "attention": "sdpa"}, NODE, "does not exist for the bloom family"),
+    ({"model": "meta-llama/Llama-4-Scout-17B-16E-Instruct", "method": "lora"}, NODE, "llama4's routers"),
     ({"loss": "liger"}, CPU_NODE, "needs a GPU"),
     ({"layout": {"dp": 4, "pp": 2}}, NODE, "PipelineModule"),
     ({"layout": {"dp": 1, "sp": 3}, "seq_len": 3072}, NODE, "does not divide the 32 attention heads"),
