@@ -64,6 +64,11 @@ class Linear:
     def weight_numel(self) -> int:
         return self.in_features * self.out_features
 
+    @property
+    def is_nn_linear(self) -> bool:
+        """Whether its module is of the very class ``nn.Linear`` (GPT-2's and Falcon's are not)."""
+        return not (self.conv1d or self.by_matmul)
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:

@@ -159,9 +159,13 @@ class Engine(ABC):
 
     def pinned_rounding(self, *blocks: int) -> Parts:
         """What pinning adds to blocks of the host's memory; nothing on the CPU, where nothing is pinned."""
+        return {labels.HOST_PINNED: max(0, self.pinned(*blocks) - sum(blocks))}
+
+    def pinned(self, *blocks: int) -> int:
+        """What blocks of the host's memory take when they are pinned, each by itself; nothing on the CPU."""
         if self.job.device == "cpu":
-            return {}
-        return {labels.HOST_PINNED: sum((1 << (block - 1).bit_length()) - block for block in blocks if block)}
+            return 0
+        return sum(1 << (block - 1).bit_length() for block in blocks if block)
 
     @property
     def profile(self) -> Profile:

@@ -17,6 +17,7 @@ from vramplan.memory import labels
 from vramplan.memory.blocks.context import Module
 from vramplan.memory.size import const
 from vramplan.memory.tape import Parameter, Tape, Tensor
+from vramplan.spec.layout import shard
 
 NEVER = -(10**10)
 
@@ -38,6 +39,10 @@ class GatherLimits:
     """Whether one rank holds everything: its weights are used where they lie (``_no_gather_coalesced``)."""
     copied: bool = True
     """Whether a lone rank's weights lie elsewhere (offload) and are copied to be used."""
+    degree: int = 0
+    """Ranks that a weight is cut over, where a rank's part is copied or cast to be gathered; 0: no part is."""
+    from_host: bool = False
+    """Whether every part lies in the host's memory and is copied to the device to be gathered."""
 
 
 class _Handle:
@@ -50,6 +55,8 @@ class _Handle:
         """Whether each parameter has a tensor of its own already."""
         self.complete = False
         self.buffers: list[Tensor] = []
+        self.lone = len(params) == 1
+        """Whether it is a view of its buffer, or a cast of it (``AllGatherHandle``)."""
         tape = gathers.tape
         if gathers.limits.alone:
             for param in params:
@@ -61,10 +68,13 @@ class _Handle:
         if only is not None and gathers.travels_in(only) is only.dtype:
             gathers.data[only.name] = tape.new(const(only.grad_numel), only.dtype, labels.GATHERED)
             self.split = True
+            _bring(gathers, params)
             return
         for dtype in {gathers.travels_in(param): None for param in params}:
-            numel = sum(param.grad_numel for param in params if gathers.travels_in(param) is dtype)
+            together = [param for param in params if gathers.travels_in(param) is dtype]
+            numel = sum(param.grad_numel for param in together)
             self.buffers.append(tape.new(const(numel), dtype, labels.GATHER_BUFFER))
+            _bring(gathers, together)
 
     def wait(self, gathers: Gathers) -> None:
         """The first wait makes every parameter of the gather available; later ones change nothing."""
@@ -73,12 +83,24 @@ class _Handle:
         tape = gathers.tape
         for param in () if self.split else self.params:
             travels = gathers.travels_in(param)
-            whole = tape.new(const(param.grad_numel), travels, labels.GATHERED)
-            if travels is not param.dtype:
+            whole = None if self.lone else tape.new(const(param.grad_numel), travels, labels.GATHERED)
+            if whole is None or travels is not param.dtype:
                 whole = tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
             gathers.data[param.name] = whole
         self.complete = True
         gathers.available.update(param.name for param in self.params)
+
+
+def _bring(gathers: Gathers, params: list[Parameter]) -> None:
+    """The rank's parts on the device in the format that they are gathered in, where they are not so already; they are
+    together until they lie in the buffer (``_all_gather_dtype``, ``_all_gather_sequential``)."""
+    limits, parts = gathers.limits, []
+    for param in params if limits.degree else ():
+        part, travels = const(shard(param.grad_numel, limits.degree)), gathers.travels_in(param)
+        brought = gathers.tape.new(part, param.dtype, labels.GATHER_BUFFER) if limits.from_host else None
+        if travels is not param.dtype:
+            brought = gathers.tape.new(part, travels, labels.GATHER_BUFFER)
+        parts.append(brought)
 
 
 class Gathers:
@@ -108,7 +130,7 @@ class Gathers:
 
     def travels_in(self, param: Parameter) -> Dtype:
         """The format that a weight is gathered in: low precision for a linear's under autocast."""
-        return self._autocast if self._autocast is not None and param.in_linear else param.dtype
+        return self._autocast if self._autocast is not None and param.lowered else param.dtype
 
     # Listening to modules
 

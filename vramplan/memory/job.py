@@ -34,7 +34,8 @@ class Parameter:
     numel: int
     trained: bool
     in_linear: bool
-    """Whether it belongs to an ``nn.Linear`` (torch_autocast communicates those in low precision)."""
+    """Whether it belongs to a linear; of trained ones, to a module of the class ``nn.Linear`` itself, whose parameters
+    travel in autocast's format (runtime/torch_autocast.py, ``init_autocast_params``)."""
     adapter: bool = False
     factored_numel: int = 0
     """Elements of a row and a column of each of its matrices; of a vector all."""
@@ -176,6 +177,7 @@ class Job:
     @property
     def gather_limits(self) -> GatherLimits:
         zero = self.zero
+        from_host = self.offload_param and self.device != "cpu"
         return GatherLimits(
             prefetch_bucket_numel=zero.stage3_prefetch_bucket_size,
             max_live_numel=zero.stage3_max_live_parameters,
@@ -183,7 +185,9 @@ class Job:
             persistence_numel=zero.stage3_param_persistence_threshold,
             model_persistence_numel=zero.stage3_model_persistence_threshold,
             alone=self.degree == 1,
-            copied=self.degree > 1 or (self.offload_param and self.device != "cpu"),
+            copied=self.degree > 1 or from_host,
+            degree=self.degree if self.degree > 1 and (from_host or self.autocast is not None) else 0,
+            from_host=from_host,
         )
 
     @property
@@ -321,9 +325,12 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
     linears = dict(architecture.named_linears())
     linears[architecture.head.name] = architecture.head
     if isinstance(method, FullMethod):
+        nn_linears = {name for name, linear in linears.items() if linear.is_nn_linear}
+        if architecture.tied_embeddings and architecture.head.is_nn_linear:
+            nn_linears.add(architecture.embeddings[0].name)
         for tensor in architecture.named_tensors():
             trained = method.trains(tensor.name, architecture.num_layers)
-            in_linear = tensor.name.rpartition(".")[0] in linears
+            in_linear = tensor.name.rpartition(".")[0] in nn_linears
             factored = factored_numel(tensor.shape)
             yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored)
         return

@@ -43,6 +43,9 @@ HOST_PARTITION = f"{HOST}gradient partition"
 HOST_STAGING = f"{HOST}staging buffers"
 HOST_ACCUMULATED = f"{HOST}accumulated gradients"
 HOST_PINNED = f"{HOST}rounding of pinned blocks"
+HOST_SUMS_PINNED = f"{HOST}rounding of accumulated gradients"
+HOST_CACHED = f"{HOST}pinned blocks kept for reuse"
+HOST_INIT = f"{HOST}copies during initialisation"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
 VIEWED = "gathered weights kept by views"
 GATHER_BUFFER = "gather buffer"
@@ -76,6 +79,13 @@ LABELS: dict[str, Label] = {
     ),
     HOST_ACCUMULATED: Label(Category.GRADIENT, "width x elements of the rank's own tensors (accumulated_grads_in_cpu)"),
     HOST_PINNED: Label(Category.OVERHEAD, "torch rounds each pinned block up to a power of two (CachingHostAllocator)"),
+    HOST_SUMS_PINNED: Label(Category.OVERHEAD, "each is a pinned block by itself, rounded up to a power of two"),
+    HOST_CACHED: Label(
+        Category.OVERHEAD,
+        "the parts in which trained weights were pinned while the model was built: torch keeps pinned blocks that are "
+        "let go of (CachingHostAllocator)",
+    ),
+    HOST_INIT: Label(Category.TEMPORARY, "fp32 gradients of the states before they are pinned, and one buffer more"),
     HOST_SNAPSHOT: Label(
         Category.OPTIMIZER, "2 x one rank's share of a checkpoint: the last one stays until the next is whole"
     ),

@@ -68,6 +68,8 @@ class Flush:
     """Whether the reduction flattens its slices into a new buffer (they belong to several ranks)."""
     ranks: frozenset[int]
     """Those whose partitions it holds gradients of; each then has a buffer for its own."""
+    held: tuple[str, ...]
+    """The parameters whose gradients it holds, in their order of arrival."""
 
 
 @lru_cache(maxsize=1024)
@@ -99,7 +101,7 @@ def _flush(flat: Flat, held: list[str], elements: int, before: int | None) -> Fl
     for name in held:
         start, end = flat.offsets[name]
         ranks.update(flat.ranks_of(start, end))
-    return Flush(before, elements, len(ranks) > 1, frozenset(ranks))
+    return Flush(before, elements, len(ranks) > 1, frozenset(ranks), tuple(held))
 
 
 def ranks_that_differ(job: Job) -> list[int]:

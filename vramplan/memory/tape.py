@@ -339,14 +339,15 @@ class Tape:
 class Parameter(Tensor):
     """A weight: its bytes are counted among the model's states, not here; its gradient goes to ``tape.on_grad``."""
 
-    __slots__ = ("grad_numel", "in_linear", "name", "waits")
+    __slots__ = ("grad_numel", "lowered", "name", "waits")
 
     def __init__(self, tape: Tape, name: str, numel: int, dtype: Dtype, trainable: bool) -> None:
         super().__init__(Storage(tape, ZERO, "parameters"), (numel, 0, 0, 0, 0), dtype)
         self.storage.refs += 1  # never freed: the model owns it
         self.name = name
         self.grad_numel = numel
-        self.in_linear = False
+        self.lowered = False
+        """Whether ZeRO-3 gathers it in autocast's format."""
         self.waits = False
         """Whether its gradient stays with it until ``deliver`` is called."""
         if trainable:

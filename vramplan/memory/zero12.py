@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, undominated
 from vramplan.memory.engine import Engine, Micro
@@ -22,15 +24,23 @@ class Zero12(Engine):
         self.share = self.flat.partition_numel
         self.contiguous = job.zero.contiguous_gradients
         self.bucket_bytes = self._bucket_bytes()
-        owned = self.flat.owned(rank)
-        sizes = dict(self.trained)
-        self.partition_bytes = self.width * sum(sizes[name] for name in owned)
-        self.num_owned = len(owned)
-        self.largest_owned = max(owned.values(), default=0)
+        self.owned = self.flat.owned(rank)
+        self.sizes = dict(self.trained)
+        self.partition_bytes = self._whole_bytes(self.owned)
+        self.num_owned = len(self.owned)
+        self.largest_owned = max(self.owned.values(), default=0)
         self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
-        self._reducing: list[Instant] | None = None
+        self._reducing: dict[tuple[bool, bool], list[Instant]] = {}
+
+    def _whole_bytes(self, names: Iterable[str]) -> int:
+        """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""
+        return self.width * sum(self.sizes[name] for name in names if name in self.owned)
+
+    def _norm_bytes(self, names: Iterable[str]) -> int:
+        """The largest slice that the rank owns of the parameters, in fp64 (``set_norm_for_param_grad_in_gpu``)."""
+        return 8 * max((self.owned.get(name, 0) for name in names), default=0)
 
     def _bucket_bytes(self) -> int:
         """Buffers of ``setup_buckets``: one a communication dtype, two each where reduction overlaps backward."""
@@ -71,6 +81,11 @@ class Zero12(Engine):
             labels.OFFLOAD_BUFFER: temporary,
         }
         return merged(parts, self.pinned_rounding(master, master, low, temporary))
+
+    def _rounded_sums(self) -> dict[str, int]:
+        """What pinning adds to the sums, each of which is a block of its own."""
+        blocks = [self._whole_bytes([name]) for name in self.owned]
+        return {labels.HOST_SUMS_PINNED: max(0, self.pinned(*blocks) - sum(blocks))}
 
     def _partition(self) -> dict[str, int]:
         """The rank's reduced gradients on the device; with offload they go to the host at once."""
@@ -113,6 +128,9 @@ class Zero12(Engine):
         filled = 0
         for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size):
             moves = self.contiguous and flush.numel <= self.job.zero.reduce_bucket_size
+            if self.offloads and not moves:  # _offload_gradient_safety_enabled: it gets a storage of its own
+                clone = flush.numel * self.width
+                instants.append((left + clone, "a large gradient copied", left, 0, clone))
             left -= flush.numel * self.width if moves else 0
             copy = flush.numel * self.width if flush.copies else 0
             instants.append((left + filled + copy, "gradient reduction", left, filled, copy))
@@ -121,9 +139,13 @@ class Zero12(Engine):
                 # a gradient that bypassed the bucket is let go of once it is in the partition, else at the end
                 left -= 0 if moves else flush.numel * self.width
             instants.append((left + filled, "gradient partition filled", left, filled, 0))
+            if self.offloads and self.rank in flush.ranks:
+                own = left if moves else left + flush.numel * self.width
+                instants.append((own + (norm := self._norm_bytes(flush.held)), "gradient norm", own, 0, -norm))
         # they differ by plain bytes, so the highest is highest for every batch
         _, name, left, filled, copy = max(instants, key=lambda each: each[0])
-        parts = {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, labels.REDUCTION: copy}
+        scratch = labels.REDUCTION if copy >= 0 else labels.NORM
+        parts = {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, scratch: abs(copy)}
         stretch.see(name, base, bucket, parts)
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
@@ -131,18 +153,27 @@ class Zero12(Engine):
         early, _ = backward_candidates(self.job.model_run, 0)
         for _, point in early:
             stretch.see(point.where, self.resident, at_point(point))
-        if self._reducing is None:
-            self._reducing = self._reduction_instants()
+        normed = self.offloads and micro.boundary and self.job.managed
+        fresh = self._accumulates(micro) and labels.HOST_ACCUMULATED not in self.resident
+        if (normed, fresh) not in self._reducing:
+            self._reducing[normed, fresh] = self._reduction_instants(normed, fresh)
         base = merged(self.resident, {labels.BUCKET: self.bucket_bytes})
-        for instant in self._reducing:
+        for instant in self._reducing[normed, fresh]:
             stretch.see(instant.name, base, *instant.many)
         self._end_of_reduction(stretch, micro)
 
-    def _reduction_instants(self) -> list[Instant]:
-        """Instants from the first gradient on that can be highest, without what is resident: each micro-batch's."""
-        found = Stretch("", Phase.BACKWARD, False)
+    def _accumulates(self, micro: Micro) -> bool:
+        """Whether the micro-batch's gradients are added up in the host's memory (``copy_grads_in_partition``)."""
+        return self.offloads and not (self.job.managed and micro.boundary and micro.first)
+
+    def _reduction_instants(self, normed: bool, fresh: bool) -> list[Instant]:
+        """Instants from the first gradient on that can be highest, without what is resident.
+
+        ``normed``: norms are taken on the way; ``fresh``: the host's sums come to be on the way.
+        """
+        found = Stretch("", Phase.BACKWARD, False, host_apart=self.job.device != "cpu")
         _, late = backward_candidates(self.job.model_run, 0)
-        filled_from = self._see_flushes(found)
+        filled_from = self._see_flushes(found, normed, fresh)
         for _, point in late:
             found.see(point.where, at_point(point))
         if filled_from is not None:
@@ -183,7 +214,7 @@ class Zero12(Engine):
             held = {labels.GRADIENTS: width * (point.grad_numel + offset_numel)}
             stretch.see(point.where, self.resident, held, at_point(point))
 
-    def _see_flushes(self, stretch: Stretch) -> int | None:
+    def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
         job, gradients = self.job, self.profile.gradients
         order = tuple(gradient.name for gradient in gradients)
@@ -193,14 +224,17 @@ class Zero12(Engine):
             last = len(gradients) - 1 if flush.before is None else flush.before
             gradient = gradients[last]
             alive = at_point(gradient.at)
-            if flush.numel > job.zero.reduce_bucket_size:
+            oversized = flush.numel > job.zero.reduce_bucket_size
+            if oversized:
                 alive = self._with_oversized(stretch, flush, filled, alive)
             elif flush.before is None:  # the last gradient has moved into the bucket
                 alive = without_gradient(alive, gradient.numel * self.width)
             before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
-            if self.rank in flush.ranks and self.offloads:  # set_norm_for_param_grad_in_gpu
-                norm = {labels.NORM: 8 * self.largest_owned}
-                stretch.see("gradient norm", norm, alive)
+            if self.rank in flush.ranks and self.offloads:
+                filled = self._sent_away(filled, flush, fresh, stays=oversized and not normed)
+                norm = {labels.NORM: self._norm_bytes(flush.held) if normed else 0}
+                stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, alive)
+                self._see_until_next(stretch, flush, filled)
             elif self.rank in flush.ranks and not filled:
                 filled = self._partition()
                 filled_from = gradient.at.index
@@ -210,14 +244,33 @@ class Zero12(Engine):
                 stretch.see("gradient partition filled", filled, alive)
         return filled_from
 
+    def _sent_away(self, filled: dict[str, int], flush: Flush, fresh: bool, stays: bool) -> dict[str, int]:
+        """What a reduction leaves with offload: sums in the host's memory, and a gradient that bypassed the bucket,
+        which is let go of at the end of backward where the boundary is not known yet."""
+        sums = filled.get(labels.HOST_ACCUMULATED, 0) + (self._whole_bytes(flush.held) if fresh else 0)
+        kept = filled.get(labels.GRADIENTS, 0) + (flush.numel * self.width if stays and flush.before is not None else 0)
+        return {labels.HOST_ACCUMULATED: sums, labels.GRADIENTS: kept}
+
+    def _see_until_next(self, stretch: Stretch, flush: Flush, filled: Parts) -> None:
+        """Instants after a reduction with what it leaves; later ones leave at least as much."""
+        since = len(self.profile.backward) if flush.before is None else self.profile.gradients[flush.before].at.index
+        after = [point for point in self.profile.backward if point.index >= since]
+        for _, point in undominated([(each.total, each) for each in after]):
+            stretch.see(point.where, filled, at_point(point))
+
     def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Parts, alive: Bytes) -> Bytes:
         """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the next one arrives
-        (``extra_large_param_to_reduce``); returns what is alive at its reduction."""
+        (``extra_large_param_to_reduce``), with offload in a storage of its own; returns what is alive at its
+        reduction."""
+        gradients = self.profile.gradients
+        position = len(gradients) - 1 if flush.before is None else flush.before - 1
+        if self.offloads:
+            clone = {labels.REDUCTION: flush.numel * self.width}
+            stretch.see("a large gradient copied", extra, clone, at_point(gradients[position].at))
         if flush.before is None:
             return alive
-        gradients = self.profile.gradients
         waiting = {labels.GRADIENTS: flush.numel * self.width}
-        since, until = gradients[flush.before - 1].at.index, gradients[flush.before].at.index
+        since, until = gradients[position].at.index, gradients[flush.before].at.index
         between = [point for point in self.profile.backward if since <= point.index < until]
         for _, point in undominated([(each.total, each) for each in between]):
             stretch.see(point.where, extra, waiting, at_point(point))
@@ -235,10 +288,9 @@ class Zero12(Engine):
         self.resident = self.resident.without(labels.ACCUMULATED)
         self.resident = self.resident.without(labels.GRAD_PARTITION)
         if self.offloads:
-            if not micro.boundary or micro.index > 1:
-                self.resident = merged(
-                    self.resident.without(labels.HOST_ACCUMULATED), {labels.HOST_ACCUMULATED: partition}
-                )
+            if self._accumulates(micro):
+                sums = {labels.HOST_ACCUMULATED: partition, **self._rounded_sums()}
+                self.resident = merged(self.resident.without(labels.HOST_ACCUMULATED, labels.HOST_SUMS_PINNED), sums)
         elif micro.boundary:
             self.resident = merged(self.resident, {labels.GRAD_PARTITION: partition})
         else:
@@ -257,6 +309,8 @@ class Zero12(Engine):
             self.resident = merged(self.resident, self._partition())
         base = merged(self.resident, self.outputs)
         if self.offloads:
+            if self.job.stage == 2 and not self.job.managed:
+                self._see_finalised(stretch, base)
             if micro.step == 1:
                 self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.share)})
             stretch.close(self.resident, self.outputs)
@@ -274,3 +328,12 @@ class Zero12(Engine):
         scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
         stretch.close(self.resident, self.outputs)
+
+    def _see_finalised(self, stretch: Stretch, base: Bytes) -> None:
+        """Each sum comes back to the device whole, and the norm of the rank's slice of it is taken
+        (``_finalize_cpu_offload_gradient_accumulation``)."""
+        bytes_of = {name: self._whole_bytes([name]) + self._norm_bytes([name]) for name in self.owned}
+        if bytes_of:
+            name = max(bytes_of, key=lambda each: bytes_of[each])
+            parts = {labels.GRADIENTS: self._whole_bytes([name]), labels.NORM: self._norm_bytes([name])}
+            stretch.see("gradient norm", base, parts)

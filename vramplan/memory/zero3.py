@@ -12,6 +12,7 @@ from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged, wit
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
 from vramplan.memory.reduction import Bucket, bucket_flushes
+from vramplan.memory.size import ZERO
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
@@ -102,18 +103,23 @@ class Zero3(Engine):
             labels.FROZEN: self.frozen_share * self.width,
             labels.WEIGHTS: self.trained_share * self.trained_width,
         }
-        copy = {labels.INIT: self.trained_share * self.trained_width}
+        # defragment: by way of a buffer in the host's memory, and one by one from the device
+        copy = {labels.INIT: self.trained_share * self.trained_width if job.device == "cpu" else 0}
         if not job.offload_param:
             stretch.see("partitions moved together", weights, copy)
         if job.offload_optimizer:
             self.resident = self._offloaded()
+            # initialize_optimizer_states: a buffer that no sub-group takes, and the last one's gradients before they
+            # are pinned; the bucket and the gradient partitions come after it
+            spare = self.sub_group * self.master_bytes * (1 if job.device == "cpu" else 2)
+            states = self.resident.without(labels.BUCKET, labels.HOST_PARTITION)
+            stretch.see("gradients of the states made", states, {labels.HOST_INIT: spare})
         else:
             self._init_on_device(stretch, weights)
         # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
-        stretch.see(
-            "the largest tensor gathered",
-            merged(self.resident, {labels.GATHERED: self.largest_trained * self.trained_width}),
-        )
+        gathered = {labels.GATHERED: self.largest_trained * self.trained_width}
+        part = self._brought(self.largest_share * self.trained_width) if job.offload_param else {}
+        stretch.see("the largest tensor gathered", self.resident, gathered, part)
         stretch.close(self.resident)
 
     def _init_on_device(self, stretch: Stretch, weights: Parts) -> None:
@@ -140,7 +146,21 @@ class Zero3(Engine):
             labels.HOST_GRAD: whole,
             labels.HOST_PARTITION: low,
         }
-        return merged(parts, self.pinned_rounding(whole, low, weights if away else 0))
+        pinned = [whole, low]
+        if away:
+            pinned += [weights, *self._parts(trained=False)]
+            parts[labels.HOST_CACHED] = self.pinned(*self._parts(trained=True))
+        return merged(parts, self.pinned_rounding(*pinned))
+
+    def _parts(self, trained: bool) -> list[int]:
+        """The rank's part of each trained or frozen tensor, in bytes."""
+        width = self.trained_width if trained else self.width
+        params = (param for param in self.job.parameters if param.trained is trained)
+        return [shard(param.numel, self.job.degree) * width for param in params]
+
+    def _brought(self, num_bytes: int) -> Parts:
+        """What is copied from the host to the device to be worked with."""
+        return {labels.OFFLOAD_BUFFER: num_bytes} if self.job.device != "cpu" else {}
 
     def _profile_of(self, micro: Micro) -> Profile:
         found = self.profiles
@@ -176,12 +196,18 @@ class Zero3(Engine):
             # __avg_scatter_grads: the partitions are cast back while the flat copy that they are views of is alive
             back = shard(flush.copied, bucket.degree) * self.grad_width if self.travels != self.grad_width else 0
             copy = {labels.REDUCTION: cast + flush.copied * self.travels + back}
-            norm: Parts = {}
-            if self.job.offload_optimizer and micro.boundary:  # _offload_grad_partition_at_boundary
-                norm = {labels.NORM: 8 * min(shard(flush.largest, bucket.degree), NORM_CHUNK)}
-            stretch.see("gradient reduction", self.resident, alive, waiting, copy, norm)
+            away: Parts = {}
+            if self.job.offload_optimizer:  # partition_grads
+                away = self._sent_away(shard(flush.largest, bucket.degree), micro.boundary and self.job.managed)
+            stretch.see("gradient reduction", self.resident, alive, waiting, copy, away)
         self.outputs = at_point(found.backward_end)
         stretch.close(self.resident, self.outputs)
+
+    def _sent_away(self, share: int, at_boundary: bool) -> Parts:
+        """A gradient's part of ``share`` elements, which has gone to the host, on the device once more; at the boundary
+        its norm is taken (``_offload_grad_partition_at_boundary``)."""
+        norm = {labels.NORM: 8 * min(share, NORM_CHUNK) if at_boundary else 0}
+        return merged(self._brought(share * self.grad_width), norm)
 
     def step(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
@@ -195,10 +221,16 @@ class Zero3(Engine):
         base = merged(self.resident, kept)
         persistent = Bytes(self.profiles.between_steps)
         if self.job.offload_optimizer:
+            if not self.job.managed:  # _finalize_offload_gradient_accumulation
+                stretch.see("gradient norm", self.resident, self.outputs, self._sent_away(self.largest_share, True))
             if micro.step == 1 and not self.steps_skipped:
                 states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.trained_share)}
                 self.resident = merged(self.resident, states)
-            stretch.close(self.resident, kept, _gathered(persistent))
+            whole = _gathered(persistent)
+            if self.job.offload_param:
+                part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
+                stretch.see("small tensors gathered", self.resident, kept, whole, self._brought(part))
+            stretch.close(self.resident, kept, whole)
             return
         stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_share})
         if self.steps_skipped:

@@ -126,7 +126,7 @@ class BlockContext:
         bias = self.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None
         for param in (weight, bias):
             if param is not None:
-                param.in_linear = True
+                param.lowered = linear.is_nn_linear
         return weight, bias
 
     def norm_parameters(self, norm: Norm) -> tuple[Parameter | None, Parameter | None]:

@@ -30,6 +30,7 @@ def embed(
     ``on_tokens``: a forward hook of the token table, which runs before ZeRO-3's own.
     """
     first, *positions = architecture.embeddings
+    head_weight(ctx, architecture)
     scaled_inside = architecture.embedding_scaled and not architecture.scaled_outside
 
     def finish(out: Tensor) -> Tensor:
@@ -71,12 +72,14 @@ def _look_up(
 
 
 def head_weight(ctx: BlockContext, architecture: Architecture) -> Parameter:
-    """The head's weight; a tied one is the token table's."""
+    """The head's weight; a tied one is the token table's, which DeepSpeed marks as a linear's for the head's sake."""
     head = architecture.head
     if not architecture.tied_embeddings:
         return ctx.linear_parameters(head)[0]
     table = architecture.embeddings[0]
-    return ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
+    weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
+    weight.lowered = head.is_nn_linear
+    return weight
 
 
 def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:

@@ -79,10 +79,10 @@ def _matmul(
     ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, linear: Linear, label: str
 ) -> Tensor:
     """``FalconLinear.forward``: ``x @ weight.T``, then the bias. What is saved of a gathered weight is its transposed
-    view, which outlives the release."""
+    view, which outlives the release; under autocast a view of its cast."""
     low = ctx.low(x, label)
     cast = cast_of_weight(ctx, weight)
-    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None else None
+    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and ctx.autocast is None else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
     return out if bias is None else ops.add_vector(out, bias, label)
 
