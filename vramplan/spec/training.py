@@ -52,6 +52,9 @@ class TrainingSpec(UserModel):
     """Project (W&B) or experiment (MLflow) that the run belongs to."""
     trust_remote_code: bool = False
     """Whether code from a model's directory may run."""
+    allow_pickle: bool = False
+    """Whether weights may be read from pickles (``pytorch_model*.bin``) where a model has none as safetensors; torch
+    then unpickles nothing but tensors."""
     sample: str | None = None
     """A question that the finished, saved and reloaded model answers at the end."""
     sample_tokens: int = Field(default=64, ge=1)

@@ -117,7 +117,7 @@ def _load(run: RunSpec, directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=weight_dtype(run),
-        use_safetensors=True,
+        use_safetensors=None if run.training.allow_pickle else True,
         trust_remote_code=run.training.trust_remote_code,
     )
 

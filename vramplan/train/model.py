@@ -103,7 +103,7 @@ def pretrained(run: RunSpec, directory: Path) -> Any:
             directory,
             dtype=weight_dtype(run),
             attn_implementation=run.attention,
-            use_safetensors=True,
+            use_safetensors=None if run.training.allow_pickle else True,
             trust_remote_code=run.training.trust_remote_code,
             **_quantized(run),
         )

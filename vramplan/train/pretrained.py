@@ -12,6 +12,7 @@ from vramplan.train import embedded
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_CODE = "*.py"
+_PICKLES = "pytorch_model*.bin"
 
 
 def model_directory(run: RunSpec) -> Path:
@@ -19,11 +20,11 @@ def model_directory(run: RunSpec) -> Path:
 
     Raises:
         SpecError: it can be had nowhere; the text says what to give instead.
-        ConfigError: it has no weights as safetensors.
+        ConfigError: it has no weights as safetensors (nor, where ``training.allow_pickle`` lets them be read, pickles).
     """
     local = Path(run.model).expanduser()
     if local.is_dir():
-        return _checked(local)
+        return _checked(local, run)
     if run.model_config_fields is not None:
         raise SpecError(
             f"model {run.model!r} is only described by model_config_fields and has no weights to train: "
@@ -31,7 +32,7 @@ def model_directory(run: RunSpec) -> Path:
         )
     if embedded.is_embedded_name(run.model) and embedded.package_directory() is not None:
         return embedded.embedded_model()
-    return _checked(_from_hub(run))
+    return _checked(_from_hub(run), run)
 
 
 def public_name(run: RunSpec, directory: Path) -> str:
@@ -61,7 +62,9 @@ def load_tokenizer(directory: Path, run: RunSpec) -> Any:
 def _from_hub(run: RunSpec) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [*_HUB_FILES, _HUB_CODE] if run.training.trust_remote_code else list(_HUB_FILES)
+    wanted = [*_HUB_FILES]
+    wanted += [_HUB_CODE] if run.training.trust_remote_code else []
+    wanted += [_PICKLES] if run.training.allow_pickle else []
     try:
         return Path(snapshot_download(_hub_id(run.model), allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own errors and those of its HTTP library
@@ -83,11 +86,20 @@ def _hub_id(model: str) -> str:
         return model
 
 
-def _checked(directory: Path) -> Path:
+def _checked(directory: Path, run: RunSpec) -> Path:
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{directory} has no config.json; a model directory needs one")
-    if not any(directory.glob("*.safetensors")):
-        raise ConfigError(f"{directory} has no weights as .safetensors; other forms are not read (they can hold code)")
+    if any(directory.glob("*.safetensors")):
+        return directory
+    if not any(directory.glob(_PICKLES)):
+        raise ConfigError(f"{directory} has no weights as .safetensors")
+    if not run.training.allow_pickle:
+        raise ConfigError(
+            f"{directory} has no weights as .safetensors, only pickles, which can hold code: convert them, or let them "
+            "be read (training.allow_pickle: true)"
+        )
+    if run.new_blocks:
+        raise ConfigError(f"{directory} has no weights as .safetensors, which method.new_blocks reads: convert them")
     return directory
 
 

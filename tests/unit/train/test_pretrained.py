@@ -7,10 +7,10 @@ import pytest
 from vramplan.errors import ConfigError, SpecError
 from vramplan.spec.load import run_from_mapping
 from vramplan.train import embedded
-from vramplan.train.model import check_fit_of_tokenizer
+from vramplan.train.model import check_fit_of_tokenizer, pretrained
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 
-from support.tiny_model import tiny_tokenizer
+from support.tiny_model import save_tiny_model, tiny_tokenizer
 
 
 def run(model, **fields):
@@ -29,7 +29,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path):
     [
         ([], "has no config.json"),
         (["config.json"], "has no weights as .safetensors"),
-        (["config.json", "pytorch_model.bin"], "other forms are not read"),
+        (["config.json", "pytorch_model.bin"], r"only pickles, .* \(training.allow_pickle: true\)"),
     ],
 )
 def test_a_directory_that_holds_no_model(tmp_path, files, said):
@@ -37,6 +37,21 @@ def test_a_directory_that_holds_no_model(tmp_path, files, said):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=said):
         model_directory(run(tmp_path))
+
+
+def test_pickled_weights_are_read_when_that_is_asked_for(tmp_path):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(save_tiny_model(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    asked = run(tmp_path, training={"allow_pickle": True}, precision="fp32")
+    found = pretrained(asked, model_directory(asked)).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    blocks = run(tmp_path, training={"allow_pickle": True}, method={"kind": "full", "new_blocks": 1})
+    with pytest.raises(ConfigError, match="which method.new_blocks reads"):
+        model_directory(blocks)
 
 
 def test_a_name_that_is_nowhere_offline():
