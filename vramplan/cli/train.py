@@ -75,6 +75,7 @@ def train(
     The run directory holds metrics.jsonl, TensorBoard events, checkpoints, the measurement record and what was trained.
     """
     from vramplan.cli.output import show
+    from vramplan.cost.utilisation import utilisation
     from vramplan.facts.resolve import resolve_architecture
     from vramplan.measure.snapshots import put_away
     from vramplan.report.progress import TrainingView
@@ -96,7 +97,7 @@ def train(
         show(_verified(plan))
     _prepare(run_dir, plan, resume)
     show(f"run directory: {run_dir.root}")
-    with TrainingView(plan) as view:
+    with TrainingView(plan, utilisation=utilisation(plan.run, plan.node, resolve_architecture(plan.run))) as view:
         if probe:
             plan = _probed(plan, run_dir, view.on_event, terms)
         try:

@@ -9,7 +9,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from vramplan.cost.utilisation import Utilisation
 from vramplan.search.plan import Plan
+from vramplan.spec.data import HELD_OUT
 from vramplan.units import format_bytes, format_count, format_seconds
 
 _PHASES = {
@@ -28,7 +30,8 @@ _PHASES = {
 class TrainingView:
     """Shows the events of a run; open it around the run."""
 
-    def __init__(self, plan: Plan, console: Console | None = None) -> None:
+    def __init__(self, plan: Plan, console: Console | None = None, utilisation: Utilisation | None = None) -> None:
+        self._utilisation = utilisation
         self._predicted = plan.prediction.allocated_peak_bytes
         self._console = console or Console(highlight=False)
         self._live = self._console.is_terminal
@@ -98,7 +101,7 @@ class TrainingView:
         self._progress.update(self._task, total=event["total_steps"], completed=event["step"], doing="training")
 
     def _on_step(self, event: dict[str, Any]) -> None:
-        figures = step_figures(event, self._predicted)
+        figures = step_figures(event, self._predicted, self._utilisation)
         self._progress.update(self._task, completed=event["step"], doing="training")
         self._figures = Text(figures.replace("  memory ", "\nmemory "))
         self._screen.update(self._lines())
@@ -106,9 +109,9 @@ class TrainingView:
             self._say(f"step {event['step']}/{event['total_steps']}  {figures}")
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
-        self._say(
-            f"after step {event['step']}: held-out loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f}"
-        )
+        name = event.get("set", HELD_OUT)
+        shown = "held-out" if name == HELD_OUT else name
+        self._say(f"after step {event['step']}: {shown} loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f}")
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self._say(f"after step {event['step']}: checkpoint {event['path']} ({format_seconds(event['seconds'])})")
@@ -127,17 +130,21 @@ class TrainingView:
         self._console.print(Text(text), soft_wrap=True)
 
 
-def step_figures(event: dict[str, Any], predicted_bytes: int) -> str:
-    """Loss, rate, speed and memory of one step."""
+def step_figures(event: dict[str, Any], predicted_bytes: int, utilisation: Utilisation | None = None) -> str:
+    """Loss, rate, speed (with the share of the devices' peak where that is known) and memory of one step."""
     of = "tensors" if event["memory_of"] == "tensors" else "the whole process"
     peak = format_bytes(event["memory_peak"]) if event["memory_peak"] else "not measured yet"
     parts = [
         f"loss {event['loss']:.4f}",
         f"lr {event['lr']:.2e}",
-        f"{event['tokens_per_s']:,.0f} tokens/s",
+        f"{event['tokens_per_s']:,.0f} tokens/s" + _shown_share(event, utilisation),
         f"memory now {format_bytes(event['memory_now'])} ({of}), peak of tensors {peak}, "
         f"{format_bytes(predicted_bytes)} predicted",
     ]
     if not event["applied"]:
         parts.append("step skipped (fp16 overflow)")
     return "  ".join(parts)
+
+
+def _shown_share(event: dict[str, Any], utilisation: Utilisation | None) -> str:
+    return "" if utilisation is None else f" ({utilisation.share(event['tokens_per_s']):.1%} of peak FLOP/s)"

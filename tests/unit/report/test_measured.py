@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from vramplan.cost.utilisation import Utilisation
 from vramplan.measure.record import PhaseReading
 from vramplan.memory.ledger import PhaseBytes
 from vramplan.report.measured import PhaseRow, phase_rows, render_measured, train_peak_row
@@ -93,6 +94,8 @@ def test_a_steps_figures_say_loss_rate_speed_and_memory():
     )
     assert "(the whole process)" in step_figures({**STEP, "memory_of": "process"}, MIB)
     assert "step skipped" in step_figures({**STEP, "applied": False}, MIB)
+    busy = step_figures(STEP, MIB, Utilisation(flops_per_token=1e9, peak_flops=4e12))
+    assert "1,234 tokens/s (30.9% of peak FLOP/s)" in busy
 
 
 def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
@@ -102,11 +105,13 @@ def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
         view.on_event({"event": "note", "text": "[39] rows were cut"})
         view.on_event({**STEP, "step": 1})
         view.on_event({"event": "evaluation", "step": 1, "loss": 1.0, "perplexity": 2.718})
+        view.on_event({"event": "evaluation", "step": 1, "set": "replay", "loss": 1.0, "perplexity": 2.718})
         view.on_event({"event": "something new"})
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "note: [39] rows were cut"
     assert lines[1].startswith("step 1/9  loss 1.2500")
     assert lines[2] == "after step 1: held-out loss 1.0000, perplexity 2.72"
+    assert lines[3] == "after step 1: replay loss 1.0000, perplexity 2.72"
 
 
 def test_the_view_is_one_live_line_on_a_terminal(small_plan):
