@@ -154,6 +154,9 @@ class Architecture:
     """Masks of both kinds are made whichever kinds its layers are of (Llama-4)."""
     spare_mask: bool = False
     """A mask for sliding layers is made though none slides (Qwen2-MoE: its window is then 0, which all reach)."""
+    router_scores: str = "dropped"
+    """What becomes of the scores of every router: ``dropped``, ``collected`` (``output_router_logits`` of Llama-4,
+    whose loss does not look at them), or ``balanced``, in a loss of their own that is added to the model's."""
     extra: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property
@@ -165,6 +168,12 @@ class Architecture:
         """Whether the family computes attention in a way of its own (BLOOM, Falcon)."""
         mixers = (layer.mixer for layer in self.layers)
         return any(isinstance(mixer, Attention) and mixer.core != "shared" for mixer in mixers)
+
+    @cached_property
+    def mixtures(self) -> tuple[MixtureOfExperts, ...]:
+        """The blocks with experts of its layers, in order."""
+        blocks = (layer.feed_forward for layer in self.layers)
+        return tuple(block for block in blocks if isinstance(block, MixtureOfExperts))
 
     @cached_property
     def has_latent_attention(self) -> bool:

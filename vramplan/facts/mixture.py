@@ -82,6 +82,8 @@ class MixtureOfExperts:
     ``sigmoid_of_all``    every expert gets every token, times the sigmoid of its score or 0 (Llama-4)
     ``sigmoid_of_groups`` sigmoids of fp32 scores, out of the groups with the best pairs of experts (DeepSeek-V3)
     """
+    jitter: bool = False
+    """The block's input is multiplied in place by random factors (Mixtral's ``router_jitter_noise``)."""
     normalises: bool = True
     """A token's weights are divided by their sum."""
     num_groups: int = 1

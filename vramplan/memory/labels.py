@@ -141,6 +141,9 @@ LABELS: dict[str, Label] = {
     SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),
     "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),
     "loss": Label(Category.LOGITS, "fp32 logits and log-softmax: tokens x vocabulary x 4 B each (ForCausalLMLoss)"),
+    "scores of routers": Label(
+        Category.ACTIVATION, "tokens x experts x width for each router, until the model's output goes"
+    ),
     "token ids and labels": Label(Category.ACTIVATION, "8 B x tokens each", Basis.EXACT),
     "random state": Label(Category.ACTIVATION, "state of the random generator, a copy for each checkpointed layer"),
     "residual stream": Label(Category.ACTIVATION, "tokens x hidden x width for each tensor of the stream that is held"),

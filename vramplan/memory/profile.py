@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
+from vramplan.memory.blocks.balance import SCORES, collect_of_skipped, with_balance
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
 from vramplan.memory.blocks.core import masks
 from vramplan.memory.blocks.fused_loss import fused_loss
@@ -110,6 +111,7 @@ class _Runner:
             adapted_parameters=run.adapted_parameters,
             leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
             num_layers=run.architecture.num_layers,
+            router_scores=[] if run.architecture.router_scores != "dropped" else None,
         )
         self.gradients: list[Gradient] = []
         self.tape.on_grad = self._collect
@@ -195,15 +197,16 @@ class _Runner:
     def _loss(self, x: Tensor) -> Tensor:
         """The head and the model's own loss, or both fused, where no logits are left for the loop to keep."""
         ctx, architecture = self.ctx, self.run.architecture
+        kept = self.kept if self.run.keep_outputs else []
         if self.run.fused_loss_rows:
             with self.tape.at("loss"):
-                return fused_loss(ctx, x, architecture, self.run.fused_loss_rows)
+                result = fused_loss(ctx, x, architecture, self.run.fused_loss_rows)
+                return with_balance(ctx, result, architecture, kept)
         with self.tape.at("head"):
             scores = logits(ctx, x, architecture)
         with self.tape.at("loss"):
-            result = loss(ctx, scores, self.run.shifted_logits)
-        if self.run.keep_outputs:
-            self.kept.append(scores)
+            result = with_balance(ctx, loss(ctx, scores, self.run.shifted_logits), architecture, kept)
+        kept.append(scores)
         return result
 
     def _decoder(self) -> Tensor:
@@ -287,6 +290,7 @@ class _Runner:
         if not skipped:
             return x
         tape = self.tape
+        collect_of_skipped(self.ctx, [self.run.architecture.layers[index] for index in skipped])
         total: dict[str, Size] = {}
         for index in skipped:
             for label, size in costs[keys[index]].items():
@@ -341,8 +345,8 @@ def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> 
 
 def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
     labels = {*after, *before}
-    for gathered in (GATHERED, GATHER_BUFFER):  # whole weights come and go with the layers that are run
-        labels.discard(gathered)
+    # whole weights come and go with the layers that are run, scores of routers with the model's output
+    labels -= {GATHERED, GATHER_BUFFER, SCORES}
     changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
     return {label: size for label, size in changes.items() if size != ZERO}
 

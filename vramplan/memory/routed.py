@@ -111,6 +111,20 @@ def scattered_into(values: Tensor, indices: Tensor, numel: Size, label: str) -> 
     return tape.attach("scatter", out, [values], [indices], backward)
 
 
+def jittered(x: Tensor, label: str) -> Tensor:
+    """``x *= torch.empty_like(x).uniform_(...)``: in place; saves the factors."""
+    tape, numel, dtype = x.storage.tape, x.numel, x.dtype
+    factors = tape.new(numel, dtype, label)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = tape.new(numel, dtype, GRADIENTS)
+        del held
+        return [result]
+
+    return tape.attach("mul", x.detach(), [x], [factors], backward)
+
+
 def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
     """``torch.topk(scores, k)``: values and indices; backward scatters into zeros of the scores' shape."""
     tape, whole, dtype = scores.storage.tape, scores.numel, scores.dtype

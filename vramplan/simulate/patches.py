@@ -45,6 +45,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         put(torch, "get_rng_state", _rng_state)
         put(torch, "set_rng_state", lambda state: None)
         put(torch.distributed.device_mesh, "init_device_mesh", _on_real_tensors(_init_device_mesh()))
+        put(torch, "bincount", _bincount)
         put(torch.Tensor, "record_stream", lambda self, stream: None)
         # what rank 0 sends it hears itself; AutoTP compares a batch so, and a fake cannot be pickled
         put(torch.distributed, "broadcast_object_list", lambda *args, **kwargs: None)
@@ -186,6 +187,13 @@ def _noting_available(tracker: Tracker, fetch: Callable[..., None]) -> Callable[
         fetch(self, *args, **kwargs)
 
     return noting_fetch
+
+
+def _bincount(input: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
+    """Counts of values below ``minlength``, as where experts are counted; how many there are decides no value."""
+    if weights is not None or minlength == 0:
+        raise NotImplementedError("torch.bincount makes as many counts as its largest value says, which a fake has not")
+    return input.new_zeros(minlength, dtype=torch.int64)
 
 
 def _rng_state() -> torch.Tensor:

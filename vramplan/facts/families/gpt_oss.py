@@ -13,6 +13,7 @@ from vramplan.facts.families.parts import (
     one_per_kind,
     read_heads,
     routed_experts,
+    router_scores,
     split_projections,
     windows,
 )
@@ -34,7 +35,8 @@ def build(fields: Fields) -> Architecture:
         lambda window: DecoderLayer((replace(mixer, sliding_window=window), *rest)),
     )
     final_norm = Norm("model.norm", hidden, "rms_fp32")
-    return decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False, final_norm=final_norm)
+    model = decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False, final_norm=final_norm)
+    return replace(model, router_scores=router_scores(fields))
 
 
 def _mixture(fields: Fields, hidden: int) -> MixtureOfExperts:

@@ -39,7 +39,8 @@ def build(fields: Fields) -> Architecture:
     layers = one_per_kind(_kinds(fields, fields.required_size("num_hidden_layers")), layer)
     final_norm = Norm("model.norm", hidden, "rms_last")
     frame = decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False, final_norm=final_norm)
-    return replace(frame, both_masks=True)
+    collects = fields.flag("output_router_logits", default=False)
+    return replace(frame, both_masks=True, router_scores="collected" if collects else "dropped")
 
 
 def _kinds(fields: Fields, num_layers: int) -> list[tuple[bool, str, bool]]:

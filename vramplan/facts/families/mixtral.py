@@ -12,6 +12,7 @@ from vramplan.facts.families.parts import (
     norm_pair,
     read_heads,
     routed_experts,
+    router_scores,
     split_projections,
 )
 
@@ -27,7 +28,9 @@ def build(fields: Fields) -> Architecture:
         fields.text("hidden_act", default="silu"),
         (Router("mlp.gate", hidden, experts.num_experts), experts),
         scoring="softmax_fp32",
+        jitter=fields.fraction("router_jitter_noise", default=0.0) > 0,
     )
     mixer = replace(attention(fields, heads, split_projections(heads)), sliding_window=window)
     layers = (DecoderLayer((mixer, mixture, *norm_pair(hidden))),) * fields.required_size("num_hidden_layers")
-    return decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False)
+    model = decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False)
+    return replace(model, router_scores=router_scores(fields))

@@ -150,6 +150,11 @@ def routed_experts(fields: Fields, name: str, hidden: int, count: str, intermedi
     return Experts(name, fields.required_size(count, *aliases), hidden, fields.required_size(intermediate))
 
 
+def router_scores(fields: Fields) -> str:
+    """``Architecture.router_scores`` of families that balance their experts where ``output_router_logits`` is set."""
+    return "balanced" if fields.flag("output_router_logits", default=False) else "dropped"
+
+
 def sparse_layers(fields: Fields, num_layers: int) -> tuple[bool, ...]:
     """Which layers have experts as Qwen's configs say it: every ``decoder_sparse_step``-th but ``mlp_only_layers``."""
     step = fields.size("decoder_sparse_step", default=1)

@@ -14,6 +14,7 @@ from vramplan.facts.families.parts import (
     one_per_kind,
     read_heads,
     routed_experts,
+    router_scores,
     sparse_layers,
     split_projections,
     standard_mlp,
@@ -37,7 +38,8 @@ def build(fields: Fields) -> Architecture:
     kinds = tuple(zip(_windows(fields, num_layers), sparse_layers(fields, num_layers), strict=True))
     layers = one_per_kind(kinds, layer)
     model = decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
-    return replace(model, spare_mask=not fields.flag("use_sliding_window", default=False))
+    spare = not fields.flag("use_sliding_window", default=False)
+    return replace(model, spare_mask=spare, router_scores=router_scores(fields))
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:

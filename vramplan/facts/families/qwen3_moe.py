@@ -14,6 +14,7 @@ from vramplan.facts.families.parts import (
     one_per_kind,
     read_heads,
     routed_experts,
+    router_scores,
     sparse_layers,
     split_projections,
     standard_mlp,
@@ -36,7 +37,8 @@ def build(fields: Fields) -> Architecture:
         sparse_layers(fields, fields.required_size("num_hidden_layers")),
         lambda is_sparse: DecoderLayer((mixer, sparse if is_sparse else dense, *norms)),
     )
-    return decoder(fields, layers, hidden=hidden, default_positions=32_768, default_tied=False)
+    model = decoder(fields, layers, hidden=hidden, default_positions=32_768, default_tied=False)
+    return replace(model, router_scores=router_scores(fields))
 
 
 def _attention(fields: Fields, heads: Heads) -> Attention:

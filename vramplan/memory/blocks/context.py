@@ -104,6 +104,8 @@ class BlockContext:
     in_leaf: bool = False
     """Whether a module runs whose own modules nobody listens to."""
 
+    router_scores: list[Tensor] | None = None
+    """The scores of every router that the model collects, or None where it collects none."""
     num_layers: int = 0
 
     def trains_base(self, name: str) -> bool:

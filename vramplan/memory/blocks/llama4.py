@@ -8,6 +8,7 @@ from __future__ import annotations
 from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
+from vramplan.memory.blocks.balance import collect
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.experts import EXPERTS
 from vramplan.memory.blocks.grouped_router import ROUTER
@@ -57,6 +58,7 @@ def _route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> tuple[Tenso
         return out
 
     factors = ctx.call(router.name, (weight, bias), run, x)
+    collect(ctx, raw[0])
     return factors, raw[0]
 
 

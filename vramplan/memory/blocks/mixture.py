@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.facts.architecture import Linear, MixtureOfExperts
-from vramplan.memory import ops
+from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.blocks.experts import EXPERTS, run_experts
 from vramplan.memory.blocks.folded import factor_parameters
@@ -20,6 +20,8 @@ def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
         return mixture_of_all(ctx, x, block)
     if block.shared is not None and block.shared_gate is None:
         return _beside_shared(ctx, x, block)
+    if block.jitter:
+        x = routed.jittered(x, EXPERTS)
     ctx.flat = True
     try:
         return ops.view(_routed(ctx, ops.view(x), block))

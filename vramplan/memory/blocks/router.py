@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
+from vramplan.memory.blocks.balance import collect
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.folded import factor_parameters, fold, hang
 from vramplan.memory.blocks.grouped_router import (
@@ -50,6 +51,7 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
         return found[0].weights
 
     found[0].weights = ctx.call(router.name, (weight, bias), run, x)
+    collect(ctx, found[0].scores)
     return found[0]
 
 
