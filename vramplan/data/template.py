@@ -41,7 +41,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Re
     end-of-turn marker, if the template writes one: what the model must produce, no more.
 
     Raises:
-        DataError: the template refuses the conversation, or rewrites earlier turns as later ones are added.
+        DataError: the template refuses the conversation, fails on it, or changes earlier turns as later ones are added.
     """
     messages = conversation.messages
     full = _apply(tokenizer, messages, conversation.where, prompt=False)
@@ -84,4 +84,6 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except jinja2.TemplateError as error:
         raise DataError(f"{where}: the tokenizer's chat template refuses it ({error})") from error
+    except (TypeError, ValueError, LookupError, AttributeError) as error:  # what expressions in it raise
+        raise DataError(f"{where}: the tokenizer's chat template fails on it ({error})") from error
     return str(text)

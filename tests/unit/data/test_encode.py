@@ -78,9 +78,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         encode_rows([row], tokenizer, 100)
 
 
-def test_a_template_that_refuses_a_row_is_named(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no tools here') }}"
-    with pytest.raises(DataError, match=r"f line 1: the tokenizer's chat template refuses it \(no tools here\)"):
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no tools here') }}", r"refuses it \(no tools here\)"),
+        ("{% for m in messages %}{{ m['content'] }", r"refuses it \(unexpected '}'\)"),
+        ("{{ messages[0]['content'] + 1 }}", r"fails on it \(can only concatenate str"),
+    ],
+)
+def test_a_template_that_does_not_take_a_row_is_named(tokenizer, template, said):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"f line 1: the tokenizer's chat template {said}"):
         encode_rows([conversation(("user", "q"), ("assistant", "a"))], tokenizer, 100)
 
 
