@@ -45,9 +45,10 @@ def test_early_stopping_ends_a_run_and_saves_it(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_springs_go_on_bit_for_bit_after_a_resume(tiny_model, tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_springs_go_on_bit_for_bit_after_a_resume(tiny_model, tmp_path, stage):
     """The anchors and the Fisher diagonal are made again from the base model, not from the checkpoint's weights."""
-    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, retain=SPRINGS)
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, retain=SPRINGS)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     done = train(spec, "-o", whole)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,6 +60,27 @@ def test_springs_go_on_bit_for_bit_after_a_resume(tiny_model, tmp_path):
     assert losses(resumed) == losses(whole)
     weights = "model/model.safetensors"
     assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_new_blocks_under_zero_3_train_as_under_zero_0_and_can_be_loaded(tiny_model, tmp_path):
+    """Old blocks stay bit for bit; the new one of each half starts as one that changes nothing and moves."""
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for stage in (0, 3):
+        spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, {"kind": "full", "new_blocks": 2})
+        done = train(spec, "-o", tmp_path / str(stage))
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[stage] = losses(tmp_path / str(stage))
+    assert found[3] == pytest.approx(found[0], rel=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(RunDir(tmp_path / "3").model)
+    assert model.config.num_hidden_layers == 4
+    after, before = model.state_dict(), load_file(tiny_model / "model.safetensors")
+    for old, new in ((0, 0), (1, 2)):
+        for name in [name for name in before if f".layers.{old}." in name]:
+            assert torch.equal(after[name.replace(f".layers.{old}.", f".layers.{new}.")], before[name]), name
+    assert all(after[f"model.layers.{new}.mlp.down_proj.weight"].abs().sum() > 0 for new in (1, 3))
 
 
 @pytest.mark.slow
