@@ -50,7 +50,7 @@ def test_pickled_weights_are_read_when_that_is_asked_for(tmp_path):
     found = pretrained(asked, model_directory(asked)).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     blocks = run(tmp_path, training={"allow_pickle": True}, method={"kind": "full", "new_blocks": 1})
-    with pytest.raises(ConfigError, match="which method.new_blocks reads"):
+    with pytest.raises(ConfigError, match=r"which method\.new_blocks reads"):
         model_directory(blocks)
 
 
