@@ -86,6 +86,8 @@ def _zero_section(zero: ZeroSpec) -> dict[str, Any]:
         section["round_robin_gradients"] = True
     if zero.stage == 3:
         section.update({name: getattr(zero, name) for name in _STAGE3_SIZES})
+        if zero.hpz_partition_size > 1:
+            section["zero_hpz_partition_size"] = zero.hpz_partition_size
     for name in ("offload_optimizer", "offload_param"):
         if getattr(zero, name) == "cpu":
             section[name] = {"device": "cpu", "pin_memory": True}

@@ -153,6 +153,8 @@ def check_covered(job: Job) -> None:
         "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
         "offload of weights without optimizer states": job.offload_param and not job.offload_optimizer,
         "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",
+        "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
+        "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
         "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,

@@ -41,6 +41,10 @@ class GatherLimits:
     """Whether a lone rank's weights lie elsewhere (offload) and are copied to be used."""
     degree: int = 0
     """Ranks that a weight is cut over, where a rank's part is copied or cast to be gathered; 0: no part is."""
+    secondary: int = 0
+    """Ranks that keep whole weights among them in second parts (hpZ); 0: none do."""
+    ranks: int = 0
+    """Those that a second part's padding is for."""
     from_host: bool = False
     """Whether every part lies in the host's memory and is copied to the device to be gathered."""
 
@@ -91,6 +95,11 @@ class _Handle:
         gathers.available.update(param.name for param in self.params)
 
 
+def second_part(numel: int, ranks: int, size: int) -> int:
+    """Elements that a rank keeps of a weight besides its own part, where ``size`` ranks keep it whole."""
+    return shard(numel, ranks) * ranks // size
+
+
 def _bring(gathers: Gathers, params: list[Parameter]) -> None:
     """The rank's parts on the device in the format that they are gathered in, where they are not so already; they are
     together until they lie in the buffer (``_all_gather_dtype``, ``_all_gather_sequential``)."""
@@ -114,6 +123,9 @@ class Gathers:
         self.available: set[str] = set()
         self.persistent: set[str] = set()
         self._persistent_numel = 0
+        self.secondary: dict[str, Tensor] | None = None
+        """The second parts of trained weights that were made since the last optimizer step took them away; None: no
+        step was yet, and all are there since the model was built."""
         self._known: dict[str, Parameter] = {}
         self._inflight: dict[str, _Handle] = {}
         self._active: dict[str, set[str]] = defaultdict(set)
@@ -186,6 +198,18 @@ class Gathers:
         for name in list(self.available):
             self._free(name)
         self._available_numel = 0
+
+    def let_go_of_secondary(self) -> None:
+        """``invalidate_secondary_tensor``: at the end of the optimizer step."""
+        if self.limits.secondary:
+            self.secondary = {}
+
+    def keep_secondary(self, name: str, param: Parameter) -> None:
+        """``_partition_param_sec``: the second part of a weight ``name`` like ``param`` is made as it is released, if
+        there is none."""
+        if self.secondary is not None and name not in self.secondary and param.requires_grad:
+            part = second_part(param.grad_numel, self.limits.ranks, self.limits.secondary)
+            self.secondary[name] = self.tape.new(const(part), param.dtype, labels.SECONDARY)
 
     def gather_persistent(self, params: tuple[Parameter, ...]) -> None:
         """``_post_step``: small tensors are whole from the end of the step on."""
@@ -304,6 +328,8 @@ class Gathers:
 
     def _free(self, name: str) -> None:
         """What was saved of a weight as a view stays for backward (``BlockContext.hooks.whole``)."""
+        if name in self._known:
+            self.keep_secondary(name, self._known[name])
         self.available.discard(name)
         whole = self.data.pop(name, None)
         if whole is not None and whole.storage.refs > 1:

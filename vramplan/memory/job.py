@@ -175,6 +175,11 @@ class Job:
         return nf4_bytes(param.numel) if self.is_quantized(param) else param.numel * self.dtype.nbytes
 
     @property
+    def hpz(self) -> int:
+        """Ranks that keep whole weights among them in second parts; 0: none do."""
+        return self.zero.hpz_partition_size if self.stage == 3 and self.zero.hpz_partition_size > 1 else 0
+
+    @property
     def gather_limits(self) -> GatherLimits:
         zero = self.zero
         from_host = self.offload_param and self.device != "cpu"
@@ -187,6 +192,8 @@ class Job:
             alone=self.degree == 1,
             copied=self.degree > 1 or from_host,
             degree=self.degree if self.degree > 1 and (from_host or self.autocast is not None) else 0,
+            secondary=self.hpz,
+            ranks=self.degree if self.hpz else 0,
             from_host=from_host,
         )
 

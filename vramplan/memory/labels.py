@@ -49,6 +49,7 @@ HOST_INIT = f"{HOST}copies during initialisation"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
 VIEWED = "gathered weights kept by views"
 GATHER_BUFFER = "gather buffer"
+SECONDARY = "second parts of weights"
 ANCHORS = "starting weights"
 FISHER = "Fisher diagonal"
 REFERENCE = "frozen copy of the base"
@@ -125,6 +126,11 @@ LABELS: dict[str, Label] = {
         "(experts, Falcon's linears)",
     ),
     GATHER_BUFFER: Label(Category.COMMUNICATION, "ZeRO-3: flat receive buffers of gathers in flight"),
+    SECONDARY: Label(
+        Category.PARAMETER,
+        "hpZ: width x elements / zero.hpz_partition_size; of trained ones from their first release to the step's end "
+        "(partition_parameters.py, _partition_param_sec)",
+    ),
     PERSISTENT: Label(
         Category.PARAMETER, "ZeRO-3: tensors of at most stage3_param_persistence_threshold elements, whole"
     ),

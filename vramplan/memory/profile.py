@@ -27,7 +27,7 @@ from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits, Gathers
 from vramplan.memory.kinds import layer_kind, layers_shown
-from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED
+from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED, SECONDARY
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod, Method
@@ -149,6 +149,7 @@ class _Runner:
         if self.gathers is not None:
             self.gathers.release_all()
         if self.gathers is not None and not skipped:
+            self.gathers.let_go_of_secondary()
             self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
             numel = sum(self._persistent_numel(index) for index in range(len(self.keys)) if index not in self.shown)
             self.persistent_between = self.tape.new((numel, 0, 0, 0, 0), self._trained_dtype(), GATHERED)
@@ -156,10 +157,25 @@ class _Runner:
     def _persistent_numel(self, index: int) -> int:
         """Elements that stay whole of a layer that is not run: those of one of its kind that is."""
         assert self.gathers is not None
-        twin = next(other for other in sorted(self.shown, reverse=True) if self.keys[other] == self.keys[index])
-        prefix = f"{self.run.architecture.layer_prefix}.{twin}."
+        twin = self._twin_prefix(index)
         params = self.ctx.parameters
-        return sum(params[name].grad_numel for name in self.gathers.persistent if name.startswith(prefix))
+        return sum(params[name].grad_numel for name in self.gathers.persistent if name.startswith(twin))
+
+    def _twin_prefix(self, index: int) -> str:
+        """The prefix of a layer that is run, of the same kind as one that is not."""
+        twin = next(other for other in sorted(self.shown, reverse=True) if self.keys[other] == self.keys[index])
+        return f"{self.run.architecture.layer_prefix}.{twin}."
+
+    def _keep_secondary(self, skipped: list[int]) -> None:
+        """The second parts (hpZ) of layers that are not run, as their forward leaves them; what stays whole until the
+        step gets its own then."""
+        if self.gathers is None or self.gathers.secondary is None:
+            return
+        for index in skipped:
+            twin = self._twin_prefix(index)
+            for name, param in self.ctx.parameters.items():
+                if name.startswith(twin) and name not in self.gathers.persistent:
+                    self.gathers.keep_secondary(f"{index}.{name}", param)
 
     def _trained_dtype(self) -> Dtype:
         return self.run.adapter_dtype or self.run.dtype
@@ -289,6 +305,7 @@ class _Runner:
         """Layers that are not run: what they keep, as a node that frees it when backward passes."""
         if not skipped:
             return x
+        self._keep_secondary(skipped)
         tape = self.tape
         collect_of_skipped(self.ctx, [self.run.architecture.layers[index] for index in skipped])
         total: dict[str, Size] = {}
@@ -346,7 +363,7 @@ def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> 
 def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
     labels = {*after, *before}
     # whole weights come and go with the layers that are run, scores of routers with the model's output
-    labels -= {GATHERED, GATHER_BUFFER, SCORES}
+    labels -= {GATHERED, GATHER_BUFFER, SECONDARY, SCORES}
     changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
     return {label: size for label, size in changes.items() if size != ZERO}
 

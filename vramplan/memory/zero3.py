@@ -7,6 +7,7 @@ from itertools import groupby
 from vramplan.memory import labels
 from vramplan.memory.activations import undominated
 from vramplan.memory.engine import Engine, Micro
+from vramplan.memory.gathers import second_part
 from vramplan.memory.job import ADAPTER_DTYPE, Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
@@ -36,8 +37,19 @@ class Zero3(Engine):
         self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
         self.grad_width = job.grad_dtype.nbytes
+        self.frozen_second = sum(self._second(param.numel) for param in params if not param.trained) * self.width
         self.trained_width = (job.adapter_dtype or job.dtype).nbytes
+        second = sum(self._second(param.numel) for param in params if param.trained) * self.trained_width
+        self.second = {labels.SECONDARY: self.frozen_second + second}
         self.travels = job.grad_dtype.nbytes if job.communicates is None else job.communicates.nbytes
+
+    def _second(self, numel: int) -> int:
+        """Elements of a tensor that stay on the rank besides its part (hpZ)."""
+        return second_part(numel, self.job.degree, self.job.hpz) if self.job.hpz else 0
+
+    def _stays(self, numel: int) -> int:
+        """Elements of a tensor that stay on the rank between uses."""
+        return shard(numel, self.job.degree) + self._second(numel)
 
     def _largest_sub_group(self) -> int:
         """``_create_fp16_sub_groups``: parameters are grouped until a group has ``sub_group_size`` elements."""
@@ -63,10 +75,10 @@ class Zero3(Engine):
         """``zero.Init``: every module is built whole and cut at once; adapters are added whole."""
         job, architecture = self.job, self.job.architecture
         base = [param for param in job.parameters if not param.adapter]
-        cut = sum(shard(param.numel, job.degree) for param in base) * self.width
+        cut = sum(self._stays(param.numel) for param in base) * self.width
         if architecture.tied_embeddings and job.keep_outputs:  # a measured run builds from the config alone: the
             # head's own part stays until the engine starts
-            cut += shard(architecture.vocab_size * architecture.hidden_size, job.degree) * self.width
+            cut += self._stays(architecture.vocab_size * architecture.hidden_size) * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)
         if job.offload_param and job.device != "cpu":  # each part goes to the host at once
@@ -92,7 +104,7 @@ class Zero3(Engine):
                     stretch.see("a tensor cast", {labels.WEIGHTS: cut * self.width}, {labels.LOADING: both})
                 whole += numel
             for numel in numels:
-                cut += shard(numel, self.job.degree)
+                cut += self._stays(numel)
                 both = whole * self.width
                 stretch.see("a tensor before it is cut", {labels.WEIGHTS: cut * self.width}, {labels.LOADING: both})
                 whole -= numel
@@ -102,6 +114,7 @@ class Zero3(Engine):
         weights = {
             labels.FROZEN: self.frozen_share * self.width,
             labels.WEIGHTS: self.trained_share * self.trained_width,
+            **self.second,
         }
         # defragment: by way of a buffer in the host's memory, and one by one from the device
         copy = {labels.INIT: self.trained_share * self.trained_width if job.device == "cpu" else 0}
@@ -145,6 +158,7 @@ class Zero3(Engine):
             labels.HOST_MASTER: whole,
             labels.HOST_GRAD: whole,
             labels.HOST_PARTITION: low,
+            **self.second,
         }
         pinned = [whole, low]
         if away:
@@ -214,12 +228,12 @@ class Zero3(Engine):
         if not micro.boundary:
             stretch.close(self.resident, self.outputs)
             return
-        kept = {
-            name: size for name, size in self.outputs.items() if name not in (labels.GATHERED, labels.GATHER_BUFFER)
-        }
+        kept = self.outputs.without(labels.GATHERED, labels.GATHER_BUFFER)
         stretch.see("start", self.resident, self.outputs)
-        base = merged(self.resident, kept)
         persistent = Bytes(self.profiles.between_steps)
+        if self.job.hpz and micro.step > 1:  # those of small tensors are made as the step lets go of the whole ones
+            kept = merged(kept, {labels.SECONDARY: self._second(_gathered(persistent).sums[0][0])})
+        base = merged(self.resident, kept)
         if self.job.offload_optimizer:
             if not self.job.managed:  # _finalize_offload_gradient_accumulation
                 stretch.see("gradient norm", self.resident, self.outputs, self._sent_away(self.largest_share, True))
@@ -230,7 +244,7 @@ class Zero3(Engine):
             if self.job.offload_param:
                 part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
                 stretch.see("small tensors gathered", self.resident, kept, whole, self._brought(part))
-            stretch.close(self.resident, kept, whole)
+            self._end_step(stretch, kept, whole)
             return
         stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_share})
         if self.steps_skipped:
@@ -244,7 +258,13 @@ class Zero3(Engine):
             self.resident = merged(self.resident, {labels.MOMENTS: self.optimizer.state_bytes(self.trained_share)})
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, kept, flat, scratch)
-        stretch.close(self.resident, kept, _gathered(persistent))
+        self._end_step(stretch, kept, _gathered(persistent))
+
+    def _end_step(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
+        """Small tensors are whole again, and trained weights have no second parts until they are next released."""
+        frozen = {labels.SECONDARY: self.frozen_second} if self.job.hpz else {}
+        self.resident = merged(self.resident.without(labels.SECONDARY), frozen)
+        stretch.close(self.resident, kept.without(labels.SECONDARY), whole)
 
 
 def _gathered(parts: Bytes) -> Bytes:

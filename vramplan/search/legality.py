@@ -61,6 +61,17 @@ def _optimizer_offload_needs_zero(run: RunSpec, node: Node, architecture: Archit
     return "offload_optimizer needs ZeRO stage 1, 2 or 3: stage 0 gives CPUAdam weights on the GPU, which it refuses"
 
 
+def _hpz_group(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    ranks, size = node.world_size if run.layout is None else run.layout.world_size, run.zero.hpz_partition_size
+    if size == 1:
+        return None
+    if run.zero.stage != 3:
+        return f"zero.hpz_partition_size needs ZeRO stage 3: stage {run.zero.stage} keeps whole weights"
+    if size > ranks or ranks % size:
+        return f"zero.hpz_partition_size {size} does not divide the {ranks} ranks"
+    return None
+
+
 def _fp16_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.precision != "fp16":
         return None
@@ -172,6 +183,7 @@ def _tensor_parallel_adapters(run: RunSpec, node: Node, architecture: Architectu
 _RULES: tuple[tuple[Rule, str], ...] = (
     (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
+    (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),
     (_fp16_hardware, "deepspeed/runtime/engine.py, _do_sanity_check; accelerator/*_accelerator.py, is_fp16_supported"),
     (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),
     (_flash_attention_precision, "transformers/modeling_utils.py, _flash_attn_can_dispatch"),

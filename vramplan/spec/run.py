@@ -63,6 +63,9 @@ class ZeroSpec(UserModel):
     """A weight needed again within this many elements is not released."""
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
     """Elements that stage 3's optimizer steps at once."""
+    hpz_partition_size: int = Field(default=1, ge=1)
+    """Ranks, those of a node, that keep whole weights among them besides every rank's own part, so that backward
+    gathers within the node (ZeRO++'s hpZ, stage 3 only). 1: none do."""
     offload_optimizer: Offload | None = None
     """Where optimizer states live. None: searched."""
     offload_param: Offload | None = None

@@ -61,6 +61,7 @@ def test_layers_with_adapters_keep_more_than_layers_without():
     [
         ({"zero": {"round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero": {"reduce_scatter": False}}, "reduce_scatter"),
+        ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
         ({"optimizer": {"kind": "paged_adamw"}}, "paged_adamw"),
         ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
@@ -87,6 +88,34 @@ def test_offload_moves_states_to_the_host():
     # master, its gradient and two moments in fp32, and the low-precision copy: 18 B an element of the rank's share
     assert away.host_bytes_per_node > 18 * 8_030_261_248
     assert away.allocated_peak_bytes < here.allocated_peak_bytes
+
+
+def at(found: Estimate, phase: str) -> dict[str, int]:
+    """The terms at a phase's highest instant."""
+    numbers = {each.phase: number for number, each in enumerate(found.phases)}
+    return {term.name: term.num_bytes for term in found.moments[numbers[phase]].terms}
+
+
+def test_second_parts_of_weights_go_with_the_step_and_come_back_with_the_forward():
+    released = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    plain, hpz = ask(zero=released), ask(zero={**released, "hpz_partition_size": 2})
+    both = zip(hpz.phases, plain.phases, strict=True)
+    ends = {phase.phase: phase.end_bytes - other.end_bytes for phase, other in both}
+    half = 2 * 134_515_008 // 2  # bf16, and every tensor of the model divides by 8
+    assert ends["engine_init"] == ends["step1.micro1.backward"] == half
+    assert ends["step1.micro1.optimizer_step"] == 0
+    assert 0 < half - ends["step2.micro1.forward"] < half // 1000  # small tensors stay whole until the step
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_step_takes_norms_of_gradients_that_went_to_the_host(stage):
+    """The engine does not know during backward that it is the last one."""
+    found = ask(zero={"stage": stage, "offload_optimizer": "cpu"})
+    largest = 49152 * 576
+    share = largest // 8 if stage == 3 else 16_814_376  # of stage 2 the rank's own slice, at most its partition
+    norm = at(found, "step2.micro1.optimizer_step")["gradient norm in fp64"]
+    assert norm == 8 * share if stage == 3 else 0 < norm <= 8 * share
+    assert "gradient norm in fp64" not in at(found, "step2.micro1.backward")
 
 
 def test_packed_documents_have_a_mask_in_every_layer():

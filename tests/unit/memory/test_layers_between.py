@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.small_configs import SMALL
@@ -49,6 +51,21 @@ def test_layers_between_under_zero3(family, checkpointing, monkeypatch):
         keep_outputs=True,
         gathers=LIMITS,
     )
+    as_if_all_ran(run, monkeypatch)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_between_keep_second_parts(checkpointing, monkeypatch):
+    """hpZ, and parts that come from the host."""
+    architecture = architecture_from_config({**CONFIGS["llama"], "num_hidden_layers": 10})
+    limits = replace(LIMITS, degree=4, from_host=True, secondary=2, ranks=4)
+    run = profiles.ModelRun(
+        architecture, FullMethod(), Dtype.BF16, None, "cuda", "sdpa", checkpointing, keep_outputs=True, gathers=limits
+    )
+    as_if_all_ran(run, monkeypatch)
+
+
+def as_if_all_ran(run, monkeypatch):
     shortened = highest(run)
     monkeypatch.setattr(profiles, "layers_shown", lambda keys, near_turn: frozenset(range(len(keys))))
     assert highest(run) == shortened

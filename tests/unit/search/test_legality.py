@@ -40,6 +40,8 @@ def reasons(fields: dict[str, object], node: Node = NODE) -> list[str]:
 REFUSED = [
     ({"zero": {"offload_param": "cpu"}}, NODE, "offload_param needs ZeRO stage 3"),
     ({"zero": {"stage": 0, "offload_optimizer": "cpu"}}, NODE, "offload_optimizer needs ZeRO stage 1"),
+    ({"zero": {"hpz_partition_size": 4}}, NODE, "hpz_partition_size needs ZeRO stage 3"),
+    ({"zero": {"stage": 3, "hpz_partition_size": 3}}, NODE, "3 does not divide the 8 ranks"),
     ({"precision": "fp16"}, CPU_NODE, "precision fp16 needs a CPU"),
     ({"precision": "fp16"}, Node(find_device("P100"), 8), "compute capability 7.0"),
     ({"attention": "flash_attention_2"}, CPU_NODE, "does not run on CPU"),
@@ -69,6 +71,7 @@ def test_a_refused_combination_gives_its_reason(fields, node, said):
         ({}, NODE),
         ({"zero": {"stage": 3, "offload_param": "cpu"}}, NODE),
         ({"zero": {"stage": 1, "offload_optimizer": "cpu"}}, NODE),
+        ({"zero": {"stage": 3, "hpz_partition_size": 4}}, NODE),
         ({"precision": "fp16"}, NODE),
         ({"attention": "flash_attention_2", "precision": "bf16-autocast"}, NODE),
         ({"loss": "liger"}, NODE),
