@@ -137,11 +137,7 @@ def llama_factory(row: Row) -> Asked | str:
 def arctic(row: Row) -> Asked | str:
     """Long sequences on DeepSpeed ZeRO-3 with Ulysses, checkpointing, the optimizer on the host."""
     other, zero = row["other"], row["zero"]
-    missing = [name for name in ("tiled_mlp", "activation_cpu_offload", "liger") if other[name]]
-    if missing:
-        return (
-            f"{', '.join(missing)}: not counted yet (liger there is its norms, rotary and MLP too, not its loss alone)"
-        )
+    kernels = "liger" if other["liger"] else "hf"  # its loss, norms and rotary positions, and its MLP unless tiled
     sp = other["sequence_parallel_size"]
     fields = {
         **model(row),
@@ -150,6 +146,10 @@ def arctic(row: Row) -> Asked | str:
         "grad_accum_steps": 1,
         "activation_checkpointing": "full",
         "attention": "flash_attention_2" if row["attention"].startswith("flash") else row["attention"],
+        "loss": kernels,
+        "kernels": kernels,
+        "tiled_mlp": other["tiled_mlp"],
+        "offload_activations": "cpu" if other["activation_cpu_offload"] else "none",
         "alloc_conf": "expandable_segments:True",
         "zero": {
             "stage": 3,

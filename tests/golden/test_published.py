@@ -54,7 +54,7 @@ def test_readings_that_depend_on_history_lie_in_their_band(found):
 
 def test_what_ran_is_predicted_to_fit(found):
     ran = [row["fits"] for row in found["rows"] if row["kind"] == "fits" and row["fits"] is not None]
-    assert len(ran) >= 2
+    assert len(ran) >= 15  # one rank to 64, up to 10 million tokens
     assert all(ran)
 
 

@@ -134,6 +134,8 @@ class Architecture:
     embedding_dropout: float = 0.0
     holds_embedding: bool = True
     """Whether the inner model holds the table's output until it returns, whatever dropout makes of it (not Phi)."""
+    reads_embedding: bool = False
+    """The inner model reads the table's weight (its device), by which ZeRO-3 takes it for the model's own (Llama-4)."""
     embedding_scaled: bool = False
     """The embedding output is multiplied by a constant (Gemma, Granite): one more tensor of the residual."""
     scaled_outside: bool = False

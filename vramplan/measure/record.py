@@ -83,6 +83,12 @@ class JobSpec(UserModel):
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     loss: Literal["hf", "liger"] = "hf"
     """hf: the model's own; liger: fused linear cross-entropy."""
+    kernels: Literal["hf", "liger"] = "hf"
+    """Whose norms, rotary positions and MLPs."""
+    tiled_mlp: bool = False
+    """Whether MLPs took a stretch of each sequence at a time."""
+    offload_activations: Literal["none", "cpu"] = "none"
+    """Where the inputs of checkpointed layers lay until backward."""
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them, as transformers up to 4.48 did."""
     method: Method = FullMethod()

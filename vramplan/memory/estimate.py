@@ -7,8 +7,9 @@ from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
+from vramplan.memory.blocks.liger import FAMILIES as LIGER_FAMILIES
 from vramplan.memory.job import Job, job_from_run
-from vramplan.memory.labels import term
+from vramplan.memory.labels import HOST_ACTIVATIONS, term
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.moments import Stretch
 from vramplan.memory.overhead import WORKSPACES, overhead
@@ -58,7 +59,7 @@ def estimate(
         moments=Moments(worst.stretches, basis),
         phases=phases,
         overhead=beyond.terms,
-        host_terms=(*_host_terms(worst.stretches, basis), *snapshots),
+        host_terms=(*_host_terms(worst.stretches, basis), *_host_checkpoints(job), *snapshots),
         capacity_bytes=node.capacity_bytes - _bytes_on_device(node, snapshots),
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
@@ -71,6 +72,15 @@ def estimate(
 def _bytes_on_device(node: Node, host_terms: tuple[Term, ...]) -> int:
     """What the host's bytes take of the device's: all on the CPU, whose memory is the host's."""
     return sum(each.num_bytes for each in host_terms) if node.device.kind == "cpu" else 0
+
+
+def _host_checkpoints(job: Job) -> tuple[Term, ...]:
+    """The inputs of checkpointed layers of one micro-batch, where they lie in the host's memory, not pinned."""
+    if not job.host_checkpoints:
+        return ()
+    num_tokens = job.micro_batch_size * (job.seq_len // job.layout.sp)
+    each = num_tokens * job.architecture.hidden_size * job.dtype.nbytes
+    return (term(HOST_ACTIVATIONS, job.architecture.num_layers * each, Place.HOST),)
 
 
 def _host_terms(stretches: tuple[Stretch, ...], basis: Size) -> tuple[Term, ...]:
@@ -173,6 +183,11 @@ def check_covered(job: Job) -> None:
         f"the optimizer {job.optimizer} on the CPU": job.optimizer in ("lion", "paged_adamw", "paged_adamw_8bit")
         and job.device == "cpu",
         "adamw_8bit on the CPU": job.optimizer == "adamw_8bit" and job.device == "cpu",
+        f"liger's kernels, or tiled MLPs, of the {family} family": (job.liger_kernels or job.tile_rows > 0)
+        and family not in LIGER_FAMILIES,
+        "liger's kernels, or tiled MLPs, under autocast": (job.liger_kernels or job.tile_rows > 0)
+        and job.autocast is not None,
+        "tiled MLPs with adapters": job.tile_rows > 0 and method.kind != "full",
         f"the fused (liger) loss of the {job.architecture.family} family": job.loss == "liger"
         and job.architecture.family not in FUSED_LOSS_FAMILIES,
         "the fused (liger) loss under autocast of fp32 weights": job.loss == "liger"

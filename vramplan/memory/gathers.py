@@ -181,6 +181,15 @@ class Gathers:
         self._step = 0
         self._available_numel = 0
 
+    def adopt(self, module: Module) -> None:
+        """A recorded module has got parameters since (``register_external_parameter``); the order of gathers stays."""
+        self._modules = [module if recorded.name == module.name else recorded for recorded in self._modules]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether an iteration has been recorded."""
+        return self._complete
+
     def end_backward(self) -> None:
         """``release_backward_leftovers``: modules whose input needed no gradient were not released."""
         for module in list(self._backward.values())[::-1]:

@@ -83,6 +83,12 @@ class Job:
     shifted_logits: bool
     fused_loss_rows: int
     """Tokens of a chunk of the fused loss (liger), which no polynomial of the batch gives; 0: another loss."""
+    liger_kernels: bool
+    """Whether norms, rotary positions and MLPs are liger-kernel's."""
+    tile_rows: int
+    """Tokens of a stretch that an MLP takes at a time, which no polynomial of the batch gives; 0: all at once."""
+    host_checkpoints: bool
+    """Whether the inputs of checkpointed layers lie in the host's memory."""
     kl_chunk_tokens: int
     """Tokens whose probabilities the KL term has at once; 0: there is none."""
     offload_optimizer: bool
@@ -114,6 +120,9 @@ class Job:
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
             fused_loss_rows=self.fused_loss_rows,
+            liger_kernels=self.liger_kernels,
+            tile_rows=self.tile_rows,
+            host_checkpoints=self.host_checkpoints,
             sequence_parallel=self.layout.sp,
             lone_sequence=self.lone_sequence,
             adapter_dtype=self.adapter_dtype,
@@ -281,6 +290,11 @@ def job_from_run(
         loss=run.loss,
         shifted_logits=run.shifted_logits,
         fused_loss_rows=fused_loss_rows(run.loss, num_tokens, architecture),
+        liger_kernels=run.kernels == "liger",
+        tile_rows=tile_rows(run.micro_batch_size, run.seq_len // layout.sp, architecture) if run.tiled_mlp else 0,
+        host_checkpoints=run.offload_activations == "cpu"
+        and run.activation_checkpointing == "full"
+        and node.device.kind != "cpu",
         kl_chunk_tokens=kl_chunk_tokens(run.retain, num_tokens),
         offload_optimizer=run.zero.offload_optimizer == "cpu",
         offload_param=run.zero.offload_param == "cpu",
@@ -303,6 +317,12 @@ def fused_loss_rows(loss: str, num_tokens: int, architecture: Architecture) -> i
     if loss != "liger":
         return 0
     return rows_at_once(num_tokens, architecture.vocab_size, architecture.hidden_size)
+
+
+def tile_rows(batch: int, positions: int, architecture: Architecture) -> int:
+    """Tokens that a tiled MLP takes at a time: stretches of each sequence about as long as the model is wide, all of
+    one length (``torch.chunk``)."""
+    return batch * -(-positions // -(-positions // architecture.hidden_size))
 
 
 def kl_chunk_tokens(retain: RetainSpec, num_tokens: int) -> int:

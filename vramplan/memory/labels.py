@@ -47,6 +47,7 @@ HOST_SUMS_PINNED = f"{HOST}rounding of accumulated gradients"
 HOST_CACHED = f"{HOST}pinned blocks kept for reuse"
 HOST_INIT = f"{HOST}copies during initialisation"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
+HOST_ACTIVATIONS = f"{HOST}inputs of layers"
 VIEWED = "gathered weights kept by views"
 GATHER_BUFFER = "gather buffer"
 SECONDARY = "second parts of weights"
@@ -87,6 +88,9 @@ LABELS: dict[str, Label] = {
         "let go of (CachingHostAllocator)",
     ),
     HOST_INIT: Label(Category.TEMPORARY, "fp32 gradients of the states before they are pinned, and one buffer more"),
+    HOST_ACTIVATIONS: Label(
+        Category.ACTIVATION, "layers x tokens x hidden x width: what checkpointing keeps (torch's save_on_cpu)"
+    ),
     HOST_SNAPSHOT: Label(
         Category.OPTIMIZER, "2 x one rank's share of a checkpoint: the last one stays until the next is whole"
     ),

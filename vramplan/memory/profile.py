@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from vramplan.facts.architecture import Architecture, DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.balance import SCORES, collect_of_skipped, with_balance
+from vramplan.memory.blocks.balance import collect_of_skipped, with_balance
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
 from vramplan.memory.blocks.core import masks
 from vramplan.memory.blocks.fused_loss import fused_loss
@@ -27,8 +27,9 @@ from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits, Gathers
 from vramplan.memory.kinds import layer_kind, layers_shown
-from vramplan.memory.labels import AUTOCAST_COPIES, GATHER_BUFFER, GATHERED, SECONDARY
-from vramplan.memory.size import ZERO, Size, add, sub
+from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED
+from vramplan.memory.size import ZERO, Size, add
+from vramplan.memory.skipped import difference, less
 from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod, Method
 
@@ -52,6 +53,12 @@ class ModelRun:
     """Whether the loss copies the fp32 logits to shift them."""
     fused_loss_rows: int = 0
     """Tokens of a chunk of the fused loss; 0: the model's own loss over whole logits."""
+    liger_kernels: bool = False
+    """Whether norms, rotary positions and MLPs are liger-kernel's."""
+    tile_rows: int = 0
+    """Tokens that an MLP takes at a time; 0: all."""
+    host_checkpoints: bool = False
+    """Whether inputs of checkpointed layers are kept in the host's memory."""
     sequence_parallel: int = 1
     lone_sequence: bool = False
     adapter_dtype: Dtype | None = None
@@ -111,6 +118,8 @@ class _Runner:
             adapted_parameters=run.adapted_parameters,
             leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
             num_layers=run.architecture.num_layers,
+            liger_kernels=run.liger_kernels,
+            tile_rows=run.tile_rows,
             router_scores=[] if run.architecture.router_scores != "dropped" else None,
         )
         self.gradients: list[Gradient] = []
@@ -193,6 +202,9 @@ class _Runner:
             wrappers += [Module("base_model", ()), Module("base_model.model", ())]
         if self.gathers is not None:
             self.gathers.start_iteration()
+            if self.run.architecture.reads_embedding and self.gathers.is_recorded:
+                model = Module("model", (ctx.parameters[f"{self.run.architecture.embeddings[0].name}.weight"],))
+                self.gathers.adopt(model)
         self.kept.append(self.tape.new((0, 1, 0, 0, 0), Dtype.INT64, TOKENS))
         if hooks is not None:
             for module in (*wrappers, model):
@@ -272,7 +284,7 @@ class _Runner:
             skipped = []
             before = dict(self.tape.by_label)
             x = self._layer(x, self.run.architecture.layers[index], index)
-            costs.setdefault(key, _difference(self.tape.by_label, before))
+            costs.setdefault(key, difference(self.tape.by_label, before))
         return self._skip(x, skipped, self.keys, costs)
 
     def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
@@ -297,7 +309,9 @@ class _Runner:
                 ctx.returned = None
 
         with self.tape.at(f"layer {index}"):
-            return self.tape.checkpoint(forward, x) if self.run.checkpointing else forward(x)
+            if not self.run.checkpointing:
+                return forward(x)
+            return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
 
     def _skip(
         self, x: Tensor, skipped: list[int], keys: list[Hashable], costs: dict[Hashable, dict[str, Size]]
@@ -346,26 +360,10 @@ class _Runner:
             self.tape.settle()
             for event in events:
                 self.tape.grad_numel += event.numel
-                at = _less(event.at, freed, self.tape.grad_numel, f"layer {index}")
+                at = less(event.at, freed, self.tape.grad_numel, f"layer {index}")
                 self.gradients.append(Gradient(f"{prefix}.{index}.{event.name[len(last) :]}", event.numel, at))
             for label, size in costs[key].items():
                 freed[label] = add(freed.get(label, ZERO), size)
-
-
-def _less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> Point:
-    by_label = {label: sub(size, freed.get(label, ZERO)) for label, size in point.by_label.items()}
-    total = ZERO
-    for size in by_label.values():
-        total = add(total, size)
-    return Point(where, point.index, total, by_label, grad_numel)
-
-
-def _difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
-    labels = {*after, *before}
-    # whole weights come and go with the layers that are run, scores of routers with the model's output
-    labels -= {GATHERED, GATHER_BUFFER, SECONDARY, SCORES}
-    changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
-    return {label: size for label, size in changes.items() if size != ZERO}
 
 
 def _layers_near_turn(run: ModelRun) -> int:

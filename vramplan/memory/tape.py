@@ -101,17 +101,26 @@ class StopRecompute(Exception):
 class Region:
     """A checkpointed stretch of forward: its inputs are kept, what it saves is recomputed in backward."""
 
-    def __init__(self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], on_host: bool = False
+    ) -> None:
         self.tape = tape
+        self.on_host = on_host
         self.function = function
         self.random_state = tape.new((tape.random_state_bytes, 0, 0, 0, 0), Dtype.UINT8, "random state")
+        if on_host:  # torch's save_on_cpu packs what the region's input saver saves
+            empty = tape.new(ZERO, Dtype.UINT8, "random state").storage
+            inputs = tuple(Tensor(empty, each.numel, each.dtype, each.node, each.slot) for each in inputs)
         self.inputs = inputs  # held until every node of the region has let go of what it saved
         self.num_saved = 0
         self.recomputed: dict[int, Tensor] = {}
 
     def recompute(self) -> None:
         tape = self.tape
-        inputs = tuple(tensor.detach() for tensor in self.inputs)
+        if self.on_host:
+            inputs = tuple(tape.new(tensor.numel, tensor.dtype, "residual stream") for tensor in self.inputs)
+        else:
+            inputs = tuple(tensor.detach() for tensor in self.inputs)
         for tensor, original in zip(inputs, self.inputs, strict=True):
             if original.requires_grad:
                 tape.leaf(tensor)
@@ -279,6 +288,15 @@ class Tape:
             self.where = before
 
     @contextmanager
+    def without_graph(self) -> Iterator[None]:
+        """``torch.no_grad``."""
+        before, self._grad_enabled = self._grad_enabled, False
+        try:
+            yield
+        finally:
+            self._grad_enabled = before
+
+    @contextmanager
     def recording(self, hook: Packer | Recorder) -> Iterator[None]:
         self._hooks.append(hook)
         try:
@@ -286,16 +304,21 @@ class Tape:
         finally:
             self._hooks.pop()
 
-    def checkpoint(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Run ``function`` and keep only ``inputs``; what it saves is recomputed when backward asks."""
-        region = Region(self, function, tuple(Tensor(t.storage, t.numel, t.dtype, t.node, t.slot) for t in inputs))
+    def checkpoint(self, function: Callable[..., Tensor], *inputs: Tensor, on_host: bool = False) -> Tensor:
+        """Run ``function`` and keep only ``inputs``; what it saves is recomputed when backward asks.
+
+        ``on_host``: the inputs are kept in the host's memory, and copied back to be used.
+        """
+        held = tuple(Tensor(t.storage, t.numel, t.dtype, t.node, t.slot) for t in inputs)
+        region = Region(self, function, held, on_host)
+        del held
         with self.recording(Packer(region)):
             return function(*inputs)
 
     def backward(self, root: Tensor, grad: Tensor) -> None:
         """Run the graph below ``root`` in torch's order; parameter gradients go to ``on_grad``."""
         assert root.node is not None  # job_from_run refuses a method that trains nothing
-        self.in_first_forward = False
+        outer, self.in_first_forward = self.in_first_forward, False
         waiting = _count_dependencies(root.node)
         buffers: dict[int, list[Tensor | None]] = {id(root.node): [grad]}
         del grad
@@ -325,7 +348,7 @@ class Tape:
                     num_pushed += 1
             self.where = where
             node.inputs = []
-        self.in_first_forward = True
+        self.in_first_forward = outer
 
     def _accumulate(self, buffer: list[Tensor | None], slot: int, grad: Tensor) -> None:
         held = buffer[slot]

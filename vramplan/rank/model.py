@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from vramplan.errors import ConfigError, SpecError
 from vramplan.facts.expansion import expand_config
 from vramplan.rank.freeze import freeze
+from vramplan.rank.tiled import tile_mlps
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -102,11 +103,8 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
         freeze(model, run.method)
     fill_weights(model)
     if run.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-    if run.loss == "liger":
-        apply_liger(model)
+        checkpoint_layers(model, run)
+    apply_kernels(model, run)
     return model
 
 
@@ -170,14 +168,52 @@ def add_adapters(model: torch.nn.Module, method: LoraMethod) -> torch.nn.Module:
     return wrapped
 
 
-def apply_liger(model: torch.nn.Module) -> None:
-    """Replaces the model's loss by liger-kernel's fused linear cross-entropy."""
+def checkpoint_layers(model: torch.nn.Module, run: RunSpec) -> None:
+    """Recomputes every layer in backward; what is kept for it, each layer's input, lies where the run says."""
+    model.gradient_checkpointing_enable(  # type: ignore[operator]
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    if run.offload_activations == "none":
+        return
+    for module in model.modules():
+        plain = getattr(module, "_gradient_checkpointing_func", None)
+        if plain is not None:
+            module._gradient_checkpointing_func = _with_inputs_on_host(plain)  # type: ignore[assignment]
+
+
+def _with_inputs_on_host(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """torch saves a checkpoint's inputs under the hooks that are set when it is called, all else under its own."""
+
+    def on_host(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu():
+            return checkpoint(*args, **kwargs)
+
+    return on_host
+
+
+def apply_kernels(model: torch.nn.Module, run: RunSpec) -> None:
+    """Replaces the model's loss, kernels and MLPs by those that the run asks for."""
+    if run.loss == "liger" or run.kernels == "liger":
+        _apply_liger(model, run)
+    if run.tiled_mlp:
+        tile_mlps(model, run)
+
+
+def _apply_liger(model: torch.nn.Module, run: RunSpec) -> None:
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:
-        raise SpecError("loss: liger needs the package liger-kernel; install it, or use loss: hf") from error
+        raise SpecError(
+            "loss: liger and kernels: liger need the package liger-kernel; install it, or use hf for both"
+        ) from error
+    kernels = run.kernels == "liger"
     _apply_liger_kernel_to_instance(
-        model=model, rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True
+        model=model,
+        rope=kernels,
+        rms_norm=kernels,
+        swiglu=kernels and not run.tiled_mlp,
+        cross_entropy=False,
+        fused_linear_cross_entropy=run.loss == "liger",
     )
 
 

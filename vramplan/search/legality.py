@@ -138,6 +138,18 @@ def _fused_loss_hardware(run: RunSpec, node: Node, architecture: Architecture) -
     return "loss liger is a Triton kernel, which needs a GPU: use loss hf"
 
 
+def _liger_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.kernels != "liger" or node.device.kind != "cpu":
+        return None
+    return "kernels liger are Triton's, which need a GPU: use kernels hf"
+
+
+def _offloaded_activations(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.offload_activations == "none" or run.activation_checkpointing == "full":
+        return None
+    return "offload_activations keeps the inputs of checkpointed layers: set activation_checkpointing full"
+
+
 def _pipeline(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.layout is None or run.layout.pp == 1:
         return None
@@ -191,6 +203,8 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_attention_of_family, "transformers/modeling_utils.py, _sdpa_can_dispatch and _flash_attn_can_dispatch"),
     (_adapters_on_linear_routers, "peft/tuners/lora/layer.py, Linear.forward; models/llama4, Llama4Router.forward"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
+    (_liger_hardware, "liger_kernel/ops/rms_norm.py"),
+    (_offloaded_activations, "torch/utils/checkpoint.py, _CheckpointFrame.save_inputs"),
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),
     (_sequence_parallel_attention, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, register_with_transformers"),

@@ -164,6 +164,13 @@ class RunSpec(UserModel):
     """none keeps what backward needs; full keeps each layer's input and recomputes. None: searched."""
     loss: Literal["hf", "liger"] = "hf"
     """hf: transformers' own loss over full logits; liger: fused linear cross-entropy."""
+    kernels: Literal["hf", "liger"] = "hf"
+    """hf: transformers' norms, rotary positions and MLPs; liger: liger-kernel's."""
+    tiled_mlp: bool = False
+    """MLPs take a stretch of each sequence at a time (DeepSpeed's TiledMLP), as long as the model is wide, and are run
+    once more in backward; liger's own MLP is then left out."""
+    offload_activations: Offload = "none"
+    """Where the layers' inputs that checkpointing keeps lie until backward."""
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them, as transformers up to 4.48 did; since then the labels are
     shifted."""

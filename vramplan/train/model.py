@@ -12,7 +12,7 @@ import torch.distributed as dist
 from vramplan.errors import ConfigError, LegalityError, SpecError
 from vramplan.measure.run_dir import RunDir
 from vramplan.rank.freeze import freeze
-from vramplan.rank.model import add_adapters, apply_liger, weight_dtype
+from vramplan.rank.model import add_adapters, apply_kernels, checkpoint_layers, weight_dtype
 from vramplan.retain.expand import expand_model_directory
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import FullMethod
@@ -47,9 +47,8 @@ def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedM
         seed_initial_weights(run.training.seed)
         module = add_adapters(module, run.method)
     if run.activation_checkpointing == "full":
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if run.loss == "liger":
-        apply_liger(module)
+        checkpoint_layers(module, run)
+    apply_kernels(module, run)
     return LoadedModel(module, zero3)
 
 

@@ -51,6 +51,8 @@ REFUSED = [
     ({"model": "bigscience/bloom-560m", "attention": "sdpa"}, NODE, "does not exist for the bloom family"),
     ({"model": "meta-llama/Llama-4-Scout-17B-16E-Instruct", "method": "lora"}, NODE, "llama4's routers"),
     ({"loss": "liger"}, CPU_NODE, "needs a GPU"),
+    ({"kernels": "liger"}, CPU_NODE, "kernels liger are Triton's"),
+    ({"offload_activations": "cpu", "activation_checkpointing": "none"}, NODE, "set activation_checkpointing full"),
     ({"layout": {"dp": 4, "pp": 2}}, NODE, "PipelineModule"),
     ({"layout": {"dp": 1, "sp": 3}, "seq_len": 3072}, NODE, "does not divide the 32 attention heads"),
     ({"layout": {"dp": 4, "sp": 2}, "attention": "eager"}, NODE, "layout.sp needs attention sdpa"),

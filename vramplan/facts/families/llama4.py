@@ -40,7 +40,7 @@ def build(fields: Fields) -> Architecture:
     final_norm = Norm("model.norm", hidden, "rms_last")
     frame = decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False, final_norm=final_norm)
     collects = fields.flag("output_router_logits", default=False)
-    return replace(frame, both_masks=True, router_scores="collected" if collects else "dropped")
+    return replace(frame, both_masks=True, reads_embedding=True, router_scores="collected" if collects else "dropped")
 
 
 def _kinds(fields: Fields, num_layers: int) -> list[tuple[bool, str, bool]]:

@@ -107,6 +107,10 @@ class BlockContext:
     router_scores: list[Tensor] | None = None
     """The scores of every router that the model collects, or None where it collects none."""
     num_layers: int = 0
+    liger_kernels: bool = False
+    """Whether norms, rotary positions and MLPs are liger-kernel's."""
+    tile_rows: int = 0
+    """Tokens that a gated MLP takes at a time; 0: all."""
 
     def trains_base(self, name: str) -> bool:
         return isinstance(self.method, FullMethod) and self.method.trains(name, self.num_layers)

@@ -12,6 +12,7 @@ from vramplan.memory.blocks.latent import attend_latent
 from vramplan.memory.blocks.mixture import mixture, mixture_parameters
 from vramplan.memory.blocks.mlp import gated, plain
 from vramplan.memory.blocks.norm import normalise
+from vramplan.memory.blocks.tiled import tiled
 from vramplan.memory.tape import Tensor
 
 RESIDUAL = "residual stream"
@@ -50,7 +51,9 @@ def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 def _feed_forward(ctx: BlockContext, x: Tensor, block: GatedMLP | PlainMLP | MixtureOfExperts, name: str) -> Tensor:
     if isinstance(block, MixtureOfExperts):
         return mixture(ctx, x, block)
-    return gated(ctx, x, block, name) if isinstance(block, GatedMLP) else plain(ctx, x, block)
+    if isinstance(block, PlainMLP):
+        return plain(ctx, x, block)
+    return tiled(ctx, x, block, name) if ctx.tile_rows else gated(ctx, x, block, name)
 
 
 def _attention_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:

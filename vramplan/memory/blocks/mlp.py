@@ -7,6 +7,7 @@ from vramplan.facts.architecture import GatedMLP, PlainMLP
 from vramplan.memory import ops
 from vramplan.memory.blocks.bloom import bloom_gelu
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.liger import liger_swiglu
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.tape import Tensor
 
@@ -51,6 +52,9 @@ def gated(ctx: BlockContext, x: Tensor, block: GatedMLP, owner: str = "mlp") -> 
         del both
         return project(ctx, ops.mul(up, activate(ctx, gate, block.activation, owner), MLP), block.projections[1], MLP)
     gate_proj, up_proj, down_proj = block.projections
+    if ctx.liger_kernels:
+        product = liger_swiglu(project(ctx, x, gate_proj, MLP), project(ctx, x, up_proj, MLP), MLP)
+        return project(ctx, product, down_proj, MLP)
     return project(
         ctx,
         ops.mul(

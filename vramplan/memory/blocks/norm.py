@@ -8,6 +8,7 @@ from vramplan.facts.architecture import Norm
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.liger import liger_rms
 from vramplan.memory.size import Size
 from vramplan.memory.tape import Parameter, Tensor
 
@@ -20,7 +21,7 @@ def normalise(ctx: BlockContext, x: Tensor, norm: Norm, label: str = "norms", ro
     if norm.separate_heads:
         return _each_head(ctx, x, norm, label)
     weight, bias = ctx.norm_parameters(norm)
-    run = _KINDS[norm.kind]
+    run = _liger if ctx.liger_kernels else _KINDS[norm.kind]
     return ctx.call(norm.name, (weight, bias), lambda x: run(ctx, x, (weight, bias), rows, label), x)
 
 
@@ -36,6 +37,11 @@ def _layer(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: 
 def _layer_fp32(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: str) -> Tensor:
     """``OlmoLayerNorm.forward``."""
     return ops.to(_layer(ctx, ops.to(x, Dtype.FP32, label), params, rows, label), x.dtype, label)
+
+
+def _liger(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: str) -> Tensor:
+    assert params[0] is not None
+    return liger_rms(x, params[0], rows, label)
 
 
 def _scaled_rows(x: Tensor, rows: Size, label: str) -> Tensor:

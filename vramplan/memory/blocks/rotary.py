@@ -8,6 +8,7 @@ from vramplan.facts.architecture import Attention, LatentAttention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, Module
+from vramplan.memory.blocks.liger import liger_rotary
 from vramplan.memory.blocks.sinks import rotate_halves
 from vramplan.memory.size import per_position
 from vramplan.memory.tape import Tensor
@@ -118,6 +119,9 @@ def rotate_both(ctx: BlockContext, q: Tensor, k: Tensor, block: Attention) -> tu
     if block.rotary == "complex":
         return _rotate_complex_together(q, k, tables[0])
     cos, sin = tables
+    if ctx.liger_kernels:
+        copied = ctx.attention == "eager" or (ctx.sequence_parallel > 1 and not ctx.lone_sequence)
+        return liger_rotary(q, k, (cos, sin), copied, CORE)
     if block.rotary in ("sliced", "named_slices", "paired"):
         return _rotate_slices(ctx, q, k, (cos, sin), block)
     if block.rotary == "halves":

@@ -1,0 +1,26 @@
+"""What stands for layers that are not run: the bytes that a layer of their kind keeps."""
+
+from __future__ import annotations
+
+from vramplan.memory.blocks.balance import SCORES
+from vramplan.memory.labels import GATHER_BUFFER, GATHERED, SECONDARY
+from vramplan.memory.size import ZERO, Size, add, sub
+from vramplan.memory.tape import Point
+
+
+def less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> Point:
+    """An instant of one layer as that of another below it, which has less alive by ``freed``."""
+    by_label = {label: sub(size, freed.get(label, ZERO)) for label, size in point.by_label.items()}
+    total = ZERO
+    for size in by_label.values():
+        total = add(total, size)
+    return Point(where, point.index, total, by_label, grad_numel)
+
+
+def difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:
+    """What a layer keeps: the bytes of every heading that it changed."""
+    labels = {*after, *before}
+    # whole weights come and go with the layers that are run, scores of routers with the model's output
+    labels -= {GATHERED, GATHER_BUFFER, SECONDARY, SCORES}
+    changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
+    return {label: size for label, size in changes.items() if size != ZERO}
