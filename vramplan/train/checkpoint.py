@@ -19,15 +19,13 @@ import torch.distributed as dist
 
 from vramplan.errors import CheckpointError
 from vramplan.measure.run_dir import write_json
+from vramplan.train.disk import why_not_written
 from vramplan.train.engine import TrainEngine
 from vramplan.train.manifest import find_damage, find_missing_bytes, write_manifest
 from vramplan.train.neutral import load_neutral, write_neutral
 from vramplan.train.shards import ShardedState, write_holdings
 from vramplan.train.state import STATE, RunState, StateLayout, check_same_run
-from vramplan.units import format_bytes
 
-_NOT_WRITTEN = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
-"""In what torch's writer of archives raises where a file does not grow any further."""
 _TAG = "deepspeed"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
@@ -69,7 +67,8 @@ def save_checkpoint(
         if engine.rank == 0:
             _publish(partial, target)
     except (OSError, RuntimeError) as error:
-        reason = _why_not_written(error, directory)
+        reason = why_not_written(error, directory)
+        shutil.rmtree(partial, ignore_errors=True)  # its room is needed to say what happened
         if reason is None:
             raise
         raise CheckpointError(
@@ -80,17 +79,6 @@ def save_checkpoint(
         _prune(directory, keep, keep_step)
     dist.barrier()
     return target
-
-
-def _why_not_written(error: OSError | RuntimeError, directory: Path) -> str | None:
-    """What the system said, and how much is free; None where the error is not about writing."""
-    if isinstance(error, OSError):
-        said = error.strerror or str(error)
-    elif any(text in str(error) for text in _NOT_WRITTEN):
-        said = "a file could not be written to its end"  # torch's writer does not pass on why
-    else:
-        return None
-    return f"{said}; {format_bytes(shutil.disk_usage(directory).free)} free"
 
 
 def resume(engine: TrainEngine, directory: Path, expected: RunState, snapshots: Path | None = None) -> Resumed | None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from vramplan.errors import CheckpointError
 from vramplan.measure.run_dir import RunDir
 from vramplan.spec.trainable import LoraMethod
+from vramplan.train.disk import why_not_written
 from vramplan.train.engine import TrainEngine
 
 
@@ -39,14 +40,24 @@ def export(engine: TrainEngine, run_dir: RunDir, tokenizer: Any, base_name: str)
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into, which takes ``target``'s place when it is complete."""
+    """A directory to write into, which takes ``target``'s place when it is complete.
+
+    Raises:
+        CheckpointError: the disk does not take it; what ``target`` held stays.
+    """
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written ({error.strerror or error})") from error
+    except Exception as error:  # safetensors raises no OSError
+        reason = why_not_written(error, target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if reason is None:
+            raise
+        raise CheckpointError(
+            f"{target} cannot be written ({reason}): make room, then --resume writes it from the last checkpoint"
+        ) from error
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 

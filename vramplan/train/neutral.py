@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from vramplan.errors import CheckpointError
 from vramplan.measure.run_dir import write_json
+from vramplan.train.disk import why_not_written
 from vramplan.train.engine import TrainEngine
 from vramplan.train.fragments import (
     MOMENTS,
@@ -49,10 +50,13 @@ def write_neutral(source: ShardedState, directory: Path) -> None:
     try:
         for number in range(rank, len(by_size), world_size):
             entries[by_size[number]] = _write_parameter(source, by_size[number], directory, f"{number:06d}")
-    except OSError as error:
-        failure = f"the converted state cannot be written to {directory} ({error.strerror or error})"
     except CheckpointError as error:
         failure = str(error)
+    except Exception as error:  # safetensors raises no OSError
+        reason = why_not_written(error, directory)
+        if reason is None:
+            raise
+        failure = f"the converted state cannot be written to {directory} ({reason})"
     _agree(failure)
     shares: list[Any] = [None] * world_size
     dist.all_gather_object(shares, entries)

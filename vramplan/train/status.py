@@ -15,6 +15,7 @@ from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
 from vramplan.errors import VramplanError
 from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, is_out_of_memory
 from vramplan.measure.run_dir import write_json
+from vramplan.train.disk import DiskReserve, full_disk_sentence
 from vramplan.train.out_of_memory import Reserve, data_bytes, memory_state
 
 ORPHAN_EXIT_CODE = 87
@@ -49,6 +50,7 @@ class RankStatus:
         self.now = Status(rank, os.getpid())
         self.plan = plan
         self.reserve = Reserve()
+        self.disk_reserve = DiskReserve(path.with_name(f".{path.name}.reserve"))
         self.baseline_bytes = 0
         self.shapes: tuple[tuple[int, ...], ...] = ()
         self.samples: tuple[int, ...] = ()
@@ -97,16 +99,19 @@ def _lives(identity: str) -> bool:
 def write_failure(path: Path, status: RankStatus, error: BaseException) -> int:
     """Tells the supervisor why this rank ends; gives the exit code to end with."""
     status.reserve.release()
-    now, kind, message = status.now, type(error).__name__, str(error)
-    out_of_memory = is_out_of_memory(kind, message)
-    code = error.exit_code if isinstance(error, VramplanError) else 1
+    status.disk_reserve.release()
+    full_disk = full_disk_sentence(error)
+    now, kind, message = status.now, type(error).__name__, full_disk or str(error)
+    out_of_memory = full_disk is None and is_out_of_memory(kind, message)
+    by_user = full_disk is not None or isinstance(error, VramplanError)
+    code = error.exit_code if isinstance(error, VramplanError) else VramplanError.exit_code if by_user else 1
     code = OUT_OF_MEMORY_EXIT_CODE if out_of_memory else code
     marker = Marker(
         rank=now.rank,
         phase=now.phase,
         kind=kind,
         message=message,
-        by_user=isinstance(error, VramplanError) and not out_of_memory,
+        by_user=by_user and not out_of_memory,
         exit_code=code,
         time=time.time(),
         step=now.step,

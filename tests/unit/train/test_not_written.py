@@ -8,17 +8,17 @@ import sys
 
 import pytest
 
-from vramplan.train.checkpoint import _why_not_written
+from vramplan.train.disk import why_not_written
 
 LIMITED = """
 import resource, sys, torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 from pathlib import Path
-from vramplan.train.checkpoint import _why_not_written
+from vramplan.train.disk import why_not_written
 try:
     torch.save({"a": torch.zeros(100_000), "b": list(range(20_000))}, sys.argv[1])
 except (OSError, RuntimeError) as error:
-    print(_why_not_written(error, Path(sys.argv[1]).parent))
+    print(why_not_written(error, Path(sys.argv[1]).parent))
 """
 
 
@@ -30,10 +30,34 @@ def test_a_file_that_cannot_grow_is_said_with_what_is_free(tmp_path, size):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+SAFETENSORS = """
+import resource, sys, torch
+from pathlib import Path
+from vramplan.errors import CheckpointError
+from vramplan.train.export import replaced_directory
+from safetensors.torch import save_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    with replaced_directory(Path(sys.argv[1])) as temporary:
+        save_file({"a": torch.zeros(100_000)}, temporary / "x.safetensors")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing_half_done(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "before").touch()
+    command = [sys.executable, "-c", SAFETENSORS, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "cannot be written (File too large; " in done.stdout
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "before"]
+
+
 @pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672] .", "basic_ios::clear: iostream error"])
 def test_the_words_of_torchs_writer(tmp_path, text):
-    assert "could not be written to its end" in _why_not_written(RuntimeError(text), tmp_path)
+    assert "could not be written to its end" in why_not_written(RuntimeError(text), tmp_path)
 
 
 def test_another_error_is_not_about_writing(tmp_path):
-    assert _why_not_written(RuntimeError("shapes do not match"), tmp_path) is None
+    assert why_not_written(RuntimeError("shapes do not match"), tmp_path) is None

@@ -46,6 +46,14 @@ def test_a_failure_tells_whose_fault_it_is(tmp_path):
     assert write_failure(tmp_path / "f.json", status, DataError("row 3 is bad")) == 2
     read = json.loads((tmp_path / "f.json").read_text())
     assert (read["by_user"], read["message"], read["phase"]) == (True, "row 3 is bad", "data")
+    full = OSError(28, "No space left on device", "metrics.jsonl")
+    assert write_failure(tmp_path / "f.json", status, full) == 2
+    read = json.loads((tmp_path / "f.json").read_text())
+    assert (read["by_user"], read["message"]) == (
+        True,
+        "metrics.jsonl cannot be written (No space left on device): make room, then --resume goes on from the last "
+        "checkpoint",
+    )
     assert write_failure(tmp_path / "f.json", status, ValueError("x")) == 1
     read = json.loads((tmp_path / "f.json").read_text())
     assert (read["by_user"], read["kind"]) == (False, "ValueError")
