@@ -106,7 +106,7 @@ class Engine(ABC):
             stretch.close()
             return
         if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32
-            largest = max(param.numel for param in self.job.parameters if self.job.is_quantized(param))
+            largest = max((param.numel for param in self.job.parameters if self.job.is_quantized(param)), default=0)
             reading = {labels.LOADING: largest * self.width + 2 * 4 * (largest // BLOCK)}
             stretch.see("the largest weight before it is quantized", {labels.WEIGHTS: base}, reading)
         stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})

@@ -37,6 +37,9 @@ class Parameter:
     """Whether it belongs to a linear; of trained ones, to a module of the class ``nn.Linear`` itself, whose parameters
     travel in autocast's format (runtime/torch_autocast.py, ``init_autocast_params``)."""
     adapter: bool = False
+    packable: bool = False
+    """Whether it is a weight that bitsandbytes keeps in 4 bits if asked: of linears, but for the head's and those that
+    a class of their own multiplies."""
     factored_numel: int = 0
     """Elements of a row and a column of each of its matrices; of a vector all."""
 
@@ -168,14 +171,8 @@ class Job:
         return isinstance(self.method, LoraMethod) and self.method.kind == "qlora"
 
     def is_quantized(self, param: Parameter) -> bool:
-        """A weight of a projection that bitsandbytes keeps in 4 bits: all but the head's and the adapters'."""
-        return (
-            self.quantized
-            and param.in_linear
-            and not param.adapter
-            and param.name.endswith(".weight")
-            and param.name != f"{self.architecture.head.name}.weight"
-        )
+        """A weight of a projection that bitsandbytes keeps in 4 bits."""
+        return self.quantized and param.packable
 
     def bytes_of(self, param: Parameter) -> int:
         """What a frozen parameter takes."""
@@ -350,6 +347,7 @@ def parameters(
 
 def _parameters(architecture: Architecture, method: Method, adapted: frozenset[str]) -> Iterator[Parameter]:
     linears = dict(architecture.named_linears())
+    packable = {f"{name}.weight" for name, linear in linears.items() if not linear.by_matmul}
     linears[architecture.head.name] = architecture.head
     if isinstance(method, FullMethod):
         nn_linears = {name for name, linear in linears.items() if linear.is_nn_linear}
@@ -368,7 +366,7 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
         if pending is not None and pending[0] != module:
             yield from pending[1]
             pending = None
-        yield Parameter(tensor.name, tensor.numel, False, module in linears)
+        yield Parameter(tensor.name, tensor.numel, False, module in linears, packable=tensor.name in packable)
         if module in linears and pending is None:
             pending = module, _adapters(architecture, method, module, linears[module])
         elif module in fused and pending is None:
@@ -404,7 +402,9 @@ def _adapters(architecture: Architecture, method: LoraMethod, module: str, linea
     ]
     if method.use_dora:
         width = linear.out_features
-        made.append(Parameter(f"{module}.lora_magnitude_vector.weight", width, True, False, True, width))
+        made.append(
+            Parameter(f"{module}.lora_magnitude_vector.weight", width, True, False, adapter=True, factored_numel=width)
+        )
     return made
 
 

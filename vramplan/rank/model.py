@@ -124,7 +124,10 @@ def widen_norms(model: torch.nn.Module) -> None:
 
 
 def quantize(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
-    """Keeps every linear but the head in 4 bits, NF4 with double quantization, as transformers loads it.
+    """Keeps linears in 4 bits, NF4 with double quantization, each that transformers would as it loads the model.
+
+    Which: transformers/integrations/bitsandbytes.py, ``replace_with_bnb_linear``. The head stays, and what is no
+    ``nn.Linear`` but a subclass of it (Falcon's).
 
     Raises:
         SpecError: bitsandbytes is not installed.
@@ -133,16 +136,24 @@ def quantize(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
         import bitsandbytes
     except ImportError as error:
         raise SpecError("method.kind: qlora needs bitsandbytes: pip install 'vramplan[qlora]', or use lora") from error
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
-        if not isinstance(module, torch.nn.Linear) or module is head:
+        is_transposed = isinstance(module, Conv1D)
+        if not (is_transposed or type(module) is torch.nn.Linear) or not should_convert_module(name, kept):
             continue
         owner, _, own = name.rpartition(".")
         weight = module.weight.data.normal_(std=WEIGHT_STD)
+        if is_transposed:
+            weight = weight.T
         packed = bitsandbytes.nn.Linear4bit(
             1, 1, bias=False, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4"
         )
-        packed.in_features, packed.out_features, packed.bias = module.in_features, module.out_features, module.bias
+        packed.out_features, packed.in_features = weight.shape
+        packed.bias = module.bias
         packed.weight = bitsandbytes.nn.Params4bit(
             weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
         ).to(weight.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch._subclasses import FakeTensorMode
 
@@ -17,11 +18,12 @@ from vramplan.simulate.answers import ANSWERS
 from vramplan.simulate.categories import categorise
 from vramplan.simulate.cuda_attention import register_flash
 from vramplan.simulate.events import Note
+from vramplan.simulate.four_bit import four_bit_answers, four_bit_fakes
 from vramplan.simulate.patches import patched
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.scratch import CPU_SCRATCH, CUDA_SCRATCH
 from vramplan.simulate.trace import Trace
-from vramplan.simulate.tracker import Tracker
+from vramplan.simulate.tracker import Answer, Tracker
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 
@@ -53,7 +55,8 @@ class _FakeMode(FakeTensorMode):
 def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str) -> Traced:
     """Plays the run on fake tensors of a ``cpu`` or a ``cuda`` device, in this process, which plays one world size
     and one device type in its life."""
-    tracker, device = _tracker_of(device_type)
+    quantized = run.method.kind == "qlora" or run.optimizer.kind.endswith("8bit")
+    tracker, device = _tracker_of(device_type, four_bit_answers() if quantized else {})
     join_fake_group(layout.world_size)
     sole_use_counts()
     if run.attention == "flash_attention_2":
@@ -69,7 +72,7 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     )
     player.on_model = tracker.learn_model
     traced = Traced(tracker.trace, notes=tracker.notes)
-    with _quiet(), _FakeMode(allow_non_fake_inputs=True):
+    with _quiet(), _FakeMode(allow_non_fake_inputs=True), four_bit_fakes() if quantized else nullcontext():
         with patched(tracker, conditions, device_type, packed=run.data.packing != "none"), tracker:
             try:
                 player.play()
@@ -81,14 +84,15 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     return traced
 
 
-def _tracker_of(device_type: str) -> tuple[Tracker, str]:
-    """The tracker of a device type, and the device's name in torch."""
+def _tracker_of(device_type: str, answers: Mapping[Any, Answer]) -> tuple[Tracker, str]:
+    """The tracker of a device type with further answers, and the device's name in torch."""
+    answers = {**ANSWERS, **answers}
     if device_type == "cpu":
-        return Tracker("cpu", CPU_SCRATCH, ANSWERS), "cpu"
+        return Tracker("cpu", CPU_SCRATCH, answers), "cpu"
     from vramplan.simulate.gpu import NAME, set_up_gpu
 
     module = set_up_gpu()
-    tracker = Tracker(NAME, CUDA_SCRATCH, ANSWERS)
+    tracker = Tracker(NAME, CUDA_SCRATCH, answers)
     module.on_stream = tracker.set_stream
     module.on_empty_cache = tracker.empty_cache
     return tracker, f"{NAME}:0"

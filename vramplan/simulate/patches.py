@@ -75,10 +75,17 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
             autocast = cuda_autocast(tracker.device_type)
             autocast.clear()  # of a trace before
             put(torch, "clear_autocast_cache", autocast.clear)
+            put(torch, "is_autocast_enabled", _autocast_enabled_on(tracker.device_type))
             put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
         yield
+
+
+def _autocast_enabled_on(device_type: str) -> Callable[..., bool]:
+    """``torch.is_autocast_enabled``, which without an argument asks of CUDA: here of the device that stands for it."""
+    ask = torch.is_autocast_enabled
+    return lambda asked=device_type: ask(asked)
 
 
 def _keeping_buckets(pre_forward: Callable[..., Any]) -> Callable[..., Any]:

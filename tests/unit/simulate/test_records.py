@@ -12,6 +12,7 @@ from vramplan.simulate import record_request, simulate_jobs
 RECORDS = Path(__file__).parents[2] / "golden" / "cpu_records.jsonl"
 MASKED = RECORDS.parent / "measured" / "cpu_masks.jsonl"
 TORCH = RECORDS.parent / "measured" / "cpu_torch.jsonl"
+FOUR_BIT = RECORDS.parent / "measured" / "cpu_qlora.jsonl"
 QUICK = ("CA009", "CA022", "CA028", "CA050", "EA011")
 """Stages 0, 2 and 3, checkpointing, adapters, accumulation, and families beyond llama's and qwen's."""
 
@@ -53,6 +54,14 @@ def test_plain_torch():
     records = [record for record in read_records(TORCH) if record.id in ("T022", "T028")]
     assert len(records) == 2
     check(simulated(records), median=0.0001, p95=0.001)
+
+
+def test_four_bit_weights():
+    """bitsandbytes' own code, on fakes."""
+    records = [record for record in read_records(FOUR_BIT) if record.id == "QL2"]
+    records += [record for record in read_records(TORCH) if record.id == "T053"]
+    assert len(records) == 2
+    check(simulated(records), median=0.00001, p95=0.00001)
 
 
 def test_masks_of_packed_and_padded_sequences():

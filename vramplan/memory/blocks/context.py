@@ -124,8 +124,10 @@ class BlockContext:
         return self.parameters[full]
 
     def quantizes(self, linear: Linear) -> bool:
-        """Whether its weight is kept in 4 bits: every linear's but the head's."""
-        return isinstance(self.method, LoraMethod) and self.method.kind == "qlora" and linear.role is not Role.HEAD
+        """Whether its weight is kept in 4 bits: every linear's but the head's, and none that a class of its own
+        multiplies (transformers/integrations/bitsandbytes.py, ``replace_with_bnb_linear``)."""
+        packs = isinstance(self.method, LoraMethod) and self.method.kind == "qlora"
+        return packs and linear.role is not Role.HEAD and not linear.by_matmul
 
     def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:
         weight = self.parameter(f"{linear.name}.weight", linear.weight_numel)
