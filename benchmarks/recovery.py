@@ -1,34 +1,37 @@
 """Runs that meet faults: does each go on by itself, exactly, within its bound, and leave no process behind?
 
-``python benchmarks/recovery.py`` makes every run of the grid (fault x ZeRO stage x method) that ``recovery.jsonl`` does
-not hold yet, adds a line for each, and writes the table ``recovery.md``. Faults are real: limits of the kernel on one
-rank's memory or files, signals, damaged files (``tests/support/faults/sitecustomize.py``).
+``python benchmarks/recovery.py`` makes every run of the grid (fault x ZeRO stage x method x ranks) that
+``recovery.jsonl`` does not hold yet of the code as it is, adds a line for each, and writes the table ``recovery.md``;
+cut off, it goes on where it was. Faults are real: limits of the kernel on one rank's memory or files, signals, damaged
+files (``tests/support/faults/sitecustomize.py``).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
+from recovery_results import Kind, Outcome, Reference, Results, difference  # noqa: E402
+
 from vramplan.measure.run_dir import RunDir, read_events  # noqa: E402
 
+from support.cgroups import NoGroup, memory_group  # noqa: E402
 from support.faulty import attempts_of, environment, fault, kill, samples_of, stop  # noqa: E402
 from support.tiny_model import save_tiny_model  # noqa: E402
 from support.training import command, events_of, losses, processes_about, write_spec  # noqa: E402
@@ -53,6 +56,15 @@ class Case:
     """Whether a person has to start it again (a full disk, an interrupt), which the run then does."""
     interrupt: bool = False
 
+    def on(self, ranks: int) -> Case:
+        """The same for so many ranks: what hits the last of two hits the last of four."""
+        moved = tuple({**each, "rank": each["rank"] and ranks - 1} for each in self.faults)
+        return replace(self, faults=moved)
+
+    @property
+    def needs_group(self) -> bool:
+        return any(each["do"] == "group" for each in self.faults)
+
 
 OPTIMIZER_STEP_1 = r"step1\.micro\d+\.optimizer_step"
 OPTIMIZER_STEP_5 = r"step5\.micro\d+\.optimizer_step"
@@ -67,6 +79,9 @@ OF_MEMORY = (
     Case("memory: save", (fault(0, "save", "data", more=0),), ends=(0, 4)),
     Case("memory: resume", (kill(0, r"step5\.micro1\.forward"), fault(1, "resume", "data", more=MEGA)), ends=(0, 4)),
 )
+BY_THE_KERNEL = Case(
+    "killed by the kernel for memory", (fault(1, r"step5\.micro1\.forward", "group", path="", more=2 * MEGA),)
+)
 OF_PROCESSES = (
     Case("SIGKILL in a step", (kill(1, r"step5\.micro\d\.backward"),)),
     Case("SIGKILL while saving", (kill(0, "save"),)),
@@ -80,42 +95,31 @@ OF_PROCESSES = (
         fault(0, r"step6\.micro1\.forward", "data", more=MEGA),
     )),
 )  # fmt: skip
-GRID: tuple[tuple[Case, int, str], ...] = (
-    *((case, stage, "full") for stage in (2, 0, 3, 1) for case in OF_MEMORY),
-    *((case, stage, method) for method, stage in (("full", 2), ("lora", 3)) for case in OF_PROCESSES),
-    *((case, 2, "lora") for case in OF_MEMORY),
-    *((case, stage, method) for method, stage in (("full", 3), ("lora", 1)) for case in OF_PROCESSES),
+Cell = tuple[Case, int, str, int]
+"""A fault under a ZeRO stage, with a method, on a number of ranks."""
+NAMED = {case.name: case for case in (*OF_MEMORY, BY_THE_KERNEL, *OF_PROCESSES)}
+ON_FOUR_RANKS = (
+    ("memory: forward", 2, "full"),
+    ("memory: evaluation", 1, "full"),
+    ("memory: backward", 3, "full"),
+    ("SIGKILL in a step", 3, "lora"),
+    ("a checkpoint cut in half", 2, "full"),
+    ("killed by the kernel for memory", 2, "full"),
+)
+GRID: tuple[Cell, ...] = (
+    *((case, stage, "full", 2) for stage in (2, 0, 3, 1) for case in OF_MEMORY),
+    *((case, stage, method, 2) for method, stage in (("full", 2), ("lora", 3)) for case in OF_PROCESSES),
+    *((case, 2, "lora", 2) for case in OF_MEMORY),
+    *((case, stage, method, 2) for method, stage in (("full", 3), ("lora", 1)) for case in OF_PROCESSES),
+    *((BY_THE_KERNEL, stage, method, 2) for stage, method in ((2, "full"), (3, "lora"))),
+    *((NAMED[name].on(4), stage, method, 4) for name, stage, method in ON_FOUR_RANKS),
 )
 
 
-@dataclass
-class Outcome:
-    """What a run showed."""
-
-    case: str
-    stage: int
-    method: str
-    exit_code: int
-    recovered: bool
-    as_it_must: bool
-    """Whether it ended with a code that is right, in time, and left no process."""
-    attempts: int
-    causes: list[str]
-    steps_repeated: int
-    seconds_lost: float | None
-    """From the newest checkpoint before each failure to the first step that had not been done yet, summed; None where
-    that was not measured."""
-    largest_loss_difference: float
-    """To the uninterrupted run of the first plan, over all steps."""
-    same_samples: bool
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    said: str = ""
-
-
-def run_case(case: Case, stage: int, method: str, model: Path, reference: Path, directory: Path) -> Outcome:
+def run_case(cell: Cell, model: Path, reference: Reference, directory: Path) -> Outcome:
     """Makes one run and compares it with the uninterrupted one."""
-    spec, run_dir = _spec(directory, model, stage, method), directory / "run"
+    case, *kind = cell
+    spec, run_dir = _spec(directory, model, *kind), directory / "run"
     began = time.monotonic()
     code, said = _run(case, spec, run_dir)
     in_time = time.monotonic() - began < BOUND_S
@@ -126,9 +130,8 @@ def run_case(case: Case, stage: int, method: str, model: Path, reference: Path, 
     difference, same = _compared(run_dir, reference)
     attempts = attempts_of(run_dir)
     return Outcome(
-        case=case.name,
-        stage=stage,
-        method=method,
+        case.name,
+        *kind,
         exit_code=ended,
         recovered=code == 0,
         as_it_must=ended in case.ends and in_time and not left and (code == 0 or ended == 4),
@@ -144,15 +147,36 @@ def run_case(case: Case, stage: int, method: str, model: Path, reference: Path, 
     )
 
 
-def _spec(directory: Path, model: Path, stage: int, method: str) -> Path:
-    """Micro-batch 2 of 4, an evaluation and a checkpoint every third step."""
+def _spec(directory: Path, model: Path, stage: int, method: str, ranks: int) -> Path:
+    """Micro-batch 2 of a global batch of 8, an evaluation and a checkpoint every third step.
+
+    Adapters at a tenth of the rate: at 1e-2 the gradients of these are so small in places that Adam makes steps of
+    their rounding errors, and a step's loss in fp32 is 8e-4 off what it is in fp64, in which a real fault could hide.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     training = {"max_steps": STEPS, "save_every": 3, "eval_every": 3}
     how: Any = {"kind": "lora", "r": 64} if method == "lora" else method
-    return write_spec(directory / "spec.yaml", model, stage, how, training=training)
+    return write_spec(
+        directory / "spec.yaml",
+        model,
+        stage,
+        how,
+        training=training,
+        grad_accum_steps=4 // ranks,
+        optimizer={"kind": "adamw_torch", "lr": 1e-3 if method == "lora" else 1e-2},
+        hardware={"gpu": "cpu", "gpus_per_node": ranks},
+    )
 
 
 def _run(case: Case, spec: Path, run_dir: Path, *options: str) -> tuple[int, str]:
+    with ExitStack() as open_group:
+        if case.needs_group:
+            group = open_group.enter_context(memory_group(f"vramplan-{os.getpid()}-{run_dir.parent.name}"))
+            case = replace(case, faults=tuple({**each, "path": str(group)} for each in case.faults))
+        return _launched(case, spec, run_dir, *options)
+
+
+def _launched(case: Case, spec: Path, run_dir: Path, *options: str) -> tuple[int, str]:
     process = subprocess.Popen(
         command(spec, "-o", run_dir, *case.options, *options),
         stdout=subprocess.DEVNULL,
@@ -179,11 +203,9 @@ def _when(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _compared(run_dir: Path, reference: Path) -> tuple[float, bool]:
-    own, other = losses(run_dir), losses(reference)
-    difference = max((abs(own[step] - other[step]) for step in own), default=math.nan)
-    expected = samples_of(reference)
-    return difference, all(expected[step] == samples for step, samples in samples_of(run_dir).items())
+def _compared(run_dir: Path, reference: Reference) -> tuple[float, bool]:
+    same = all(reference.samples[step] == samples for step, samples in samples_of(run_dir).items())
+    return difference(losses(run_dir), reference.losses), same
 
 
 def _repeated(run_dir: Path) -> int:
@@ -208,106 +230,66 @@ def _seconds_lost(run_dir: Path) -> float:
     return lost
 
 
-def write_table(outcomes: Iterable[Outcome], path: Path) -> None:
-    """One line a fault and method, with what it showed under every stage."""
-    every = list(outcomes)
-    lines = [
-        "# Recovery from real faults",
-        "",
-        f"{len(every)} runs of `python benchmarks/recovery.py` on two CPU ranks, in several goes (it adds what is "
-        f"missing) at commits that differ a little: {STEPS} steps, a checkpoint and an evaluation every third; the "
-        "loss is compared step by step with that of the uninterrupted run of the first plan. "
-        f"{sum(each.recovered for each in every)} came to their end, {sum(each.as_it_must for each in every)} ended as "
-        "they must (exit code, time, no process left); "
-        f"{sum(each.same_samples for each in every)} saw the very samples, step by step, of the uninterrupted run.",
-        "",
-        "A run that did not recover ended by itself with exit code 4 and its reason: no plan needs less memory there. "
-        "Seconds lost are from the newest checkpoint (or the first event) to the first step that had not been done "
-        "yet; most of them start processes and import libraries, on two cores that others used at the same time.",
-        "",
-        "| fault | method | ZeRO | recovered | launches | steps repeated | seconds lost | largest loss difference |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (case, method), group in _grouped(every).items():
-        recovered = [each for each in group if each.recovered]
-        lines.append(
-            f"| {case} | {method} | {', '.join(str(each.stage) for each in group)} "
-            f"| {len(recovered)} of {len(group)} | "
-            f"{_span([each.attempts for each in group])} | {_span([each.steps_repeated for each in recovered])} | "
-            f"{_median([each.seconds_lost for each in recovered if each.seconds_lost is not None])} | "
-            f"{_largest([each.largest_loss_difference for each in recovered])} |"
-        )
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+class Progress:
+    """Says of every run what it did, how many are done and how long it has taken."""
 
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._began, self._lock = total, 0, time.monotonic(), threading.Lock()
 
-def _grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for each in sorted(outcomes, key=lambda each: each.stage):
-        groups.setdefault((each.case, each.method), []).append(each)
-    order = [case.name for case in (*OF_MEMORY, *OF_PROCESSES)]
-    return dict(sorted(groups.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])))
-
-
-def _span(values: list[int]) -> str:
-    return "" if not values else str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
-
-
-def _median(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f}" if values else ""
-
-
-def _largest(values: list[float]) -> str:
-    return ("0" if max(values) == 0 else f"{max(values):.1e}") if values else ""
+    def say(self, what: str) -> None:
+        with self._lock:
+            self._done += 1
+            minutes = (time.monotonic() - self._began) / 60
+            print(f"[{self._done} of {self._total}, {minutes:.1f} min] {what}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "recovery.jsonl")
     parser.add_argument("--table", type=Path, default=HERE / "recovery.md")
-    parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--only", default="", help="cells whose name (fault, ZeRO stage, method, ranks) holds this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     arguments = parser.parse_args()
-    done = {(each.case, each.stage, each.method): each for each in _read(arguments.results)}
-    wanted = [cell for cell in GRID if arguments.only in cell[0].name and (cell[0].name, *cell[1:]) not in done]
-    with tempfile.TemporaryDirectory(prefix="vramplan-recovery-") as text:
+    results = Results(arguments.results, arguments.table, list(NAMED))
+    wanted = [cell for cell in GRID if arguments.only in _name(cell) and (cell[0].name, *cell[1:]) not in results.done]
+    kinds = sorted({cell[1:] for cell in wanted} - results.references.keys())
+    progress = Progress(len(kinds) + len(wanted))
+    with tempfile.TemporaryDirectory(prefix="vramplan-recovery-") as text, ThreadPoolExecutor(arguments.jobs) as pool:
         root = Path(text)
         model = save_tiny_model(root / "model", **MODEL)
-        references = _references(sorted({cell[1:] for cell in wanted}), model, root, arguments.jobs)
+        for reference in pool.map(lambda kind: _make_reference(kind, model, root, progress), kinds):
+            results.add(reference)
 
         def one(number: int) -> None:
-            case, stage, method = wanted[number]
-            directory = root / f"run{number}"
-            outcome = run_case(case, stage, method, model, references[stage, method], directory)
-            with arguments.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
+            cell, directory = wanted[number], root / f"run{number}"
+            try:
+                outcome = run_case(cell, model, results.references[cell[1:]], directory)
+            except NoGroup as error:
+                progress.say(f"{_name(cell)}: left out: {error}")
+                return
+            results.add(outcome)
             verdict = "as it must" if outcome.as_it_must else f"NOT AS IT MUST: {outcome.said}"
-            ended = f"exit code {outcome.exit_code}, {outcome.causes}, {verdict}"
-            print(f"{outcome.case}, ZeRO {stage}, {method}: {ended}", flush=True)
+            ended = f"exit code {outcome.exit_code}, {outcome.causes}, {verdict}, {outcome.seconds:.0f} s"
+            progress.say(f"{_name(cell)}: {ended}, loss within {outcome.largest_loss_difference:.1e}")
             shutil.rmtree(directory, ignore_errors=True)
-            write_table(_read(arguments.results), arguments.table)
 
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(one, range(len(wanted))))
-    write_table(_read(arguments.results), arguments.table)
+        list(pool.map(one, range(len(wanted))))
+    results.write_table()
 
 
-def _references(kinds: list[tuple[int, str]], model: Path, root: Path, jobs: int) -> dict[tuple[int, str], Path]:
-    """Uninterrupted runs of each stage and method."""
-
-    def make(kind: tuple[int, str]) -> Path:
-        directory = root / f"reference-{kind[1]}{kind[0]}"
-        code, said = _run(Case("", ()), _spec(directory, model, *kind), directory / "run")
-        assert code == 0, said
-        return directory / "run"
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(kinds, pool.map(make, kinds), strict=True))
+def _name(cell: Cell) -> str:
+    case, stage, method, ranks = cell
+    return f"{case.name}, ZeRO {stage}, {method}, {ranks} ranks"
 
 
-def _read(path: Path) -> list[Outcome]:
-    if not path.exists():
-        return []
-    return [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+def _make_reference(kind: Kind, model: Path, root: Path, progress: Progress) -> Reference:
+    directory = root / f"reference{kind[0]}-{kind[1]}-{kind[2]}"
+    began = time.monotonic()
+    code, said = _run(Case("", ()), _spec(directory, model, *kind), directory / "run")
+    assert code == 0, said
+    run_dir = directory / "run"
+    progress.say(f"uninterrupted, ZeRO {kind[0]}, {kind[1]}, {kind[2]} ranks: {time.monotonic() - began:.0f} s")
+    return Reference(*kind, losses(run_dir), samples_of(run_dir))
 
 
 if __name__ == "__main__":
