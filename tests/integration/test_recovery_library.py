@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,11 +19,9 @@ pytestmark = pytest.mark.ranks
 TASKS = ["fit", "misfit", "unknown", "reference", "batch"]
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    root: Path = tmp_path_factory.mktemp("trainer")
-    done = subprocess.run(
-        [sys.executable, "-m", "support.trainer_worker", root, *TASKS],
+def _run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT / "tests",
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -30,6 +29,12 @@ def told(tmp_path_factory) -> dict[str, dict[str, Any]]:
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    root: Path = tmp_path_factory.mktemp("trainer")
+    done = _run("support.trainer_worker", root, *TASKS)
     assert done.returncode == 0, done.stdout + done.stderr
     return {task: json.loads((root / f"{task}.json").read_text()) for task in TASKS}
 
@@ -69,3 +74,13 @@ def test_a_smaller_batch_keeps_the_global_batch(told):
     assert len(found["tried"]) > 1
     assert all(size * accumulation == 16 for size, accumulation in found["tried"])
     assert found["losses"] == pytest.approx(told["reference"]["losses"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_trl_s_trainer_trains_and_its_own_loss_is_said_not_to_be_counted(tmp_path):
+    done = _run("support.trl_worker", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "trl.json").read_text())
+    assert "TRL's fused head" in found["note"]
+    assert (found["steps"], found["comparison"]) == (3, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: b
     length = seq_len or getattr(args, "max_length", None)
     if length is None:
         raise SpecError("FitCallback needs seq_len: the training arguments have no max_length")
+    if _has_fused_head(model):
+        raise UncoveredError("TRL's fused head, which makes logits and loss tile by tile, is not counted")
     zero = _zero(args)
     engine = "torch" if zero is None else "deepspeed"
     world_size, micro = int(args.world_size), int(args.per_device_train_batch_size)
@@ -71,6 +74,16 @@ def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: b
         hardware=HardwareSpec(gpu=kind, gpus_per_node=world_size),
         training=TrainingSpec(max_grad_norm=args.max_grad_norm or 0.0),
     )
+
+
+def _has_fused_head(model: Any) -> bool:
+    """Whether TRL has put its own head into the model's forward (trl 1.16, trainer/utils.py, ``add_fused_lm_head``).
+
+    Its tiles of 4096 tokens are bounded on a GPU, but not smaller than whole logits for short batches, and on the CPU
+    some nine of them are alive: the logits that are counted otherwise would say too little.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "fused_lm_head" in inspect.signature(inner.forward, follow_wrapped=False).parameters
 
 
 def _zero(args: Any) -> dict[str, Any] | None:
