@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,14 @@ def read_host(root: Path = Path("/")) -> Host:
         shm_free_bytes=shm_free,
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
+
+
+def node_identity() -> str:
+    """Where ids of processes mean the same: host name, boot and namespace of process ids."""
+    namespace = ""
+    with suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{platform.node()}/{_text(Path('/proc/sys/kernel/random/boot_id')).strip()}/{namespace}"
 
 
 def cgroup_limit_bytes(root: Path = Path("/")) -> int | None:

@@ -81,6 +81,10 @@ class RunDir:
     def failure_of(self, rank: int) -> Path:
         return self.ranks / f"rank{rank}.failure.json"
 
+    def stop_of(self, port: int | str) -> Path:
+        """Tells the ranks that met at ``port``, on whichever node, to end."""
+        return self.ranks / f"stop-{port}"
+
 
 def append_event(file_path: Path, kind: str, /, **fields: Any) -> None:
     """Adds one event, whole: a line of JSON with its kind under ``event`` and the time (seconds since 1970)."""

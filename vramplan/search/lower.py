@@ -1,7 +1,8 @@
 """Plans below one that met a wall: what a user or the planner fixed is opened again, and the training stays as it is.
 
 The allocator's setting, the micro-batch, the loss's kernel, checkpointing, buckets, ZeRO's stage and offload may
-change. The global batch, the sequences and the ranks do not.
+change. The global batch and the sequences do not, nor does the layout of the ranks: the trainer runs data-parallel
+ranks only (``train/engine.py``, ``join_group``), so more sequence parallelism is no step here.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from vramplan.spec.run import RunSpec
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
 from vramplan.supervise.kills import KillCounter
+from vramplan.supervise.other_nodes import end_other_nodes
 from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
 from vramplan.supervise.tail import Tail
 from vramplan.supervise.watch import SILENT_AFTER_S, RankWatch, Trouble
@@ -108,7 +109,7 @@ def run_plan(
         executable=local_launcher(),
     )
     tail = Tail(run_dir.metrics)
-    watch = RankWatch(run_dir, local=plan.node.num_nodes == 1, silent_after_s=silent_after_s, kills=kills)
+    watch = RankWatch(run_dir, silent_after_s=silent_after_s, kills=kills)
     with interrupts_raise():
         child = Child(command, launch_environment(plan.run, plan.node), run_dir.logs / "launcher.log")
         try:
@@ -117,6 +118,8 @@ def run_plan(
         except Interrupted as error:
             raise interrupted(run_dir) from error
         finally:
+            if plan.node.num_nodes > 1:
+                end_other_nodes(run_dir, port)
             child.end()
             remove_buffers(port)
     if trouble is not None:
@@ -231,5 +234,7 @@ def _after(run_dir: RunDir, arguments: list[str], listener: Listener, failure: s
 
 
 def _clear_old_failures(run_dir: RunDir) -> None:
-    for path in (*run_dir.ranks.glob("rank*.failure.json"), *run_dir.ranks.glob("rank*.status.json")):
+    for path in [
+        path for kind in ("rank*.failure.json", "rank*.status.json", "stop-*") for path in run_dir.ranks.glob(kind)
+    ]:
         path.unlink()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vramplan.facts.host import node_identity
 from vramplan.measure.run_dir import RunDir
 from vramplan.supervise.classify import RankState
 from vramplan.supervise.kills import KillCounter
@@ -51,14 +52,14 @@ class _Seen:
 
 @dataclass
 class RankWatch:
-    """Reads the ranks' files; ``local``: whether all ranks run on this machine, so that a missing process is seen."""
+    """Reads the ranks' files. A missing process is seen of ranks on this node; those of others fall silent."""
 
     run_dir: RunDir
-    local: bool = True
     silent_after_s: float = SILENT_AFTER_S
     stuck_after_s: float = STUCK_AFTER_S
     kills: KillCounter | None = None
     """Is told which processes are the ranks'."""
+    _node: str = field(default_factory=node_identity)
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _last_look: float | None = None
 
@@ -72,12 +73,13 @@ class RankWatch:
             self._notice(status, passed)
         ended = {status["rank"] for status in every if status["phase"] == "end"}
         running = [status for status in every if status["rank"] not in ended]
+        here = [status for status in running if status.get("node") == self._node]
         if self.kills is not None:
-            self.kills.look(status["pid"] for status in every if self.local)
+            self.kills.look(status["pid"] for status in every if status.get("node") == self._node)
         silent = tuple(rank for rank, seen in self._seen.items() if seen.silent_s > self.silent_after_s)
         return Trouble(
             markers=tuple(sorted(self.run_dir.ranks.glob("rank*.failure.json"))),
-            dead=tuple(status["rank"] for status in running if self.local and not _lives(status["pid"])),
+            dead=tuple(status["rank"] for status in here if not _lives(status["pid"])),
             silent=tuple(rank for rank in silent if rank not in ended),
             stuck_s=self._stuck_s(running),
         )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from vramplan.emit.launch import launch_environment
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan, plan_id
 from vramplan.train.status import RankStatus, start_guard, write_failure
@@ -21,13 +22,15 @@ def main() -> NoReturn:
     run_dir.root.mkdir(parents=True, exist_ok=True)
     status = RankStatus(run_dir.status_of(rank), rank)
     run_dir.failure_of(rank).unlink(missing_ok=True)
-    start_guard(status)
+    start_guard(status, run_dir.stop_of(os.environ.get("MASTER_PORT", "")))
     try:
+        plan = Plan.load(arguments.plan)
+        # a launcher passes few variables on to other nodes, and torch reads these as it is imported
+        os.environ.update(launch_environment(plan.run, plan.node))
         from torch.distributed import barrier
 
         from vramplan.train.session import train
 
-        plan = Plan.load(arguments.plan)
         status.plan = plan_id(plan.run)
         train(plan, run_dir, status, resuming=arguments.resume, probing=arguments.probe, retrying=arguments.retry)
         barrier()  # no rank leaves while another still needs it

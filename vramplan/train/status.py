@@ -13,12 +13,14 @@ from pathlib import Path
 
 from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
 from vramplan.errors import VramplanError
+from vramplan.facts.host import node_identity
 from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, is_out_of_memory
 from vramplan.measure.run_dir import write_json
 from vramplan.train.disk import DiskReserve, full_disk_sentence
 from vramplan.train.out_of_memory import Reserve, data_bytes, memory_state
 
 ORPHAN_EXIT_CODE = 87
+STOPPED_EXIT_CODE = 88
 _WIDTH = 512
 _BEAT_S = 1.0
 
@@ -36,6 +38,8 @@ class Status:
     """Of the last heartbeat, in seconds since 1970."""
     since: float = 0.0
     """When the phase began."""
+    node: str = ""
+    """``facts.host.node_identity``: where ``pid`` means something."""
 
 
 class RankStatus:
@@ -47,7 +51,7 @@ class RankStatus:
     def __init__(self, path: Path, rank: int, plan: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
-        self.now = Status(rank, os.getpid())
+        self.now = Status(rank, os.getpid(), node=node_identity())
         self.plan = plan
         self.reserve = Reserve()
         self.disk_reserve = DiskReserve(path.with_name(f".{path.name}.reserve"))
@@ -79,16 +83,22 @@ class RankStatus:
         os.pwrite(self._file, text.ljust(_WIDTH - 1).encode() + b"\n", 0)
 
 
-def start_guard(status: RankStatus) -> None:
-    """A thread that beats for the rank, and ends the process at once when its launcher or supervisor is gone."""
-    threading.Thread(target=_guard, args=(status, os.getppid()), name="vramplan-guard", daemon=True).start()
+def start_guard(status: RankStatus, stop: Path | None = None) -> None:
+    """A thread that beats for the rank, and ends the process at once when its launcher or supervisor is gone or the
+    file ``stop`` is there, by which ranks on other nodes are told."""
+    threading.Thread(target=_guard, args=(status, os.getppid(), stop), name="vramplan-guard", daemon=True).start()
 
 
-def _guard(status: RankStatus, launcher: int) -> None:
+def _guard(status: RankStatus, launcher: int, stop: Path | None) -> None:
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     while os.getppid() == launcher and (supervisor is None or _lives(supervisor)):
+        if stop is not None and stop.exists():
+            os._exit(STOPPED_EXIT_CODE)
         status.beat()
         time.sleep(_BEAT_S)
+    if stop is not None:
+        with suppress(OSError):  # the other nodes' ranks do not see that the supervisor is gone
+            stop.touch()
     os._exit(ORPHAN_EXIT_CODE)
 
 
