@@ -23,7 +23,7 @@ def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str) -> st
     front = {"base_model": base_name, "tags": ["vramplan", run.method.kind], "pipeline_tag": "text-generation"}
     if run.method.kind != "full":
         front["library_name"] = "peft"
-    asked = run.model_dump(mode="json", exclude_defaults=True, exclude={"hardware", "model_config_fields", "layout"})
+    asked = _asked(run)
     steps = [event for event in events if event["event"] == "step"]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -34,6 +34,13 @@ def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str) -> st
         _versions(events),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _asked(run: RunSpec) -> dict[str, Any]:
+    """What differs from the defaults, as a spec; of methods all, for what they are by default is what one looks for."""
+    asked = run.model_dump(mode="json", exclude_defaults=True, exclude={"hardware", "model_config_fields", "layout"})
+    retained = run.retain.model_dump(mode="json", include=set(asked.get("retain", ())))
+    return asked | {"method": run.method.model_dump(mode="json")} | ({"retain": retained} if retained else {})
 
 
 def _evaluations(events: list[dict[str, Any]]) -> str:
