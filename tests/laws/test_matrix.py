@@ -19,7 +19,8 @@ QUICK = (
     "phi3.33/full/2/none/sdpa/bf16/none/cuda/4/1/1/adamw/none/small/let go",
     "llama.13/full/1/full/sdpa/bf16/none/cuda/4/2/2/adamw_torch/none/small/let go",
     "qwen2.18/qlora/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
-    "falcon.9/qlora/0/full/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+    "falcon.9/qlora/0/full/flash_attention_2/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+    "qwen2_moe.20/lora/3/none/sdpa/fp16/none/cuda/4/2/1/adamw/none/small/let go",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._meta_registrations import _create_grouped_mm_output_tensor
 
 from vramplan.simulate.accumulate import add_as_engine
 from vramplan.simulate.tracker import Answer, Tracker
@@ -28,8 +29,19 @@ def item_value(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping
     return tracker.op_of(tensor) == "aten::all" if tensor.dtype is torch.bool else 0
 
 
+def grouped_mm(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``_grouped_mm`` of fp16 and fp32, which the kernels take (ATen/native/GroupedMMUtils.h,
+    ``_grouped_mm_validate_inputs``) and torch's function for fakes refuses (``_meta_grouped_mm_common``)."""
+    first, second = args[0], args[1]
+    if first.dtype is torch.bfloat16 or second.dtype is not first.dtype:
+        return func(*args, **kwargs)
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    return _create_grouped_mm_output_tensor(first, second, offsets, first.dtype)
+
+
 ANSWERS: dict[Any, Answer] = {
     aten._local_scalar_dense.default: item_value,
+    aten._grouped_mm.default: grouped_mm,
     aten.add.Tensor: add_as_engine,
     aten.equal.default: lambda tracker, func, args, kwargs: True,
 }

@@ -6,8 +6,12 @@ the operators called are the CUDA ones, whose shapes torch knows for fake tensor
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -61,6 +65,40 @@ def register_flash(*, padded: bool = True) -> str:
     AttentionInterface.register(FLASH_NAME, _flash_attention_2)
     AttentionMaskInterface.register(FLASH_NAME, _mask_of_padding if padded else _no_mask)
     return FLASH_NAME
+
+
+@contextmanager
+def flash_in_class_tables(model_type: str) -> Iterator[None]:
+    """The same for a model whose code has a class for each attention (``FALCON_ATTENTION_CLASSES``), which calls the
+    package by ``_flash_attention_forward``."""
+    try:
+        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    except ImportError:  # comes with the model, or shares another type's file
+        yield
+        return
+    with ExitStack() as stack:
+        for name, table in list(vars(module).items()):
+            if name.endswith("ATTENTION_CLASSES") and "flash_attention_2" in table:
+                stack.enter_context(mock.patch.dict(table, {FLASH_NAME: table["flash_attention_2"]}))
+                stack.enter_context(mock.patch.object(module, "flash_attn_supports_top_left_mask", return_value=False))
+                forward = mock.patch.object(module, "_flash_attention_forward", _flash_attention_forward, create=True)
+                stack.enter_context(forward)  # imported there only where the package is
+        yield
+
+
+def _flash_attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    query_length: int,
+    dropout: float = 0.0,
+    softmax_scale: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """transformers' function of that name (modeling_flash_attention_utils.py). Shapes (batch, tokens, heads, width)."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return _flash_attention_2(torch.nn.Identity(), query, key, value, attention_mask, dropout, softmax_scale)[0]
 
 
 def _mask_of_padding(*, attention_mask: torch.Tensor | None, kv_length: int, **_: Any) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from vramplan.rank.play import RankPlayer
 from vramplan.simulate.accumulate import sole_use_counts
 from vramplan.simulate.answers import ANSWERS
 from vramplan.simulate.categories import categorise
-from vramplan.simulate.cuda_attention import register_flash
+from vramplan.simulate.cuda_attention import flash_in_class_tables, register_flash
 from vramplan.simulate.events import Note
 from vramplan.simulate.four_bit import four_bit_answers, four_bit_fakes
 from vramplan.simulate.patches import patched
@@ -72,7 +72,9 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     )
     player.on_model = tracker.learn_model
     traced = Traced(tracker.trace, notes=tracker.notes)
-    with _quiet(), _FakeMode(allow_non_fake_inputs=True), four_bit_fakes() if quantized else nullcontext():
+    four_bit = four_bit_fakes() if quantized else nullcontext()
+    model_type = str((run.model_config_fields or {}).get("model_type"))
+    with _quiet(), flash_in_class_tables(model_type), _FakeMode(allow_non_fake_inputs=True), four_bit:
         with patched(tracker, conditions, device_type, packed=run.data.packing != "none"), tracker:
             try:
                 player.play()

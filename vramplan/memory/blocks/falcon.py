@@ -15,7 +15,7 @@ from vramplan.memory.tape import Tensor
 def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attention) -> Tensor:
     """``FalconAttention.forward`` between its two projections."""
     if ctx.attention != "eager":
-        if k.numel != q.numel:  # the kernel is not told of grouped heads, so the unfused path repeats them
+        if ctx.attention == "sdpa" and k.numel != q.numel:  # not told of grouped heads: the unfused path repeats them
             return math_core(ctx, q, k, v, block, ctx.tables.mask)
         return fused_core(ctx, q, k, v, block, ctx.tables.mask)
     scores = ops.matmul(_all(ctx, q, q), _all(ctx, k, q), per_score(block.num_heads), CORE)
