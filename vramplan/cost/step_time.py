@@ -94,7 +94,7 @@ class CostModel:
         degree = layout.tp * (layout.zero_degree if closed.zero.stage else 1)
         moved = shard(self.trainable_numel, degree) * assumed.OPTIMIZER_BYTES_PER_PARAM[closed.optimizer.kind]
         bandwidth = _memory_bandwidth(self.node.device) * assumed.BANDWIDTH_EFFICIENCY
-        if closed.zero.offload_optimizer == "cpu":
+        if closed.zero.offload_optimizer in ("cpu", "nvme"):
             bandwidth = min(bandwidth, assumed.HOST_BANDWIDTH / self.node.gpus_per_node)
         return moved / bandwidth
 

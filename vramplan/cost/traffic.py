@@ -68,11 +68,11 @@ def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum:
     this rank's part up in each of forward and backward."""
     owned = shard(trainable_numel(run, architecture), layout.zero_degree * layout.tp)
     total = 0.0
-    if run.zero.offload_optimizer == "cpu":
+    if run.zero.offload_optimizer in ("cpu", "nvme"):
         # stage 2 adds up on the GPU what it keeps on the host: down and up again (async_accumulate_grad_in_cpu_via_gpu)
         copies = (2 * accum - 1 if run.zero.stage == 2 else 1) if run.zero.stage != 3 else accum
         total += owned * (copies * _GRADIENT_BYTES[run.precision] + _WEIGHT_BYTES[run.precision])
-    if run.zero.offload_param == "cpu":
+    if run.zero.offload_param in ("cpu", "nvme"):
         part = shard(architecture.num_params, layout.zero_degree * layout.tp)
         total += 2 * accum * part * _WEIGHT_BYTES[run.precision]
     return total

@@ -89,9 +89,18 @@ def _zero_section(zero: ZeroSpec) -> dict[str, Any]:
         if zero.hpz_partition_size > 1:
             section["zero_hpz_partition_size"] = zero.hpz_partition_size
     for name in ("offload_optimizer", "offload_param"):
-        if getattr(zero, name) == "cpu":
+        where = getattr(zero, name)
+        if where == "nvme":
+            section[name] = {"device": "nvme", "nvme_path": _nvme_path(zero), "pin_memory": True}
+        elif where == "cpu":
             section[name] = {"device": "cpu", "pin_memory": True}
     return section
+
+
+def _nvme_path(zero: ZeroSpec) -> str:
+    if zero.nvme_path is None:
+        raise SpecError("zero.nvme_path is not set, but offload to nvme writes there: name a directory on the disk")
+    return zero.nvme_path
 
 
 def _optimizer_section(optimizer: OptimizerSpec, lr: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import HOST_ACTIVATIONS, term
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.moments import Stretch
+from vramplan.memory.nvme import disk_terms, why_uncovered
 from vramplan.memory.overhead import WORKSPACES, overhead
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, evaluate
@@ -60,6 +61,7 @@ def estimate(
         phases=phases,
         overhead=beyond.terms,
         host_terms=(*_host_terms(worst.stretches, basis), *_host_checkpoints(job), *snapshots),
+        disk_terms=disk_terms(job),
         capacity_bytes=node.capacity_bytes - _bytes_on_device(node, snapshots),
         ranks_per_node=node.gpus_per_node,
         host_capacity_bytes=node.host_memory_bytes,
@@ -165,6 +167,7 @@ def check_covered(job: Job) -> None:
         "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
         "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
+        **why_uncovered(job),
         "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,

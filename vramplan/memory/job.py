@@ -293,8 +293,8 @@ def job_from_run(
         and run.activation_checkpointing == "full"
         and node.device.kind != "cpu",
         kl_chunk_tokens=kl_chunk_tokens(run.retain, num_tokens),
-        offload_optimizer=run.zero.offload_optimizer == "cpu",
-        offload_param=run.zero.offload_param == "cpu",
+        offload_optimizer=run.zero.offload_optimizer in ("cpu", "nvme"),
+        offload_param=run.zero.offload_param in ("cpu", "nvme"),
         clipping=run.training.max_grad_norm > 0,
         # flash-attn takes packed documents as they lie
         masked=run.attention_mask if run.attention == "flash_attention_2" else run.masked,

@@ -46,6 +46,13 @@ HOST_PINNED = f"{HOST}rounding of pinned blocks"
 HOST_SUMS_PINNED = f"{HOST}rounding of accumulated gradients"
 HOST_CACHED = f"{HOST}pinned blocks kept for reuse"
 HOST_INIT = f"{HOST}copies during initialisation"
+HOST_SWAP = f"{HOST}buffers between memory and files"
+HOST_POOL = f"{HOST}buffers of weights in files"
+SWAPPED_GRADS = "gradients on their way to files"
+DISK_MASTER = "disk: fp32 master weights"
+DISK_MOMENTS = "disk: optimizer states"
+DISK_GRADS = "disk: gradients"
+DISK_WEIGHTS = "disk: weights"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
 HOST_ACTIVATIONS = f"{HOST}inputs of layers"
 VIEWED = "gathered weights kept by views"
@@ -90,6 +97,27 @@ LABELS: dict[str, Label] = {
     HOST_INIT: Label(Category.TEMPORARY, "fp32 gradients of the states before they are pinned, and one buffer more"),
     HOST_ACTIVATIONS: Label(
         Category.ACTIVATION, "layers x tokens x hidden x width: what checkpointing keeps (torch's save_on_cpu)"
+    ),
+    HOST_SWAP: Label(
+        Category.COMMUNICATION,
+        "4 (offload_optimizer.buffer_count) x 4 B x elements of the largest sub-group, page-locked (SwapBufferManager)",
+    ),
+    HOST_POOL: Label(
+        Category.COMMUNICATION,
+        "5 x 100,000,000 (offload_param.buffer_count, buffer_size) x width, page-locked "
+        "(AsyncPartitionedParameterSwapper)",
+    ),
+    SWAPPED_GRADS: Label(
+        Category.GRADIENT,
+        "4 B x trained elements / ranks, on the device until the last norm is taken "
+        "(_finalize_offload_gradient_accumulation)",
+    ),
+    DISK_MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks of sub-groups of at least 1 MiB"),
+    DISK_MOMENTS: Label(Category.OPTIMIZER, "2 x 4 B x trained elements / ranks of the same"),
+    DISK_GRADS: Label(Category.GRADIENT, "4 B x elements of each part of at least 1 MiB, in whole blocks of 1,024 B"),
+    DISK_WEIGHTS: Label(
+        Category.PARAMETER,
+        "width x elements / ranks of parts of at least 1 MiB: written as the model is built, and left there",
     ),
     HOST_SNAPSHOT: Label(
         Category.OPTIMIZER, "2 x one rank's share of a checkpoint: the last one stays until the next is whole"

@@ -48,6 +48,8 @@ class Estimate:
     capacity_bytes: int
     ranks_per_node: int
     host_capacity_bytes: int | None = None
+    disk_terms: tuple[Term, ...] = ()
+    """Bytes of one rank in files (offload to NVMe)."""
     workspace_bytes: int = 0
     """Of the overhead, what libraries allocate through torch: part of what torch counts as allocated."""
     reserved_band: Band | None = None
@@ -77,6 +79,10 @@ class Estimate:
     @property
     def host_bytes_per_node(self) -> int:
         return self.ranks_per_node * sum(term.num_bytes for term in self.host_terms)
+
+    @property
+    def disk_bytes_per_node(self) -> int:
+        return self.ranks_per_node * sum(term.num_bytes for term in self.disk_terms)
 
     @property
     def host_fits(self) -> bool:

@@ -10,6 +10,7 @@ from typing import overload
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
+from vramplan.memory.nvme import Zero3Nvme, on_disk
 from vramplan.memory.plain_torch import PlainTorch
 from vramplan.memory.size import Size, evaluate, undominated
 from vramplan.memory.term import Moment
@@ -41,7 +42,9 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
         return PlainTorch(job, rank)
     if job.stage == 0:
         return Zero0(job, rank)
-    return Zero12(job, rank) if job.stage in (1, 2) else Zero3(job, rank, steps_skipped)
+    if job.stage in (1, 2):
+        return Zero12(job, rank)
+    return (Zero3Nvme if on_disk(job) else Zero3)(job, rank, steps_skipped)
 
 
 class Moments(Sequence[Moment]):

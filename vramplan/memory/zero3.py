@@ -33,7 +33,8 @@ class Zero3(Engine):
         self.frozen_share = sum(shard(param.numel, degree) for param in params if not param.trained)
         self.largest_share = max((shard(param.numel, degree) for param in params if param.trained), default=0)
         self.largest_trained = max((param.numel for param in params if param.trained), default=0)
-        self.sub_group = self._largest_sub_group()
+        self.sub_groups = self._sub_groups()
+        self.sub_group = max(self.sub_groups, default=0)
         self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
         self.grad_width = job.grad_dtype.nbytes
@@ -51,15 +52,16 @@ class Zero3(Engine):
         """Elements of a tensor that stay on the rank between uses."""
         return shard(numel, self.job.degree) + self._second(numel)
 
-    def _largest_sub_group(self) -> int:
+    def _sub_groups(self) -> list[int]:
         """``_create_fp16_sub_groups``: parameters are grouped until a group has ``sub_group_size`` elements."""
-        largest = current = 0
+        groups, current = [], 0
         for param in self.job.parameters:
             if param.trained:
                 current += shard(param.numel, self.job.degree)
                 if current >= self.job.zero.sub_group_size:
-                    largest, current = max(largest, current), 0
-        return max(largest, current)
+                    groups.append(current)
+                    current = 0
+        return [*groups, current] if current else groups
 
     def _bucket_bytes(self) -> int:
         """One persistent bucket a communication dtype (``_setup_for_real_optimizer``)."""
@@ -124,9 +126,8 @@ class Zero3(Engine):
             self.resident = self._offloaded()
             # initialize_optimizer_states: a buffer that no sub-group takes, and the last one's gradients before they
             # are pinned; the bucket and the gradient partitions come after it
-            spare = self.sub_group * self.master_bytes * (1 if job.device == "cpu" else 2)
             states = self.resident.without(labels.BUCKET, labels.HOST_PARTITION)
-            stretch.see("gradients of the states made", states, {labels.HOST_INIT: spare})
+            stretch.see("gradients of the states made", states, {labels.HOST_INIT: self._spare()})
         else:
             self._init_on_device(stretch, weights)
         # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
@@ -134,6 +135,9 @@ class Zero3(Engine):
         part = self._brought(self.largest_share * self.trained_width) if job.offload_param else {}
         stretch.see("the largest tensor gathered", self.resident, gathered, part)
         stretch.close(self.resident)
+
+    def _spare(self) -> int:
+        return self.sub_group * self.master_bytes * (1 if self.job.device == "cpu" else 2)
 
     def _init_on_device(self, stretch: Stretch, weights: Parts) -> None:
         # cast and cloned whatever the weights' format: the device test before it compares an object with a text
@@ -236,10 +240,8 @@ class Zero3(Engine):
         base = merged(self.resident, kept)
         if self.job.offload_optimizer:
             if not self.job.managed:  # _finalize_offload_gradient_accumulation
-                stretch.see("gradient norm", self.resident, self.outputs, self._sent_away(self.largest_share, True))
-            if micro.step == 1 and not self.steps_skipped:
-                states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.trained_share)}
-                self.resident = merged(self.resident, states)
+                self._see_finalised(stretch)
+            self._see_update(stretch, kept, micro)
             whole = _gathered(persistent)
             if self.job.offload_param:
                 part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
@@ -259,6 +261,15 @@ class Zero3(Engine):
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, kept, flat, scratch)
         self._end_step(stretch, kept, _gathered(persistent))
+
+    def _see_finalised(self, stretch: Stretch) -> None:
+        stretch.see("gradient norm", self.resident, self.outputs, self._sent_away(self.largest_share, True))
+
+    def _see_update(self, stretch: Stretch, kept: Bytes, micro: Micro) -> None:
+        """The optimizer's step in the host's memory."""
+        if micro.step == 1 and not self.steps_skipped:
+            states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.trained_share)}
+            self.resident = merged(self.resident, states)
 
     def _end_step(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
         """Small tensors are whole again, and trained weights have no second parts until they are next released."""

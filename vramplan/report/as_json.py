@@ -49,6 +49,8 @@ def estimate_to_dict(found: Estimate) -> dict[str, Any]:
         "host_capacity_bytes": found.host_capacity_bytes,
         "terms": [term_to_dict(term) for term in (*found.peak.terms, *found.overhead)],
         "host_terms": [term_to_dict(term) for term in found.host_terms],
+        "disk_bytes_per_node": found.disk_bytes_per_node,
+        "disk_terms": [term_to_dict(term) for term in found.disk_terms],
         "moments": [_moment(moment) for moment in found.moments],
         "phases": [asdict(phase) for phase in found.phases],
         "assumptions": [

@@ -11,7 +11,7 @@ from rich.text import Text
 from vramplan.memory.ledger import Estimate, PhaseBytes
 from vramplan.memory.term import Basis
 from vramplan.report import words
-from vramplan.report.rows import LedgerRow, host_rows, ledger_rows, moment_rows, nearest_refusals
+from vramplan.report.rows import LedgerRow, disk_rows, host_rows, ledger_rows, moment_rows, nearest_refusals
 from vramplan.search.fit import Fit
 from vramplan.search.plan import Plan, Refusal
 from vramplan.units import format_bytes, format_count
@@ -40,6 +40,10 @@ def render_estimate(found: Estimate) -> RenderableType:
     if hosted:
         total = format_bytes(found.host_bytes_per_node)
         parts += ["", ledger_table(f"Host, one rank of {found.ranks_per_node} (a node: {total})", hosted)]
+    filed = disk_rows(found)
+    if filed:
+        total = format_bytes(found.disk_bytes_per_node)
+        parts += ["", ledger_table(f"Disk, one rank of {found.ranks_per_node} (a node: {total})", filed)]
     parts += ["", moments_table(found)]
     uncertain = words.uncertain_terms(found)
     if uncertain:

@@ -38,6 +38,12 @@ def ledger_rows(found: Estimate) -> list[LedgerRow]:
     return rows
 
 
+def disk_rows(found: Estimate) -> list[LedgerRow]:
+    """What one rank keeps in files; empty without offload to NVMe."""
+    total = sum(term.num_bytes for term in found.disk_terms)
+    return [*_term_rows(found.disk_terms, total), _total("files of one rank", total, total)] if total else []
+
+
 def host_rows(found: Estimate) -> list[LedgerRow]:
     """Host terms of one rank, then their sum; empty where nothing lives there."""
     total = sum(term.num_bytes for term in found.host_terms)

@@ -88,12 +88,12 @@ def describe_node(node: Node) -> str:
 def describe_layout(run: RunSpec) -> str:
     """What the planner decided, e.g. ``micro-batch 2 x 4 accumulated x 8 ranks = 64 sequences, ZeRO 2, ...``."""
     dp = run.layout.dp if run.layout is not None else 1
-    offloaded = [
-        what
-        for what, where in (("optimizer", run.zero.offload_optimizer), ("weights", run.zero.offload_param))
-        if where == "cpu"
-    ]
-    offload = f"{' and '.join(offloaded)} on the CPU" if offloaded else "no offload"
+    moved = (("optimizer", run.zero.offload_optimizer), ("weights", run.zero.offload_param))
+    places = {"cpu": [what for what, where in moved if where == "cpu"], "nvme": []}
+    places["nvme"] = [what for what, where in moved if where == "nvme"]
+    named = {"cpu": "the CPU", "nvme": "NVMe"}
+    said = [f"{' and '.join(whats)} on {named[place]}" for place, whats in places.items() if whats]
+    offload = ", ".join(said) if said else "no offload"
     return (
         f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {_plural(dp, 'rank')} = "
         f"{_plural(run.global_batch_size or 0, 'sequence')} a step, {_engine(run)}, "

@@ -50,7 +50,7 @@ def with_usual_attention(run: RunSpec, architecture: Architecture) -> RunSpec:
 
 
 def _param_offload_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
-    if run.zero.offload_param != "cpu" or run.zero.stage == 3:
+    if run.zero.offload_param not in ("cpu", "nvme") or run.zero.stage == 3:
         return None
     return f"offload_param needs ZeRO stage 3: stage {run.zero.stage} keeps whole weights and ignores it"
 
@@ -59,6 +59,12 @@ def _optimizer_offload_needs_zero(run: RunSpec, node: Node, architecture: Archit
     if run.zero.offload_optimizer != "cpu" or run.zero.stage != 0:
         return None
     return "offload_optimizer needs ZeRO stage 1, 2 or 3: stage 0 gives CPUAdam weights on the GPU, which it refuses"
+
+
+def _nvme_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.zero.offload_optimizer != "nvme" or run.zero.stage == 3:
+        return None
+    return f"offload_optimizer nvme needs ZeRO stage 3: stage {run.zero.stage} keeps its states in the host's memory"
 
 
 def _hpz_group(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
@@ -195,6 +201,7 @@ def _tensor_parallel_adapters(run: RunSpec, node: Node, architecture: Architectu
 _RULES: tuple[tuple[Rule, str], ...] = (
     (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
+    (_nvme_needs_stage_3, "deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__"),
     (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),
     (_fp16_hardware, "deepspeed/runtime/engine.py, _do_sanity_check; accelerator/*_accelerator.py, is_fp16_supported"),
     (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),

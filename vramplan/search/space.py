@@ -47,6 +47,8 @@ class Candidate:
         """E.g. ``micro-batch 2 x 4, ZeRO 3, checkpointing full, optimizer on the CPU``."""
         moved = {("cpu", "none"): ", optimizer on the CPU", ("none", "cpu"): ", weights on the CPU"}
         offload = moved.get((self.offload_optimizer, self.offload_param), ", optimizer and weights on the CPU")
+        if "nvme" in (self.offload_optimizer, self.offload_param):
+            offload = f", optimizer on {self.offload_optimizer}, weights on {self.offload_param}"
         return (
             f"micro-batch {self.micro_batch_size} x {self.grad_accum_steps}, ZeRO {self.zero_stage}, "
             f"checkpointing {self.activation_checkpointing}"
@@ -116,7 +118,8 @@ def candidates(run: RunSpec, node: Node) -> list[Candidate]:
 
 def _stage_can_offload(candidate: Candidate) -> bool:
     """Whether DeepSpeed can move what the candidate moves; ``legality`` says why not."""
-    if candidate.offload_param == "cpu" and candidate.zero_stage != 3:
+    on_disk = "nvme" in (candidate.offload_optimizer, candidate.offload_param)
+    if (candidate.offload_param == "cpu" or on_disk) and candidate.zero_stage != 3:
         return False
     return candidate.offload_optimizer == "none" or candidate.zero_stage != 0
 

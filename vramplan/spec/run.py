@@ -17,7 +17,7 @@ Precision = Literal["bf16", "fp16", "fp32", "bf16-autocast", "bf16-weights-autoc
 Engine = Literal["deepspeed", "torch"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Checkpointing = Literal["none", "full"]
-Offload = Literal["none", "cpu"]
+Offload = Literal["none", "cpu", "nvme"]
 Optimizer = Literal[
     "adamw",
     "adamw_torch",
@@ -67,9 +67,11 @@ class ZeroSpec(UserModel):
     """Ranks, those of a node, that keep whole weights among them besides every rank's own part, so that backward
     gathers within the node (ZeRO++'s hpZ, stage 3 only). 1: none do."""
     offload_optimizer: Offload | None = None
-    """Where optimizer states live. None: searched."""
+    """Where optimizer states live; nvme: in files under ``nvme_path`` (stage 3 only). None: searched."""
     offload_param: Offload | None = None
     """Where weights live between uses (stage 3 only). None: searched."""
+    nvme_path: str | None = None
+    """Directory on the disk that offload to nvme writes to."""
 
 
 def engine_refuses(engine: Engine, precision: Precision, zero: ZeroSpec, layout: Layout | None) -> str:
@@ -83,7 +85,7 @@ def engine_refuses(engine: Engine, precision: Precision, zero: ZeroSpec, layout:
         )
     if zero.stage:
         return f"engine torch partitions nothing, but zero.stage is {zero.stage}: leave it out, or use engine deepspeed"
-    if "cpu" in (zero.offload_optimizer, zero.offload_param):
+    if {"cpu", "nvme"} & {zero.offload_optimizer, zero.offload_param}:
         return "engine torch offloads nothing: leave zero.offload_* out, or use engine deepspeed"
     if layout is not None and max(layout.tp, layout.sp, layout.pp, layout.ep) > 1:
         return "engine torch is data parallel only: set every degree of layout but dp to 1, or use engine deepspeed"

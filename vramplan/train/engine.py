@@ -25,9 +25,14 @@ def join_group(run: RunSpec) -> torch.device:
     """Joins the ranks that the launcher started; gives this rank's device.
 
     Raises:
-        LegalityError: the layout is more than data parallel.
+        LegalityError: the layout is more than data parallel, or states are to lie in files.
     """
     layout = run.layout
+    if "nvme" in (run.zero.offload_optimizer, run.zero.offload_param):
+        raise LegalityError(
+            "zero.offload_*: nvme is counted but not trained: checkpoints here do not read states out of DeepSpeed's "
+            "swap files; set cpu"
+        )
     if layout is not None and layout.dp != layout.world_size:
         raise LegalityError(
             f"layout: the trainer runs data-parallel ranks only, but this plan has tp {layout.tp}, sp {layout.sp}, "
