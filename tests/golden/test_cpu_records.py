@@ -94,7 +94,7 @@ def test_quantized_weights():
 
 
 @pytest.fixture(
-    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 71, 5)], ids=["dense", "latent", "experts"]
+    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5)], ids=["dense", "latent", "experts"]
 )
 def families(request):
     path, least, num_types = request.param

@@ -212,6 +212,8 @@ class _Runner:
         x = self._decoder()
         if hooks is not None:
             hooks.after_forward(model)
+            if self.run.architecture.reads_embedding:
+                model = Module("model", (ctx.parameters[f"{self.run.architecture.embeddings[0].name}.weight"],))
             x = identity(x, lambda: hooks.before_backward(model))
         result = self._loss(x)
         del x  # the caller of the head holds its input until the loss is there
