@@ -80,6 +80,27 @@ def test_the_state_is_the_same_to_the_bit(seen, saved, loaded, num_ranks):
     assert after["losses"] == pytest.approx(before["losses"], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_momentum_of_sgd_is_the_same_to_the_bit(tiny_model, tmp_path):
+    layouts = ["0+sgd", "2+sgd", "3+sgd"]
+    run_workers(2, tmp_path, tiny_model, "full", "fp32", f"save:{','.join(layouts)}", f"load:{','.join(layouts)}")
+    _assert_all_same(tmp_path, layouts)
+
+
+def _assert_all_same(root, layouts):
+    for saved in layouts:
+        before = torch.load(root / f"{saved}.saved")
+        assert any("momentum_buffer" in name for name in before["state"])
+        for loaded in layouts:
+            after = torch.load(root / f"{saved}-{loaded}-2.loaded")
+            assert any("was converted to" in note for note in after["notes"]) == (saved != loaded)
+            for kind in ("state", "weights"):
+                assert after[kind].keys() == before[kind].keys()
+                for name, tensor in before[kind].items():
+                    assert torch.equal(after[kind][name], tensor), f"{saved} to {loaded}: {name}"
+            assert after["losses"] == pytest.approx(before["losses"], rel=1e-6)
+
+
 def test_a_wrong_checksum_is_one_sentence_on_every_rank(seen):
     said = {(seen / f"damage.rank{rank}").read_text() for rank in range(2)}
     assert len(said) == 1

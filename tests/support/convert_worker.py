@@ -23,6 +23,7 @@ from vramplan.errors import CheckpointError
 from vramplan.spec.run import RunSpec
 from vramplan.train.checkpoint import resume, save_checkpoint
 from vramplan.train.engine import TrainEngine
+from vramplan.train.fragments import moments_of
 from vramplan.train.model import load_model
 from vramplan.train.neutral import load_neutral, write_neutral
 from vramplan.train.shards import ShardedState
@@ -35,6 +36,7 @@ _OFFLOAD = {
     "optimizer": ("adamw_torch_fused", "cpu", "none"),  # on the CPU torch's own, which needs no compiler
     "cpuadam": ("adamw", "cpu", "none"),
     "param": ("adamw", "cpu", "cpu"),
+    "sgd": ("sgd", "none", "none"),
 }
 """(optimizer, offload_optimizer, offload_param)"""
 
@@ -52,7 +54,7 @@ def run_spec(model: str, method: str, precision: str, layout: str) -> RunSpec:
             "micro_batch_size": 1,
             "grad_accum_steps": GLOBAL_BATCH // dist.get_world_size(),
             "activation_checkpointing": "none",
-            "optimizer": {"kind": optimizer, "lr": LR},
+            "optimizer": {"kind": optimizer, "lr": LR, "momentum": 0.9 if optimizer == "sgd" else 0.0},
             "zero": {
                 "stage": int(stage),
                 "reduce_bucket_size": 5_000,
@@ -97,10 +99,15 @@ def whole_state(engine: TrainEngine) -> dict[str, torch.Tensor]:
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
             state[f"{name} weight"] = safe_get_full_fp32_param(param).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in moments_of(engine.run.optimizer) or ():
                 state[f"{name} {key}"] = safe_get_full_optimizer_state(param, key).clone()
-    inner = engine.deepspeed.optimizer.optimizer
-    return state | {"step": torch.tensor([float(each["step"]) for each in inner.state.values()]).unique()}
+    return state | _steps(engine.deepspeed.optimizer.optimizer)
+
+
+def _steps(inner: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What it has counted; nothing for one that does not count."""
+    counted = [float(each["step"]) for each in inner.state.values() if "step" in each]
+    return {"step": torch.tensor(counted).unique()} if counted else {}
 
 
 def _whole_state_without_zero(engine: TrainEngine) -> dict[str, torch.Tensor]:
@@ -114,8 +121,9 @@ def _whole_state_without_zero(engine: TrainEngine) -> dict[str, torch.Tensor]:
     inner, state = getattr(wrapped, "optimizer", wrapped), {}
     for (name, _), master in zip(trained, masters, strict=True):
         state[f"{name} weight"] = master.detach().clone()
-        state |= {f"{name} {key}": inner.state[master][key].clone() for key in ("exp_avg", "exp_avg_sq")}
-    return state | {"step": torch.tensor([float(each["step"]) for each in inner.state.values()]).unique()}
+        moments = moments_of(engine.run.optimizer) or ()
+        state |= {f"{name} {key}": inner.state[master][key].clone() for key in moments}
+    return state | _steps(inner)
 
 
 def _whole_state_of_flat_masters(wrapped, trained) -> dict[str, torch.Tensor]:

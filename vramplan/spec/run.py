@@ -112,9 +112,16 @@ class OptimizerSpec(UserModel):
     @property
     def state_can_be_cut_anew(self) -> bool:
         """Whether what it keeps is fp32, element by element, so that any ZeRO stage and number of ranks can take it
-        over; 8-bit states share scales, Adafactor's are sums of rows and columns. Lion's and the
-        paged ones' could be, and are not yet (``train/fragments.py``)."""
-        return self.kind in ("adamw", "adamw_torch", "adamw_torch_fused", "sgd") and not self.momentum
+        over (``train/fragments.py``). 8-bit states share scales among neighbours; Lion's and the paged ones' could be,
+        and are not yet."""
+        return self.kind in ("adamw", "adamw_torch", "adamw_torch_fused", "sgd")
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether its arithmetic is the same however ZeRO cuts the weights. Adafactor's is not: it sums over rows,
+        columns and the whole of each tensor that it is given (torch/optim/_adafactor.py), which under ZeRO is a flat
+        share of many."""
+        return self.kind != "adafactor"
 
 
 class HardwareSpec(UserModel):

@@ -145,8 +145,8 @@ class Ladder:
         )
 
     def _why_none(self, keep_stage: bool) -> str:
-        tried = len(self._forbidden)
-        stage = f" with ZeRO {self._plan.run.zero.stage}, which its checkpoints are made for," if keep_stage else ""
+        tried, run = len(self._forbidden), self._plan.run
+        stage = f" with ZeRO {run.zero.stage}, to which {run.optimizer.kind} ties it," if keep_stage else ""
         return (
             f"{tried} plan{'s were' if tried > 1 else ' was'} tried, and no other{stage} needs less there without "
             "changing the training"

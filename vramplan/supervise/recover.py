@@ -222,8 +222,9 @@ def _repeats(tried: Sequence[Attempt]) -> int:
 
 
 def _is_tied(plan: Plan, run_dir: RunDir) -> bool:
-    """Whether what was saved can only be read by plans that cut the optimizer's state as this one does."""
-    return has_saved_state(run_dir) and not plan.run.optimizer.state_can_be_cut_anew
+    """Whether only plans that cut the optimizer's state as this one does can read what was saved, or train the same."""
+    optimizer = plan.run.optimizer
+    return not optimizer.is_elementwise or (has_saved_state(run_dir) and not optimizer.state_can_be_cut_anew)
 
 
 def _ended(plan: Plan, progress: Progress) -> Attempt:

@@ -200,3 +200,5 @@ class TrainEngine:
         for state in (*wrapper.optimizer.state.values(), *wrapper.optimizer.param_groups):
             if "step" in state:
                 state["step"] = state["step"] * 0
+            if "momentum_buffer" in state:  # SGD's has the decay in it
+                state["momentum_buffer"].zero_()

@@ -12,16 +12,25 @@ from typing import Any
 
 import torch
 
+from vramplan.spec.run import OptimizerSpec
 from vramplan.train.engine import TrainEngine
 
-MOMENTS = {
+_MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "adamw_torch": ("exp_avg", "exp_avg_sq"),
     "adamw_torch_fused": ("exp_avg", "exp_avg_sq"),
     "sgd": (),
 }
-"""Optimizers whose state is kept element by element in fp32, and how it is named there. Those with the same names are
-implementations of the same arithmetic."""
+COUNTING = frozenset({"adamw", "adamw_torch", "adamw_torch_fused"})
+"""Optimizers that count their steps."""
+
+
+def moments_of(optimizer: OptimizerSpec) -> tuple[str, ...] | None:
+    """What is kept of each weight, element by element in fp32, and how it is named in the optimizer's state; None for
+    an optimizer that keeps it otherwise. Those with the same names are implementations of the same arithmetic."""
+    if optimizer.kind == "sgd" and optimizer.momentum:
+        return ("momentum_buffer",)
+    return _MOMENTS.get(optimizer.kind)
 
 
 @dataclass(frozen=True, slots=True)

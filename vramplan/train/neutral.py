@@ -22,10 +22,11 @@ from vramplan.measure.run_dir import write_json
 from vramplan.train.disk import why_not_written
 from vramplan.train.engine import TrainEngine
 from vramplan.train.fragments import (
-    MOMENTS,
+    COUNTING,
     Fragment,
     Holdings,
     holdings,
+    moments_of,
     refresh_weights,
     set_loss_scale_state,
 )
@@ -75,9 +76,11 @@ def load_neutral(engine: TrainEngine, directory: Path) -> None:
     index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     held, tensors = holdings(engine), index["tensors"]
     _agree(_difference(held, tensors) or _damage(directory, tensors))
-    moments = MOMENTS[engine.run.optimizer.kind]
+    moments = moments_of(engine.run.optimizer) or ()
     for master in held.masters:
-        _make_moments(held.optimizer, master, moments, index["step"])
+        _make_moments(held.optimizer, master, moments)
+        if engine.run.optimizer.kind in COUNTING:
+            held.optimizer.state[master]["step"] = _step_as_kept(held.optimizer, master, index["step"])
     for name, fragment in held.fragments.items():
         _load_fragment(held, fragment, directory / tensors[name]["file"], moments)
     for group in held.optimizer.param_groups:
@@ -134,14 +137,12 @@ def _agree(failure: str | None) -> None:
         raise CheckpointError(first)
 
 
-def _make_moments(optimizer: Any, master: torch.Tensor, moments: tuple[str, ...], step: int) -> None:
-    """The optimizer's state of a master as its own first step would make it, ``step`` steps later."""
+def _make_moments(optimizer: Any, master: torch.Tensor, moments: tuple[str, ...]) -> None:
+    """The optimizer's state of a master as its own first step would make it."""
     state = optimizer.state[master]
     for key in moments:
         if key not in state:
             state[key] = torch.zeros_like(master.detach())
-    if moments:
-        state["step"] = _step_as_kept(optimizer, master, step)
 
 
 def _step_as_kept(optimizer: Any, master: torch.Tensor, step: int) -> torch.Tensor | int:

@@ -16,7 +16,7 @@ from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import claim, snapshots_of
 from vramplan.train.checkpoint import save_checkpoint
 from vramplan.train.engine import TrainEngine
-from vramplan.train.fragments import MOMENTS, holdings
+from vramplan.train.fragments import holdings, moments_of
 from vramplan.train.interval import ASSUMED_BYTES_PER_S, save_every
 from vramplan.train.metrics import Metrics
 from vramplan.train.state import RunState
@@ -92,7 +92,8 @@ class Saving:
     def _state_bytes(self) -> int:
         """Of the whole run's state as a checkpoint holds it, about: fp32 masters and moments, and the weights."""
         held, module = holdings(self._engine), self._engine.module
-        slots = 1 + len(MOMENTS.get(self._engine.run.optimizer.kind, (0, 0)))
+        moments = moments_of(self._engine.run.optimizer)
+        slots = 1 + (2 if moments is None else len(moments))
         own = slots * sum(master.numel() * master.element_size() for master in held.masters)
         weights: int = sum(param.numel() * param.element_size() for param in module.parameters() if param.requires_grad)
         splits = bool(self._engine.run.zero.stage)

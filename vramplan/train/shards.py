@@ -19,7 +19,7 @@ from vramplan.train.engine import TrainEngine
 from vramplan.train.fragments import Fragment, holdings, loss_scale_state
 
 _HOLDINGS = "holdings-rank{:05d}.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def write_holdings(engine: TrainEngine, directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vramplan.errors import CheckpointError
 from vramplan.spec.run import RunSpec
-from vramplan.train.fragments import MOMENTS
+from vramplan.train.fragments import moments_of
 
 STATE = "state.json"
 """Name of its file in a checkpoint."""
@@ -77,7 +77,7 @@ class RunState:
         world_size: int,
         pinned_loss: float = math.nan,
     ) -> RunState:
-        kind = run.optimizer.kind
+        moments = moments_of(run.optimizer)
         return cls(
             step=step,
             total_steps=total_steps,
@@ -87,7 +87,7 @@ class RunState:
             method=run.method.kind,
             model=run.model,
             precision=run.precision,
-            optimizer_state=", ".join(MOMENTS[kind]) or kind if kind in MOMENTS else kind,
+            optimizer_state=", ".join(moments or ()) or run.optimizer.kind,
             layout=StateLayout.of(run, world_size),
             pinned_loss=pinned_loss,
         )
