@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,9 +27,20 @@ def item_value(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping
     if getattr(tensor, "constant", None) is not None:
         value: float | int | bool = tensor.constant.item()
         return value
+    _refuse_in_code_of_the_model()
     if tensor.dtype.is_floating_point:
         return 1.0
     return tracker.op_of(tensor) == "aten::all" if tensor.dtype is torch.bool else 0
+
+
+def _refuse_in_code_of_the_model() -> None:
+    """Raises RuntimeError where code that came with the model asks for the value: which way it goes is not known."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and any(part in frame.f_code.co_filename for part in ("/vramplan/simulate/", "/torch/")):
+        frame = frame.f_back
+    if frame is not None and "transformers_modules" in frame.f_code.co_filename:
+        place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        raise RuntimeError(f"aten::_local_scalar_dense: {place} goes by a tensor's value, and a fake tensor has none")
 
 
 def grouped_mm(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
