@@ -6,7 +6,8 @@ python benchmarks/matrix.py -o runs/matrix.jsonl --full           # every family
                                                                   # attention, the other factors drawn
 python benchmarks/matrix.py -o runs/matrix.jsonl --table benchmarks/matrix.md
 
-Two simulations at a time; what the output file holds is not run again. The table is written from the file.
+Two simulations at a time. The output file keeps what was simulated, which is not run again; ``--table`` compares it
+with the estimates as they are now.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from vramplan.errors import SimulationError
 from vramplan.measure.compare import quantile
+from vramplan.memory.ledger import PhaseBytes
 from vramplan.simulate.request import Simulator
+from vramplan.simulate.result import SimulationResult
 
 from support.matrix import (
     FACTORS,
     PEAK_FRAC,
     PHASE_FRAC,
     Case,
+    Difference,
     Prepared,
     beyond_the_bar,
     covered_models,
@@ -64,14 +69,24 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def run(cases: list[Case], path: Path, parallel: int) -> None:
     done = rows_of(path)
-    todo = [prepared for case in cases if case.key not in done and isinstance(prepared := prepare(case), Prepared)]
+    todo = {case.key: prepared for case in cases if case.key not in done and (prepared := _covered(case))}
     print(f"{len(cases)} cases, {len(todo)} to simulate")
     with path.open("a", encoding="utf-8") as file:
-        for count, row in enumerate(simulated(todo, parallel), 1):
+        for count, row in enumerate(simulated(list(todo.values()), parallel), 1):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            if row["beyond"] or row["error"]:
-                print(f"{count}/{len(todo)} {row['case']}: {row['error'] or '; '.join(row['beyond'][:3])}", flush=True)
+            said = row["error"] or "; ".join(str(each) for each in _beyond(todo[row["case"]], row)[:3])
+            if said:
+                print(f"{count}/{len(todo)} {row['case']}: {said}", flush=True)
+
+
+def _covered(case: Case) -> Prepared | None:
+    prepared = prepare(case)
+    return prepared if isinstance(prepared, Prepared) else None
+
+
+def _beyond(prepared: Prepared, row: dict[str, Any]) -> list[Difference]:
+    return beyond_the_bar(prepared.estimate, [PhaseBytes(*phase) for phase in row["phases"]])
 
 
 def simulated(todo: list[Prepared], parallel: int) -> Iterator[dict[str, Any]]:
@@ -82,30 +97,52 @@ def simulated(todo: list[Prepared], parallel: int) -> Iterator[dict[str, Any]]:
         try:
             with Simulator(parallel) as simulator:
                 for request, result in simulator.run(prepared.request() for prepared in batch):
-                    yield row_of(waiting.pop(request.key), result)
+                    yield row_of(waiting.pop(request.key).case, result)
         except SimulationError as error:
             key = next(iter(waiting))
             del waiting[key]
-            yield {"case": key, "error": f"died: {error}", "beyond": [], "worst": [0.0, 0.0]}
+            yield {"case": key, "error": f"died: {error}", "phases": []}
 
 
-def row_of(prepared: Prepared, result: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": prepared.case.key, "error": result.error, "beyond": [], "worst": [0.0, 0.0]}
-    if result.error is None:
-        peak, *phases = differences(prepared.estimate, result)
-        row["worst"] = [peak.error_frac, max((each.error_frac for each in phases), key=abs)]
-        row["beyond"] = [str(each) for each in beyond_the_bar(prepared.estimate, result)]
-    return row
+def row_of(case: Case, result: SimulationResult) -> dict[str, Any]:
+    phases = [] if result.error else [[each.phase, each.peak_bytes, each.end_bytes] for each in result.phases]
+    return {"case": case.key, "error": result.error, "phases": phases}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A simulated case beside its estimate."""
+
+    case: Case
+    peak: Difference
+    phase: Difference
+    """Of the phases' figures the one that differs most."""
+    beyond: tuple[Difference, ...]
+
+    @classmethod
+    def of(cls, prepared: Prepared, simulated: Sequence[PhaseBytes]) -> Self:
+        peak, *phases = differences(prepared.estimate, simulated)
+        worst = max(phases, key=lambda each: abs(each.error_frac))
+        return cls(prepared.case, peak, worst, tuple(beyond_the_bar(prepared.estimate, simulated)))
+
+
+def compared(rows: dict[str, dict[str, Any]]) -> list[Compared]:
+    """Every case that was simulated to its end and is still covered."""
+    ran = [(prepare(Case.parse(key)), row["phases"]) for key, row in rows.items() if row["error"] is None]
+    return [
+        Compared.of(prepared, [PhaseBytes(*phase) for phase in phases])
+        for prepared, phases in ran
+        if isinstance(prepared, Prepared)
+    ]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The state of the matrix as Markdown."""
-    cases = {key: Case.parse(key) for key in rows}
-    ran = {key: row for key, row in rows.items() if row["error"] is None}
-    peaks = sorted(abs(row["worst"][0]) for row in ran.values())
-    phases = sorted(abs(row["worst"][1]) for row in ran.values())
-    named = {key: known_reason(cases[key]) for key, row in ran.items() if row["beyond"]}
-    reasons = Counter(reason for reason in named.values() if reason)
+    ran = compared(rows)
+    peaks = sorted(abs(each.peak.error_frac) for each in ran)
+    phases = sorted(abs(each.phase.error_frac) for each in ran)
+    beyond = [(each, known_reason(each.case)) for each in ran if each.beyond]
+    reasons = Counter(reason for _, reason in beyond if reason)
     lines = [
         "# Estimator against simulator",
         "",
@@ -116,14 +153,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         f"{quantile(peaks, 0.95):.3%}, worst {peaks[-1]:.2%}; worst phase of each run: median "
         f"{quantile(phases, 0.5):.3%}, 95th percentile {quantile(phases, 0.95):.3%}, worst {phases[-1]:.2%}.",
         "",
-        f"Within the bar: {len(ran) - len(named)}. Beyond it with a known reason: {sum(reasons.values())}. "
-        f"Beyond it without one: {len(named) - sum(reasons.values())}.",
+        f"Within the bar: {len(ran) - len(beyond)}. Beyond it with a known reason: {sum(reasons.values())}. "
+        f"Beyond it without one: {len(beyond) - sum(reasons.values())}.",
         "",
-        *_by_factor(ran, cases),
+        *_by_factor(ran),
         *_list("Known differences", [f"{reason} ({count} runs)" for reason, count in reasons.most_common()]),
         *_list(
             "Beyond the bar without a known reason",
-            [f"`{key}`: {ran[key]['beyond'][0]}" for key, reason in named.items() if not reason],
+            [f"`{each.case.key}`: {each.beyond[0]}" for each, reason in beyond if not reason],
         ),
         *_list(
             "Refused by the real stack, or not traced",
@@ -133,19 +170,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _by_factor(ran: dict[str, dict[str, Any]], cases: dict[str, Case]) -> Iterator[str]:
+def _by_factor(ran: list[Compared]) -> Iterator[str]:
     for name in ("family", *FACTORS):
         if name == "model":
             continue
         yield from (f"| {name} | runs | worst at the peak | worst of a phase | beyond the bar |", "| --- " * 5 + "|")
-        values: dict[str, list[str]] = {}
-        for key in ran:
-            values.setdefault(str(cases[key].family if name == "family" else cases[key][name]), []).append(key)
-        for value in sorted(values):
-            rows = [ran[key] for key in values[value]]
-            peak, phase = (max((row["worst"][which] for row in rows), key=abs) for which in (0, 1))
-            beyond = sum(bool(row["beyond"]) for row in rows)
-            yield f"| {value} | {len(rows)} | {peak:+.2%} | {phase:+.2%} | {beyond} |"
+        values: dict[str, list[Compared]] = {}
+        for each in ran:
+            values.setdefault(str(each.case.family if name == "family" else each.case[name]), []).append(each)
+        for value, some in sorted(values.items()):
+            peak = max((each.peak.error_frac for each in some), key=abs)
+            phase = max((each.phase.error_frac for each in some), key=abs)
+            yield f"| {value} | {len(some)} | {peak:+.2%} | {phase:+.2%} | {sum(bool(each.beyond) for each in some)} |"
         yield ""
 
 

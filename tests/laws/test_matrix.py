@@ -33,6 +33,7 @@ def test_estimate_and_simulation_agree():
         prepared[key] = found
     failed = []
     for key, result in simulate_jobs((each.request() for each in prepared.values()), parallel=2):
-        beyond = [result.error] if result.error else beyond_the_bar(prepared[key].estimate, result)
+        phases = [phase.as_phase_bytes() for phase in result.phases]
+        beyond = [result.error] if result.error else beyond_the_bar(prepared[key].estimate, phases)
         failed += [f"{key}: {each}" for each in beyond[:2]]
     assert not failed, "\n".join(failed)

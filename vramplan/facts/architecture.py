@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from vramplan.facts.blocks import (
     Attention,
@@ -64,11 +65,11 @@ class DecoderLayer:
     """Both branches are multiplied by a constant before they are added (Granite)."""
     feed_forward_name: str = "mlp"
     """The module that the MLP or the experts are."""
-    names_result: bool = False
-    """In a sequential layer: attention's result has a name of its own and stays until the layer is done (Llama-4)."""
-    names_attention: bool = False
-    """In a sequential layer: attention's input and result have names of their own and stay until the layer is done
-    (StableLM, Falcon-RW)."""
+    views_result: bool = False
+    """In a sequential layer: the result of the MLP is added as a view (Llama-4)."""
+    names_attention: Literal["", "result", "input and result"] = ""
+    """In a sequential layer: what of attention has a name of its own, and stays until the layer is done (GPT-2,
+    Llama-4; both: StableLM, Falcon-RW)."""
     norms_first: bool = False
     """In a parallel layer: both norms run before attention, and its branch is added to the MLP's in place (Falcon)."""
 

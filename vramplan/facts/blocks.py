@@ -182,6 +182,8 @@ class Attention:
     """Query, key and value are clamped in place (OLMo)."""
     chunk: int | None = None
     """Tokens of a chunk that attends only within itself (Llama-4); None: no chunks."""
+    casts_softmax: bool = True
+    """Whether what eager attention's softmax made is cast to the format of queries and values (not in Llama-4)."""
     sinks: bool = False
     """One more learned score a head, so that attention can look at nothing (gpt-oss)."""
     out_first: bool = False
@@ -256,6 +258,7 @@ class LatentAttention:
     core: ClassVar[str] = "shared"
     local_window: ClassVar[None] = None
     softmax_fp32: ClassVar[bool] = True
+    casts_softmax: ClassVar[bool] = True
     softcap: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
 

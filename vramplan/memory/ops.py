@@ -372,9 +372,10 @@ def matmul(a: Tensor, b: Tensor, out_numel: Size, label: str, scaled: bool = Fal
     return tape.attach("bmm", out, [a, b], saved, backward)
 
 
-def softmax(x: Tensor, dtype: Dtype, fused_upcast: bool, label: str) -> Tensor:
-    """``softmax(x, dtype=...)``: saves its result. CUDA widens inside the kernel, the CPU makes a wide copy first."""
-    if x.dtype is not dtype and not fused_upcast:
+def softmax(x: Tensor, dtype: Dtype, device: str, label: str) -> Tensor:
+    """``softmax(x, dtype=...)``: saves its result. CUDA widens fp16 inside the kernel, all else is copied first
+    (SoftMax.cpp, ``softmax``)."""
+    if x.dtype is not dtype and not (device == "cuda" and x.dtype is Dtype.FP16 and dtype is Dtype.FP32):
         x = to(x, dtype, TEMPORARY)
     tape, source, numel = x.storage.tape, x.dtype, x.numel
     out = tape.new(numel, dtype, label)

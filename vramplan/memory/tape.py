@@ -20,6 +20,7 @@ The rules it follows, from torch 2.13:
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class Region:
             inputs = tuple(Tensor(empty, each.numel, each.dtype, each.node, each.slot) for each in inputs)
         self.inputs = inputs  # held until every node of the region has let go of what it saved
         self.num_saved = 0
+        self.holders: list[weakref.ref[Packed]] = []
+        """What stands for each saved tensor, as long as its node lives."""
         self.recomputed: dict[int, Tensor] = {}
 
     def recompute(self) -> None:
@@ -131,7 +134,7 @@ class Region:
 class Packed:
     """A saved tensor of a checkpointed region: an index instead of bytes."""
 
-    __slots__ = ("index", "region")
+    __slots__ = ("__weakref__", "index", "region")
 
     def __init__(self, region: Region, index: int) -> None:
         self.region = region
@@ -151,7 +154,8 @@ class Recorder:
         self.count = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
-        self.region.recomputed[self.count] = tensor.detach()
+        if self.region.holders[self.count]() is not None:  # else its node has gone (torch: ``_recomputation_hook``)
+            self.region.recomputed[self.count] = tensor.detach()
         self.count += 1
         if self.count == self.region.num_saved:
             raise StopRecompute
@@ -165,9 +169,10 @@ class Packer:
         self.region = region
 
     def pack(self, tensor: Tensor) -> Packed:
-        index = self.region.num_saved
+        packed = Packed(self.region, self.region.num_saved)
         self.region.num_saved += 1
-        return Packed(self.region, index)
+        self.region.holders.append(weakref.ref(packed))
+        return packed
 
 
 @dataclass(slots=True)

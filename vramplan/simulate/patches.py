@@ -76,6 +76,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
             autocast.clear()  # of a trace before
             put(torch, "clear_autocast_cache", autocast.clear)
             put(torch, "is_autocast_enabled", _autocast_enabled_on(tracker.device_type))
+            put(torch.nn.functional, "softmax", _widening_inside(torch.nn.functional.softmax))
             put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
@@ -97,6 +98,18 @@ def _keeping_buckets(pre_forward: Callable[..., Any]) -> Callable[..., Any]:
             return pre_forward(self, *inputs, **kwargs)
 
     return kept
+
+
+def _widening_inside(softmax: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``softmax``, which on CUDA takes fp16 to fp32 within its kernel (SoftMax.cpp asks ``is_cuda``)."""
+
+    def widened(input: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if input.dtype is torch.float16 and kwargs.get("dtype") is torch.float32 and input.device.type != "cpu":
+            wide: torch.Tensor = torch.ops.aten._softmax.default(input, -1 if dim is None else dim, True)
+            return wide
+        return softmax(input, dim, *args, **kwargs)
+
+    return widened
 
 
 class _KeptBuckets:

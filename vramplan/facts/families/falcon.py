@@ -30,7 +30,7 @@ def build(fields: Fields) -> Architecture:
         residual="parallel" if parallel or _is_new(fields) else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
         norms_first=True,
-        names_attention=True,
+        names_attention="input and result",
     )
     return Architecture(
         family=fields.family,

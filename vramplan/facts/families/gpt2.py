@@ -25,6 +25,7 @@ def build(fields: Fields) -> Architecture:
     layer = DecoderLayer(
         (_norm("ln_1", hidden), _attention(fields, hidden), _norm("ln_2", hidden), _mlp(fields, hidden)),
         residual_dropout=fields.fraction("resid_pdrop", default=0.1),
+        names_attention="result",
     )
     return Architecture(
         family=fields.family,
@@ -58,6 +59,7 @@ def _attention(fields: Fields, hidden: int) -> Attention:
             Linear("attn.c_proj", hidden, hidden, bias=True, role=Role.ATTENTION, conv1d=True),
         ),
         dropout=fields.fraction("attn_pdrop", default=0.1),
+        softmax_fp32=False,
     )
 
 

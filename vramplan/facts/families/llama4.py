@@ -33,7 +33,10 @@ def build(fields: Fields) -> Architecture:
         rotated, attention_kind, is_sparse = kind
         mixer = _attention(fields, heads, rotated=rotated, chunked=attention_kind == "chunked_attention")
         return DecoderLayer(
-            (mixer, sparse if is_sparse else dense, *norms), feed_forward_name="feed_forward", names_result=True
+            (mixer, sparse if is_sparse else dense, *norms),
+            feed_forward_name="feed_forward",
+            names_attention="result",
+            views_result=True,
         )
 
     layers = one_per_kind(_kinds(fields, fields.required_size("num_hidden_layers")), layer)
@@ -63,6 +66,7 @@ def _attention(fields: Fields, heads: Heads, *, rotated: bool, chunked: bool) ->
         normed_late=True,
         tempered=not rotated and fields.flag("attn_temperature_tuning", default=True),
         softmax_fp32=False,
+        casts_softmax=False,
         rotary_dim=heads.head_dim if rotated else 0,
         rotary="complex",
         chunk=fields.optional_size("attention_chunk_size", default=8192) if chunked else None,

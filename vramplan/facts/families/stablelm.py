@@ -28,7 +28,7 @@ def build(fields: Fields) -> Architecture:
         residual="parallel" if parallel else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
         drops_attention=False,
-        names_attention=True,
+        names_attention="input and result",
     )
     return decoder(
         fields,

@@ -57,7 +57,7 @@ def _balanced(ctx: BlockContext, result: Tensor, block: MixtureOfExperts, collec
     named: list[Tensor] = []
     for scores in collected:
         low = scores if ctx.autocast is None else ops.to(scores, Dtype.FP32, BALANCE)
-        shares = ops.softmax(low, low.dtype, True, BALANCE)
+        shares = ops.softmax(low, low.dtype, ctx.device, BALANCE)
         del low
         named = [shares, *_chosen(shares, block)]
         part = _summed(ctx, shares, each, mask)

@@ -21,7 +21,7 @@ def bloom_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
     scores = ops.matmul(ctx.low(q, CORE), ctx.low(k, CORE), per_score(block.num_heads), CORE, scaled=True)
     assert ctx.tables.mask is not None
     weights = ops.masked(scores, ctx.tables.mask, CORE)
-    probabilities = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device == "cuda", CORE), source, CORE)
+    probabilities = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device, CORE), source, CORE)
     dropped = ops.dropout(probabilities, block.dropout, ctx.device, CORE)
     ctx.returned = dropped
     out = ops.matmul(ctx.low(dropped, CORE), ctx.low(v, CORE), tokens(block.q_width), CORE)

@@ -159,17 +159,19 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> 
         weights = ops.dropout(sink_weights(ctx, weights, block), block.dropout, ctx.device, CORE)
         weights = ctx.returned = ops.to(weights, values.dtype, CORE)
         return ops.clone(weighed(ctx, weights, values, wide), CORE)
-    if block.softmax_fp32 or ctx.autocast is not None:  # autocast takes every softmax in fp32
-        weights = ops.softmax(weights, Dtype.FP32, ctx.device == "cuda" and block.softmax_fp32, CORE)
-    else:
-        weights = ops.softmax(weights, weights.dtype, True, CORE)
-    if block.softmax_fp32:
-        weights = ops.to(weights, q.dtype, CORE)
+    low = q.dtype
+    weights = ops.softmax(weights, _softmax_dtype(ctx, weights, block), ctx.device, CORE)
+    weights = ops.to(weights, low, CORE) if block.casts_softmax else weights
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights
     values = ctx.low(values, CORE)
     out = ops.matmul(ctx.low(weights, CORE), values if repeated else whole_heads(ctx, values), wide, CORE)
     return ops.clone(out, CORE)
+
+
+def _softmax_dtype(ctx: BlockContext, weights: Tensor, block: Mixer) -> Dtype:
+    """What softmax is told to make, else the weights' own format, which CUDA's autocast widens (``softmax.int``)."""
+    return Dtype.FP32 if block.softmax_fp32 or (ctx.autocast is not None and ctx.device == "cuda") else weights.dtype
 
 
 def _scores(ctx: BlockContext, q: Tensor, keys: Tensor, block: Mixer, repeated: bool) -> Tensor:
@@ -214,7 +216,7 @@ def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, 
 
 def _safe_softmax(ctx: BlockContext, weights: Tensor, scores: Size) -> Tensor:
     """``_safe_softmax``: asks of every score whether it is minus infinity."""
-    result = ops.softmax(weights, Dtype.FP32, True, CORE)
+    result = ops.softmax(weights, Dtype.FP32, ctx.device, CORE)
     asked = ctx.tape.new(scores, Dtype.BOOL, CORE)
     del asked
     return result

@@ -22,7 +22,9 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
     if block.alibi:
         scores = _with_bias(ctx, scores)
     assert ctx.tables.mask is not None
-    weights = ops.softmax(ops.to(ops.masked(scores, ctx.tables.mask, CORE), ctx.dtype, CORE), ctx.dtype, True, CORE)
+    weights = ops.softmax(
+        ops.to(ops.masked(scores, ctx.tables.mask, CORE), ctx.dtype, CORE), ctx.dtype, ctx.device, CORE
+    )
     ctx.returned = weights
     out = ops.matmul(ctx.low(weights, CORE), _all(ctx, v, q), tokens(block.q_width), CORE)
     return ops.clone(out, CORE)

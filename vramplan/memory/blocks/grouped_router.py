@@ -46,7 +46,7 @@ def sigmoid_of_groups(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts
 
 def softmax_greedy(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
     """``DeepseekV2TopkRouter.forward`` with ``topk_method: greedy``."""
-    scores = ops.softmax(scores, Dtype.FP32, ctx.device == "cuda", ROUTER)
+    scores = ops.softmax(scores, Dtype.FP32, ctx.device, ROUTER)
     weights, experts = routed.best(scores, tokens(block.experts_per_token), ROUTER)
     return ops.scaled(weights, ROUTER), experts
 
@@ -54,7 +54,7 @@ def softmax_greedy(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -
 def softmax_of_groups(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
     """``DeepseekV2TopkRouter.forward`` with ``group_limited_greedy``: groups by their best expert."""
     tape, groups = ctx.tape, tokens(block.num_groups)
-    scores = ops.softmax(scores, Dtype.FP32, ctx.device == "cuda", ROUTER)
+    scores = ops.softmax(scores, Dtype.FP32, ctx.device, ROUTER)
     frame = [tape.new(groups, Dtype.FP32, ROUTER), tape.new(groups, Dtype.INT64, ROUTER)]
     mask = _outside_best_groups(ctx, block, frame)
     scores = routed.filled(scores, mask, ROUTER)

@@ -78,13 +78,13 @@ def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     residual = x
     normed = normalise(ctx, x, first)
     x = _attention_branch(ctx, normed, layer)
-    named = [normed, x] if layer.names_attention else [x] if layer.names_result else []
+    named = {"": [], "result": [x], "input and result": [normed, x]}[layer.names_attention]
     del normed
     x = ops.add(residual, x, RESIDUAL)
     residual = x
     x = normalise(ctx, x, second)
     x = _mlp_branch(ctx, x, layer)
-    x = ops.add(residual, ops.view(x) if layer.names_result else x, RESIDUAL)
+    x = ops.add(residual, ops.view(x) if layer.views_result else x, RESIDUAL)
     named.clear()
     return x
 

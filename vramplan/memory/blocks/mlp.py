@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vramplan.errors import UnknownNameError
 from vramplan.facts.architecture import GatedMLP, PlainMLP
+from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.bloom import bloom_gelu
 from vramplan.memory.blocks.context import BlockContext, tokens
@@ -19,29 +20,34 @@ _ONE_KERNEL = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_python_tanh",
 
 def activate(ctx: BlockContext, x: Tensor, name: str, owner: str = "mlp", label: str = MLP) -> Tensor:
     """``ACT2FN[name](x)`` (transformers/activations.py), a module of ``owner``'s."""
-    return ctx.call(f"{owner}.act_fn", (), lambda x: _activation(x, name, label), x)
+    return ctx.call(f"{owner}.act_fn", (), lambda x: _activation(ctx, x, name, label), x)
 
 
-def _activation(x: Tensor, name: str, label: str) -> Tensor:
+def _activation(ctx: BlockContext, x: Tensor, name: str, label: str) -> Tensor:
     if name in _ONE_KERNEL:
         return ops.unary(x, label, "input" if name != "relu" else "result")
     if name in ("gelu_new", "gelu_fast"):
-        return _gelu_new(x, label)
+        return _gelu_new(x, label, wide_powers=ctx.autocast is not None and ctx.device == "cuda")
     if name == "bloom_gelu":
         return bloom_gelu(x, label)
     raise UnknownNameError("activation function", name, [*_ONE_KERNEL, "gelu_new", "gelu_fast"])
 
 
-def _gelu_new(x: Tensor, label: str) -> Tensor:
-    """``0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3)))``, one operator at a time."""
+def _gelu_new(x: Tensor, label: str, wide_powers: bool) -> Tensor:
+    """``0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3)))``, one operator at a time; none of the results
+    has a name, so each goes as soon as the next is there.
+
+    ``wide_powers``: CUDA's autocast takes powers in fp32 (``AT_FORALL_FP32``), and what follows keeps that format.
+    """
     half = ops.scaled(x, label)
-    cubed = ops.unary(x, label, "input", temporaries=2)
-    inner = ops.add(x, ops.scaled(cubed, label), label)
-    del cubed
-    inner = ops.unary(ops.scaled(inner, label), label, "result")
-    shifted = ops.shifted(inner, label)
-    del inner
-    return ops.mul(half, shifted, label)
+
+    def cubed() -> Tensor:
+        return ops.unary(ops.to(x, Dtype.FP32, label) if wide_powers else x, label, "input", temporaries=2)
+
+    def turned() -> Tensor:
+        return ops.unary(ops.scaled(ops.add(x, ops.scaled(cubed(), label), label), label), label, "result")
+
+    return ops.mul(half, ops.shifted(turned(), label), label)
 
 
 def gated(ctx: BlockContext, x: Tensor, block: GatedMLP, owner: str = "mlp") -> Tensor:

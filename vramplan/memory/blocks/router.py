@@ -66,7 +66,9 @@ def _with_adapter(
 
 def _softmax_fp32(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
     """``MixtralTopKRouter.forward``."""
-    probabilities = ops.softmax(scores, Dtype.FP32, ctx.device == "cuda" and block.scoring == "softmax", ROUTER)
+    # Mixtral's ``router_logits.float()`` copies before softmax is asked to
+    device = ctx.device if block.scoring == "softmax" else "cpu"
+    probabilities = ops.softmax(scores, Dtype.FP32, device, ROUTER)
     weights, experts = routed.best(probabilities, tokens(block.experts_per_token), ROUTER)
     if block.normalises:
         weights = routed.divided_by_sum(weights, tokens(1), ROUTER)
@@ -82,7 +84,7 @@ def _softmax(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tupl
 def _best(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
     """``GptOssTopKRouter.forward``."""
     best, experts = routed.best(scores, tokens(block.experts_per_token), ROUTER)
-    return ops.softmax(best, best.dtype, True, ROUTER), experts
+    return ops.softmax(best, best.dtype, ctx.device, ROUTER), experts
 
 
 _SCORINGS: dict[str, Callable[[BlockContext, Tensor, MixtureOfExperts], tuple[Tensor, Tensor]]] = {

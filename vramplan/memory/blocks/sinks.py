@@ -19,7 +19,7 @@ def sink_weights(ctx: BlockContext, scores: Tensor, block: Attention) -> Tensor:
     sinks = _spread(ctx.parameter(name, block.num_heads), tokens(block.num_heads))
     combined = ops.cat([scores, sinks], wide, CORE)
     combined = ops.sub_broadcast(combined, _highest(combined, tokens(block.num_heads)), CORE)
-    probabilities = ops.softmax(combined, combined.dtype, True, CORE)
+    probabilities = ops.softmax(combined, combined.dtype, ctx.device, CORE)
     ctx.frame.append(combined)  # named until the function returns
     return ops.piece(probabilities, per_score(block.num_heads))
 
