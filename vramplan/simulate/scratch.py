@@ -23,7 +23,28 @@ def safe_softmax(scores: torch.Tensor, dim: int, *_: Any, result: torch.Tensor, 
     return scores.numel(), rows, result.element_size()
 
 
-CPU_SCRATCH: dict[Any, Scratch] = {aten._safe_softmax.default: safe_softmax}
+def widened_operands(one: Any, other: Any, *_: Any, result: torch.Tensor, **__: Any) -> Sequence[int]:
+    """TensorIterator.cpp ``compute_types``, ``promote_inputs_to_common_dtype``: on the CPU an operand of another format
+    than the operator computes in is copied first. A number is no operand."""
+    operands = [each for each in (one, other) if isinstance(each, torch.Tensor) and each.dim()]
+    if len({each.dtype for each in operands}) < 2:
+        return ()
+    common = torch.result_type(one, other)
+    return [each.numel() * common.itemsize for each in operands if each.dtype is not common]
+
+
+def widened_in_place(one: torch.Tensor, other: Any, *_: Any, result: torch.Tensor, **__: Any) -> Sequence[int]:
+    """The same, and a result that is narrower is made in the wide format first (``cast_common_dtype_to_outputs``)."""
+    copies = widened_operands(one, other, result=result)
+    common = torch.result_type(one, other)
+    return copies if not copies or one.dtype is common else (*copies, one.numel() * common.itemsize)
+
+
+CPU_SCRATCH: dict[Any, Scratch] = {
+    aten._safe_softmax.default: safe_softmax,
+    **{packet.Tensor: widened_operands for packet in (aten.add, aten.sub, aten.mul, aten.div)},
+    **{packet.Tensor: widened_in_place for packet in (aten.add_, aten.sub_, aten.mul_, aten.div_)},
+}
 
 
 def flash_backward(
