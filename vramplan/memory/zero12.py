@@ -136,9 +136,10 @@ class Zero12(Engine):
             instants.append((left + filled + copy, "gradient reduction", left, filled, copy))
             if self.contiguous and self.rank in flush.ranks:
                 filled = partition
-                # a gradient that bypassed the bucket is let go of once it is in the partition, else at the end
-                left -= 0 if moves else flush.numel * self.width
             instants.append((left + filled, "gradient partition filled", left, filled, 0))
+            if self.contiguous and self.rank in flush.ranks and not moves:
+                # a gradient that bypassed the bucket is let go of after it is in the partition, else at the end
+                left -= flush.numel * self.width
             if self.offloads and self.rank in flush.ranks:
                 own = left if moves else left + flush.numel * self.width
                 instants.append((own + (norm := self._norm_bytes(flush.held)), "gradient norm", own, 0, -norm))
