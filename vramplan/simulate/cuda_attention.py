@@ -120,13 +120,17 @@ def _flash_attention_2(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' ``flash_attention_forward``; the result is (batch, tokens, heads, width)."""
+    """transformers' ``flash_attention_forward``; the result is (batch, tokens, heads, width). Values that are narrower
+    than queries are padded for the kernel, and its result is cut (integrations/flash_attention.py:60 and :99)."""
+    value_width = value.shape[-1]
+    if value_width != query.shape[-1]:
+        value = torch.nn.functional.pad(value, [0, query.shape[-1] - value_width])
     if query.dtype is torch.float32:  # autocast or adapters left it wide: cast to the weights' compute dtype
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     if attention_mask is not None:
         query, key, value = (tensor.clone() for tensor in (query, key, value))
     output = _flash(query, key, value, dropout, True, scaling).transpose(1, 2)
-    return (output if attention_mask is None else output.clone()), None
+    return (output if attention_mask is None else output.clone())[..., :value_width], None
 
 
 def _flash_can(
