@@ -160,8 +160,10 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> 
         weights = ctx.returned = ops.to(weights, values.dtype, CORE)
         return ops.clone(weighed(ctx, weights, values, wide), CORE)
     low = q.dtype
-    weights = ops.softmax(weights, _softmax_dtype(ctx, weights, block), ctx.device, CORE)
+    scores = weights  # one expression: the name keeps them until softmax is cast
+    weights = ops.softmax(scores, _softmax_dtype(ctx, scores, block), ctx.device, CORE)
     weights = ops.to(weights, low, CORE) if block.casts_softmax else weights
+    del scores
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights
     values = ctx.low(values, CORE)
