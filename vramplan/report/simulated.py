@@ -46,6 +46,8 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "host_capacity_bytes": closed.node.host_memory_bytes,
         "terms": [term_to_dict(term) for term in terms_of(closed, found)],
         "host_terms": [],
+        "disk_bytes_per_node": 0,  # offload to NVMe is not simulated
+        "disk_terms": [],
         "moments": [
             {
                 "name": phase.phase,

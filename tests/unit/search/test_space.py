@@ -57,7 +57,7 @@ def test_closing_fills_in_everything_and_changes_nothing_that_was_given():
             closed.activation_checkpointing,
             closed.layout,
             closed.optimizer.lr,
-            *closed.zero.model_dump().values(),
+            *closed.zero.model_dump(exclude={"nvme_path"}).values(),  # which names a place only where NVMe is used
         )
         assert None not in open_fields
         assert closed.global_batch_size == 16
