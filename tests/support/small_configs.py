@@ -14,6 +14,7 @@ SIZES = {
 FEW_KV = {**SIZES, "num_key_value_heads": 2}
 LATENT = {
     **SIZES,
+    "num_key_value_heads": 4,
     "n_routed_experts": 4,
     "moe_intermediate_size": 32,
     "num_experts_per_tok": 2,
@@ -26,7 +27,7 @@ GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}
 OPT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 128}
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128}
 FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-QWEN_MOE = {**SIZES, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32}
+QWEN_MOE = {**SIZES, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
 SMALL: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", GPT2),
