@@ -90,13 +90,17 @@ class ForkServer:
 
 
 def serve(handle: Callable[[dict[str, Any]], None]) -> None:
-    """The server's end: forks a child that handles each request, until stdin closes and the last child has ended."""
+    """The server's end: forks a child that handles each request, until stdin closes and the last child has ended; a
+    client that was killed could not end them, so they are ended when it is gone."""
     children: dict[int, str] = {}
+    client = os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: _end(children))
     requests = _Lines(sys.stdin.fileno())
     while children or not requests.closed:
         for request in map(json.loads, requests.read(timeout_s=0.05)):
             children[_fork(handle, request)] = request["out"]
+        if requests.closed and os.getppid() != client:
+            _end(children)
         for pid, exit_code in _ended_children(children):
             sys.stdout.write(json.dumps({"out": children.pop(pid), "exit": exit_code}) + "\n")
             sys.stdout.flush()
