@@ -87,12 +87,14 @@ def train(
         merge_adapters,
         run_plan,
     )
+    from vramplan.supervise.tasks import check_tasks, evaluate_tasks
 
     terms = Terms(hostfile, hang_after, _checked_allowances(allow or []))
     path = _plan_file(source)
     plan = _with_overrides(_plan_of(path, assign or []), max_steps, sample)
     run_dir = RunDir(output or _default_output(path, plan, resume))
     check_before_launch(plan)
+    check_tasks(plan.run)
     if verify or (verify is None and not resume and plan.node.device.kind != "cpu"):
         show(_verified(plan))
     _prepare(run_dir, plan, resume)
@@ -124,6 +126,8 @@ def train(
             merge_adapters(run_dir, view.on_event)
         if plan.run.training.sample is not None:
             answer_sample(run_dir, plan.run.training.sample, view.on_event)
+        if plan.run.training.lm_eval is not None:
+            evaluate_tasks(run_dir, view.on_event)
     _show_measured(plan, run_dir)
 
 

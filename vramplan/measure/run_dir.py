@@ -66,6 +66,11 @@ class RunDir:
         return self.root / "model"
 
     @property
+    def lm_eval(self) -> Path:
+        """All that lm_eval said of the trained model (``training.lm_eval``)."""
+        return self.root / "lm_eval.json"
+
+    @property
     def logs(self) -> Path:
         """Output of the launcher and of each rank."""
         return self.root / "logs"

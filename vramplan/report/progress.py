@@ -123,6 +123,14 @@ class TrainingView:
     def _on_merged(self, event: dict[str, Any]) -> None:
         self._say(f"adapters merged into the weights: {event['path']}")
 
+    def _on_lm_eval(self, event: dict[str, Any]) -> None:
+        errors = event["stderrs"]
+        scores = (
+            f"{metric} {score:.4f}" + (f" ± {errors[metric]:.4f}" if metric in errors else "")
+            for metric, score in event["scores"].items()
+        )
+        self._say(f"lm_eval {event['task']}: {', '.join(scores)}")
+
     def _on_sample(self, event: dict[str, Any]) -> None:
         self._say(f"\nasked:    {event['question']}\nanswered: {event['answer']}")
 

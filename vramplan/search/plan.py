@@ -140,7 +140,15 @@ class Plan:
         return cls.from_dict(read_yaml_mapping(Path(path)), source=str(path))
 
 
-_SAYS_LENGTH_ONLY = {"max_steps", "epochs", "sample", "sample_tokens", "log_every", "hours_between_failures"}
+_SAYS_LENGTH_ONLY = {
+    "max_steps",
+    "epochs",
+    "sample",
+    "sample_tokens",
+    "log_every",
+    "hours_between_failures",
+    "lm_eval",
+}
 
 
 def plan_id(run: RunSpec) -> str:

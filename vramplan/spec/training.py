@@ -9,6 +9,25 @@ from pydantic import Field
 from vramplan.spec.base import UserModel
 
 
+class LmEvalSpec(UserModel):
+    """Tasks of EleutherAI's lm-evaluation-harness (``lm_eval``), given to the finished, saved and reloaded model in a
+    process of its own."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks or groups, as ``lm-eval ls tasks`` lists them; ``*`` stands for any letters."""
+    include_path: str | None = None
+    """A directory with tasks of one's own in YAML, as ``lm_eval`` reads it; Python functions that they name are run.
+    Relative to where the command runs, as are the ``data_files`` of a task."""
+    limit: float | None = Field(default=None, gt=0)
+    """Examples of each task; below 1 a share of them. None: all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each question. None: as each task has it."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences of one forward. None: as in the run's evaluations, else as in training."""
+    chat_template: bool = False
+    """Whether questions are put as messages, in the tokenizer's chat template."""
+
+
 class TrainingSpec(UserModel):
     """The loop: steps, schedule, seeds, evaluation and checkpoints."""
 
@@ -59,5 +78,7 @@ class TrainingSpec(UserModel):
     """A question that the finished, saved and reloaded model answers at the end."""
     sample_tokens: int = Field(default=64, ge=1)
     """Longest answer, in tokens."""
+    lm_eval: LmEvalSpec | None = None
+    """Benchmark tasks after training; needs ``vramplan[eval]``. None: none."""
     merge_adapters: bool = False
     """Whether adapters are also merged into the weights at the end (a full model next to the adapters)."""

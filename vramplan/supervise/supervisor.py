@@ -53,6 +53,8 @@ def check_before_launch(plan: Plan) -> None:
     for name in plan.run.training.trackers:
         if importlib.util.find_spec(name) is None:
             raise SpecError(f"training.trackers names {name}, which is not installed: pip install {name}, or drop it")
+    if plan.run.training.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
+        raise SpecError("training.lm_eval needs lm-eval: pip install 'vramplan[eval]', or drop it")
     check_run(plan.run)
     if plan.run.training.snapshot_every is not None and plan.node.num_nodes > 1:
         raise SpecError("training.snapshot_every: snapshots in shared memory are of one node; leave it out on several")
@@ -218,9 +220,20 @@ def _phase(status: Path | None) -> str | None:
 
 
 def _after(run_dir: RunDir, arguments: list[str], listener: Listener, failure: str) -> None:
-    tail = Tail(run_dir.metrics)
     log = run_dir.logs / "after.log"
-    command = [sys.executable, "-m", "vramplan.train.after", str(run_dir.root), *arguments]
+    code = follow_afterwards(run_dir, ["vramplan.train.after", str(run_dir.root), *arguments], listener, log)
+    if code != 0:
+        raise RunFailedError(f"{failure} (log: {log})")
+
+
+def follow_afterwards(run_dir: RunDir, module: list[str], listener: Listener, log: Path) -> int | None:
+    """Runs a module of ours with its arguments in a fresh process after training; its exit code.
+
+    Raises:
+        TrainingFailed: the user interrupted; the process is ended.
+    """
+    tail = Tail(run_dir.metrics)
+    command = [sys.executable, "-m", *module]
     with interrupts_raise():
         child = Child(command, {}, log)
         try:
@@ -229,8 +242,7 @@ def _after(run_dir: RunDir, arguments: list[str], listener: Listener, failure: s
             raise TrainingFailed("interrupted after training; what was trained is saved", INTERRUPTED_CODE) from error
         finally:
             child.end()
-    if child.poll() != 0:
-        raise RunFailedError(f"{failure} (log: {log})")
+    return child.poll()
 
 
 def _clear_old_failures(run_dir: RunDir) -> None:

@@ -44,13 +44,14 @@ def main() -> int:
     return 0
 
 
-def reload(run: RunSpec, run_dir: RunDir) -> tuple[Any, Any]:
-    """(model, tokenizer) as they were saved: the base model with PEFT's adapters on it, or the trained model."""
+def reload(run: RunSpec, run_dir: RunDir, device_map: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) as they were saved: the base model with PEFT's adapters on it, or the trained model; on the
+    host, or laid out as ``device_map`` says (transformers' key)."""
     if not isinstance(run.method, LoraMethod):
-        return _load(run, run_dir.model), load_tokenizer(run_dir.model, run)
+        return _load(run, run_dir.model, device_map), load_tokenizer(run_dir.model, run)
     from peft import PeftModel
 
-    base = _load(run, model_directory(run))
+    base = _load(run, model_directory(run), device_map)
     return PeftModel.from_pretrained(base, str(run_dir.adapter)), load_tokenizer(run_dir.adapter, run)
 
 
@@ -111,12 +112,13 @@ def _sample(run: RunSpec, run_dir: RunDir, question: str) -> None:
     append_event(run_dir.metrics, "sample", question=question, answer=text, seconds=time.perf_counter() - started)
 
 
-def _load(run: RunSpec, directory: Path) -> Any:
+def _load(run: RunSpec, directory: Path, device_map: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=weight_dtype(run),
+        device_map=device_map,
         use_safetensors=None if run.training.allow_pickle else True,
         trust_remote_code=run.training.trust_remote_code,
     )

@@ -30,6 +30,7 @@ def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str) -> st
         f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({run.method.kind})",
         f"Trained with vramplan {__version__} for {steps[-1]['step'] if steps else 0} optimizer steps.",
         _evaluations(events),
+        _tasks(events),
         f"## What was asked\n\n```yaml\n{yaml.safe_dump(asked, sort_keys=False)}```",
         _versions(events),
     ]
@@ -60,6 +61,22 @@ def _evaluations(events: list[dict[str, Any]]) -> str:
     for name, found in rows.items():
         first, last = found[0], found[-1]
         lines.append(f"| {name} | {first['perplexity']:.3f} ({first['step']}) | {last['perplexity']:.3f} |")
+    return "\n".join(lines)
+
+
+def _tasks(events: list[dict[str, Any]]) -> str:
+    """A table of lm_eval's scores of the trained model, the last of each task."""
+    found = {event["task"]: event for event in events if event["event"] == "lm_eval"}
+    if not found:
+        return ""
+    *_, last = found.values()
+    lines = [f"## Tasks (lm_eval {last['version']})", "", "| task | examples | metric | score | standard error |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for name, event in found.items():
+        for metric, score in event["scores"].items():
+            error = event["stderrs"].get(metric)
+            shown = "" if error is None else f"{error:.4f}"
+            lines.append(f"| {name} | {event['num_examples'] or ''} | {metric} | {score:.4f} | {shown} |")
     return "\n".join(lines)
 
 
