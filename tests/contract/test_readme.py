@@ -45,7 +45,7 @@ def test_commands_that_measure(tmp_path):
     assert len(commands) == 2
     for command in commands:
         printed = run(command, tmp_path)
-    assert "modeling_gpt2.py" in printed
+    assert "modeling_qwen2.py" in printed
 
 
 def test_the_demo_runs_the_commands_that_train():
