@@ -11,7 +11,8 @@ from tests.support.small_configs import FEW_KV
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.dtype import Dtype
 from vramplan.facts.families import architecture_from_config
-from vramplan.memory.profile import ModelRun, profile
+from vramplan.memory.model_run import ModelRun
+from vramplan.memory.profile import profile
 from vramplan.memory.size import sub
 from vramplan.spec.trainable import FullMethod
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
+from vramplan.errors import SpecError
 from vramplan.measure.record import JobModel, JobSpec, World
 from vramplan.spec.data import DataSpec
+from vramplan.spec.invalid import describe_errors
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import OptimizerSpec, RunSpec
 from vramplan.spec.training import TrainingSpec
 
 
 def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
-    """The closed RunSpec (every None decided) that says what the record's program ran, and its layout."""
+    """The closed RunSpec (every None decided) that says what the record's program ran, and its layout.
+
+    Raises:
+        SpecError: fields that cannot stand together, such as plain PyTorch and a ZeRO stage.
+    """
     layout = spec.layout
     zero = spec.zero.model_copy(
         update={
@@ -24,34 +32,37 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
     hardware = spec.hardware
     if spec.cap_bytes is not None:
         hardware = hardware.model_copy(update={"memory_cap": spec.cap_bytes})
-    run = RunSpec(
-        model=spec.model.name,
-        model_config_fields=spec.model.config,
-        method=spec.method,
-        engine=spec.engine,
-        precision=spec.precision,
-        seq_len=spec.seq_len,
-        global_batch_size=spec.micro_batch_size * spec.grad_accum_steps * layout.dp,
-        micro_batch_size=spec.micro_batch_size,
-        grad_accum_steps=spec.grad_accum_steps,
-        attention=spec.attention,
-        attention_mask=spec.attention_mask,
-        activation_checkpointing=spec.activation_checkpointing,
-        loss=spec.loss,
-        kernels=spec.kernels,
-        tiled_mlp=spec.tiled_mlp,
-        offload_activations=spec.offload_activations,
-        shifted_logits=spec.shifted_logits,
-        keep_outputs=spec.keep_outputs,
-        retain=spec.retain,
-        data=DataSpec(packing="best_fit" if spec.masked and not spec.attention_mask else "none"),
-        optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01, momentum=spec.momentum),
-        zero=zero,
-        layout=layout,
-        alloc_conf=spec.alloc_conf,
-        hardware=hardware,
-        training=TrainingSpec(max_steps=spec.steps, max_grad_norm=1.0),
-    )
+    try:
+        run = RunSpec(
+            model=spec.model.name,
+            model_config_fields=spec.model.config,
+            method=spec.method,
+            engine=spec.engine,
+            precision=spec.precision,
+            seq_len=spec.seq_len,
+            global_batch_size=spec.micro_batch_size * spec.grad_accum_steps * layout.dp,
+            micro_batch_size=spec.micro_batch_size,
+            grad_accum_steps=spec.grad_accum_steps,
+            attention=spec.attention,
+            attention_mask=spec.attention_mask,
+            activation_checkpointing=spec.activation_checkpointing,
+            loss=spec.loss,
+            kernels=spec.kernels,
+            tiled_mlp=spec.tiled_mlp,
+            offload_activations=spec.offload_activations,
+            shifted_logits=spec.shifted_logits,
+            keep_outputs=spec.keep_outputs,
+            retain=spec.retain,
+            data=DataSpec(packing="best_fit" if spec.masked and not spec.attention_mask else "none"),
+            optimizer=OptimizerSpec(kind=spec.optimizer, lr=1e-5, weight_decay=0.01, momentum=spec.momentum),
+            zero=zero,
+            layout=layout,
+            alloc_conf=spec.alloc_conf,
+            hardware=hardware,
+            training=TrainingSpec(max_steps=spec.steps, max_grad_norm=1.0),
+        )
+    except ValidationError as error:
+        raise SpecError(f"job {spec.id}: {describe_errors(RunSpec, error)}") from error
     return run, layout
 
 

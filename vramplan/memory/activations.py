@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from vramplan.memory.profile import ModelRun, Profile, profile
+from vramplan.memory.model_run import ModelRun
+from vramplan.memory.profile import Profile, profile
 from vramplan.memory.size import Size, add, const, dominates
 from vramplan.memory.tape import Point
 

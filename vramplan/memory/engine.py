@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import forward_candidates
-from vramplan.memory.job import ADAPTER_DTYPE, Job
+from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
+from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK
 from vramplan.memory.retention import kept_bytes, kl_instant_bytes, logits_bytes, passing_bytes, reference_bytes

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.blocks.context import Module
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import const
-from vramplan.memory.tape import Parameter, Tape, Tensor
+from vramplan.memory.tape import Tape, Tensor
 from vramplan.spec.layout import shard
 
 NEVER = -(10**10)

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from math import prod
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
+from vramplan.facts.architecture import Architecture, MixtureOfExperts
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
-from vramplan.memory.profile import ModelRun
+from vramplan.memory.model_run import ModelRun
+from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter, parameters
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
-from vramplan.spec.targets import fused_adapters, resolve_targets
-from vramplan.spec.trainable import FullMethod, LoraMethod, Method
-
-ADAPTER_DTYPE = Dtype.FP32
-"""PEFT keeps adapters in fp32 (``autocast_adapter_dtype``) until DeepSpeed casts the module."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One unique parameter tensor of the model as it is trained, in registration order."""
-
-    name: str
-    numel: int
-    trained: bool
-    in_linear: bool
-    """Whether it belongs to a linear; of trained ones, to a module of the class ``nn.Linear`` itself, whose parameters
-    travel in autocast's format (runtime/torch_autocast.py, ``init_autocast_params``)."""
-    adapter: bool = False
-    packable: bool = False
-    """Whether it is a weight that bitsandbytes keeps in 4 bits if asked: of linears, but for the head's and those that
-    a class of their own multiplies."""
-    factored_numel: int = 0
-    """Elements of a row and a column of each of its matrices; of a vector all."""
-
+from vramplan.spec.targets import resolve_targets
+from vramplan.spec.trainable import LoraMethod, Method
 
 KL_CHUNK_TOKENS = 256
 """Most tokens whose probabilities the KL term has in fp32 at once (``retain/kl.py``)."""
-
-
-def factored_numel(shape: tuple[int, ...]) -> int:
-    """What an optimizer keeps that factors matrices (Adafactor), one element each."""
-    if len(shape) < 2:
-        return prod(shape)
-    return prod(shape[:-1]) + prod(shape[:-2]) * shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,78 +304,3 @@ def _check_targets(architecture: Architecture, method: LoraMethod) -> None:
         f"method.target_modules: {method.target_modules!r} matches no projection of the model, so nothing would be "
         f"trained; name some of {', '.join(known)}, or all-linear"
     )
-
-
-@lru_cache(maxsize=256)
-def parameters(
-    architecture: Architecture, method: Method, adapted: frozenset[str] = frozenset()
-) -> tuple[Parameter, ...]:
-    """Every unique parameter of the model, adapters where PEFT puts them: after their own base layer's."""
-    return tuple(_parameters(architecture, method, adapted))
-
-
-def _parameters(architecture: Architecture, method: Method, adapted: frozenset[str]) -> Iterator[Parameter]:
-    linears = dict(architecture.named_linears())
-    packable = {f"{name}.weight" for name, linear in linears.items() if not linear.by_matmul}
-    linears[architecture.head.name] = architecture.head
-    if isinstance(method, FullMethod):
-        nn_linears = {name for name, linear in linears.items() if linear.is_nn_linear}
-        if architecture.tied_embeddings and architecture.head.is_nn_linear:
-            nn_linears.add(architecture.embeddings[0].name)
-        for tensor in architecture.named_tensors():
-            trained = method.trains(tensor.name, architecture.num_layers)
-            in_linear = tensor.name.rpartition(".")[0] in nn_linears
-            factored = factored_numel(tensor.shape)
-            yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored)
-        return
-    fused = _fused_adapters(architecture, method, adapted) if adapted else {}
-    pending: tuple[str, list[Parameter]] | None = None
-    for tensor in architecture.named_tensors():
-        module = tensor.name.rpartition(".")[0]
-        if pending is not None and pending[0] != module:
-            yield from pending[1]
-            pending = None
-        yield Parameter(tensor.name, tensor.numel, False, module in linears, packable=tensor.name in packable)
-        if module in linears and pending is None:
-            pending = module, _adapters(architecture, method, module, linears[module])
-        elif module in fused and pending is None:
-            pending = module, fused[module]
-    if pending is not None:
-        yield from pending[1]
-    if architecture.tied_embeddings:  # a tied head has no weight of its own, but it can have an adapter
-        yield from _adapters(architecture, method, architecture.head.name, architecture.head)
-
-
-def _fused_adapters(
-    architecture: Architecture, method: LoraMethod, adapted: frozenset[str]
-) -> dict[str, list[Parameter]]:
-    """The adapters of routers and experts by the full name of the module that they are in."""
-    made: dict[str, list[Parameter]] = {}
-    for index, layer in enumerate(architecture.layers):
-        block, prefix = layer.feed_forward, f"{architecture.layer_prefix}.{index}."
-        for each in fused_adapters(block, adapted, method.r) if isinstance(block, MixtureOfExperts) else ():
-            made.setdefault(f"{prefix}{each.parameter.rpartition('.')[0]}", []).extend(
-                Parameter(f"{prefix}{name}", numel, True, True, adapter=True)
-                for name, numel in ((each.down, each.down_numel), (each.up, each.up_numel))
-            )
-    return made
-
-
-def _adapters(architecture: Architecture, method: LoraMethod, module: str, linear: Linear) -> list[Parameter]:
-    is_head = module == architecture.head.name
-    if (is_head and method.target_modules == "all-linear") or not method.adapts(module):
-        return []
-    made = [
-        _factor(f"{module}.lora_A.weight", method.r, linear.in_features),
-        _factor(f"{module}.lora_B.weight", linear.out_features, method.r),
-    ]
-    if method.use_dora:
-        width = linear.out_features
-        made.append(
-            Parameter(f"{module}.lora_magnitude_vector.weight", width, True, False, adapter=True, factored_numel=width)
-        )
-    return made
-
-
-def _factor(name: str, rows: int, columns: int) -> Parameter:
-    return Parameter(name, rows * columns, True, True, adapter=True, factored_numel=rows + columns)

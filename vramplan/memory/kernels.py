@@ -6,9 +6,10 @@ Each mirrors the torch operator of its name (``tools/autograd/derivatives.yaml``
 from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Node, Parameter, Tape, Tensor
-from vramplan.memory.views import GRADIENTS
+from vramplan.memory.tape import Node, Tape, Tensor
+from vramplan.memory.views import GRADIENTS, one_gradient
 
 TEMPORARY = "temporary of an operator"
 WEIGHT_GRADIENT = "gradient of the weight in hand"
@@ -56,13 +57,7 @@ def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
     mask = tape.new(numel, Dtype.BOOL if device == "cuda" else dtype, label)
     out = tape.new(numel, dtype, label)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("dropout", out, [x], [mask], backward)
+    return tape.attach("dropout", out, [x], [mask], one_gradient(numel, dtype))
 
 
 def flash_attention(
@@ -102,10 +97,4 @@ def nll_loss(log_probabilities: Tensor, targets: Tensor, label: str) -> Tensor:
     tape, numel, dtype = log_probabilities.storage.tape, log_probabilities.numel, log_probabilities.dtype
     out = tape.new((1, 0, 0, 0, 0), dtype, label)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("nll_loss", out, [log_probabilities], [log_probabilities, targets], backward)
+    return tape.attach("nll_loss", out, [log_probabilities], [log_probabilities, targets], one_gradient(numel, dtype))

@@ -16,13 +16,15 @@ from vramplan.memory.kernels import embedding as embedding
 from vramplan.memory.kernels import flash_attention as flash_attention
 from vramplan.memory.kernels import layer_norm as layer_norm
 from vramplan.memory.kernels import nll_loss as nll_loss
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.quantized import BLOCK
 from vramplan.memory.size import ZERO, Size
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.tape import Node, Tensor
 from vramplan.memory.views import GRADIENTS as GRADIENTS
 from vramplan.memory.views import cat as cat
 from vramplan.memory.views import clone as clone
 from vramplan.memory.views import gathered as gathered
+from vramplan.memory.views import one_gradient as one_gradient
 from vramplan.memory.views import piece as piece
 from vramplan.memory.views import placed as placed
 from vramplan.memory.views import resized as resized
@@ -380,13 +382,7 @@ def softmax(x: Tensor, dtype: Dtype, device: str, label: str) -> Tensor:
     tape, source, numel = x.storage.tape, x.dtype, x.numel
     out = tape.new(numel, dtype, label)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, source, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("softmax", out, [x], [out], backward)
+    return tape.attach("softmax", out, [x], [out], one_gradient(numel, source))
 
 
 def log_softmax(x: Tensor, label: str) -> Tensor:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from vramplan.facts.architecture import Architecture, DecoderLayer
+from vramplan.facts.architecture import DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.balance import collect_of_skipped, with_balance
@@ -25,52 +25,18 @@ from vramplan.memory.blocks.layer import RESIDUAL, run_layer
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
-from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits, Gathers
+from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
 from vramplan.memory.kinds import layer_kind, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED
+from vramplan.memory.leaf import Parameter
+from vramplan.memory.model_run import ModelRun
 from vramplan.memory.size import ZERO, Size, add
 from vramplan.memory.skipped import difference, less
-from vramplan.memory.tape import Node, Parameter, Point, Tape, Tensor
-from vramplan.spec.trainable import LoraMethod, Method
+from vramplan.memory.tape import Node, Point, Tape, Tensor
+from vramplan.spec.trainable import LoraMethod
 
 CPU_RANDOM_STATE_BYTES = 5056
 """``torch.get_rng_state().nbytes``; a GPU's state is kept on the host too."""
-
-
-@dataclass(frozen=True)
-class ModelRun:
-    """What decides the bytes of one micro-batch, besides the batch itself."""
-
-    architecture: Architecture
-    method: Method
-    dtype: Dtype
-    autocast: Dtype | None
-    device: str
-    attention: str
-    checkpointing: bool
-    keep_outputs: bool
-    shifted_logits: bool = False
-    """Whether the loss copies the fp32 logits to shift them."""
-    fused_loss_rows: int = 0
-    """Tokens of a chunk of the fused loss; 0: the model's own loss over whole logits."""
-    liger_kernels: bool = False
-    """Whether norms, rotary positions and MLPs are liger-kernel's."""
-    tile_rows: int = 0
-    """Tokens that an MLP takes at a time; 0: all."""
-    host_checkpoints: bool = False
-    """Whether inputs of checkpointed layers are kept in the host's memory."""
-    sequence_parallel: int = 1
-    lone_sequence: bool = False
-    adapter_dtype: Dtype | None = None
-    """Format of adapters where it is not that of the weights."""
-    windowed: bool = False
-    """Whether sequences reach the sliding window."""
-    masked: bool = False
-    """Whether sequences are padded or packed."""
-    adapted_parameters: frozenset[str] = frozenset()
-    """Parameters of experts and routers that get adapters as they are."""
-    gathers: GatherLimits | None = None
-    """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 
 
 @dataclass(frozen=True)

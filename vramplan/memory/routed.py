@@ -10,20 +10,13 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory.kernels import TEMPORARY, WEIGHT_GRADIENT
 from vramplan.memory.size import Size
 from vramplan.memory.tape import Node, Tape, Tensor
-from vramplan.memory.views import GRADIENTS
+from vramplan.memory.views import GRADIENTS, one_gradient
 
 
 def rows(x: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
     """``x[indices]``: a copy; its backward adds the gradients into zeros of x's shape (``index_backward``)."""
     tape, whole, dtype = x.storage.tape, x.numel, x.dtype
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(whole, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    node = tape.record("index", [x], [indices], backward)
+    node = tape.record("index", [x], [indices], one_gradient(whole, dtype))
     out = tape.new(numel, dtype, label)
     out.node = node
     return out
@@ -34,13 +27,7 @@ def filled(x: Tensor, mask: Tensor, label: str, in_place: bool = False) -> Tenso
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     out = x.detach() if in_place else tape.new(numel, dtype, label)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("masked_fill", out, [x], [mask], backward)
+    return tape.attach("masked_fill", out, [x], [mask], one_gradient(numel, dtype))
 
 
 def grouped_product(
@@ -102,13 +89,7 @@ def scattered_into(values: Tensor, indices: Tensor, numel: Size, label: str) -> 
     tape, small, dtype = values.storage.tape, values.numel, values.dtype
     out = tape.new(numel, dtype, label)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(small, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("scatter", out, [values], [indices], backward)
+    return tape.attach("scatter", out, [values], [indices], one_gradient(small, dtype))
 
 
 def jittered(x: Tensor, label: str) -> Tensor:
@@ -116,13 +97,7 @@ def jittered(x: Tensor, label: str) -> Tensor:
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     factors = tape.new(numel, dtype, label)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, GRADIENTS)
-        del held
-        return [result]
-
-    return tape.attach("mul", x.detach(), [x], [factors], backward)
+    return tape.attach("mul", x.detach(), [x], [factors], one_gradient(numel, dtype))
 
 
 def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ Each mirrors the torch operator of its name (``tools/autograd/derivatives.yaml``
 
 from __future__ import annotations
 
+from vramplan.facts.dtype import Dtype
 from vramplan.memory.size import Size, scale
-from vramplan.memory.tape import Node, Tensor
+from vramplan.memory.tape import Backward, Node, Tensor
 
 GRADIENTS = "activation gradients"
 
@@ -132,3 +133,15 @@ def split(x: Tensor, sizes: list[Size]) -> list[Tensor]:
         for slot, out in enumerate(outs):
             out.node, out.slot = outs[0].node, slot
     return outs
+
+
+def one_gradient(numel: Size, dtype: Dtype, label: str = GRADIENTS) -> Backward:
+    """The backward of an operator with one input: its gradient is made while what was saved first is there."""
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        held = node.unpack(0)
+        result = held.storage.tape.new(numel, dtype, label)
+        del held
+        return [result]
+
+    return backward

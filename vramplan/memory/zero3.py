@@ -8,9 +8,10 @@ from vramplan.memory import labels
 from vramplan.memory.activations import undominated
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.gathers import second_part
-from vramplan.memory.job import ADAPTER_DTYPE, Job
+from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
+from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
 from vramplan.memory.reduction import Bucket, bucket_flushes
 from vramplan.memory.size import ZERO

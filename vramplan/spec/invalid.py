@@ -54,6 +54,8 @@ def _describe(model: type[BaseModel], path: list[str], detail: ErrorDetails) -> 
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{key} is {shown} but must be {words} {context[bound]}"
+    if not path:  # what the fields demand of each other; showing all of them would bury it
+        return detail["msg"].removeprefix("Value error, ")
     return f"{key} is {shown}{_demand(detail)}"
 
 

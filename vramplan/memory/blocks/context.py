@@ -9,8 +9,9 @@ from typing import Protocol
 from vramplan.facts.architecture import Attention, LatentAttention, Linear, Norm, Role
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import per_token
-from vramplan.memory.tape import Node, Parameter, Tape, Tensor
+from vramplan.memory.tape import Node, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from vramplan.facts.architecture import Linear
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.tape import Tensor
 
 Product = Callable[[Tensor, int], Tensor]
 """``lora_B(lora_A(x))`` of an x with so many rows; 0 rows: the tokens of the micro-batch."""
@@ -63,13 +64,7 @@ def _quotient(magnitude: Parameter, norm: Tensor) -> Tensor:
     tape, numel, dtype = norm.storage.tape, magnitude.numel, magnitude.dtype
     out = tape.new(numel, norm.dtype, LABEL)
 
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        held = node.unpack(0)
-        result = tape.new(numel, dtype, ops.WEIGHT_GRADIENT)
-        del held
-        return [result]
-
-    return tape.attach("div", out, [magnitude], [norm], backward)
+    return tape.attach("div", out, [magnitude], [norm], ops.one_gradient(numel, dtype, ops.WEIGHT_GRADIENT))
 
 
 def rows(count: int, width: int) -> Size:

@@ -14,8 +14,9 @@ from vramplan.memory.blocks.folded import Factors, factor_parameters, fold, hang
 from vramplan.memory.blocks.linear import recomputed
 from vramplan.memory.blocks.mlp import activate
 from vramplan.memory.blocks.router import Routing
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size, const
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.tape import Tensor
 
 EXPERTS = "routed experts"
 

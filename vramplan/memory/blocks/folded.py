@@ -9,7 +9,8 @@ from __future__ import annotations
 from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.leaf import Parameter
+from vramplan.memory.tape import Node, Tensor
 from vramplan.spec.targets import fused_adapters
 from vramplan.spec.trainable import LoraMethod
 

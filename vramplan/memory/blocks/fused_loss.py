@@ -11,8 +11,9 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.head import LOGITS, LOSS, TOKENS, head_weight
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import const
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.tape import Node, Tensor
 
 FAMILIES = frozenset(
     [

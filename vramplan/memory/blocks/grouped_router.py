@@ -7,7 +7,8 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.linear import product
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.leaf import Parameter
+from vramplan.memory.tape import Tensor
 
 ROUTER = "router"
 

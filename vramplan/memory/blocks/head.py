@@ -11,8 +11,9 @@ from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.layer import RESIDUAL
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size, per_position
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.tape import Tensor
 
 LOGITS = "logits"
 LOSS = "loss"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.kernels import WEIGHT_GRADIENT
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.tape import Node, Tensor
 from vramplan.memory.views import GRADIENTS
 
 FAMILIES = frozenset(["llama", "mistral", "qwen2", "qwen3"])

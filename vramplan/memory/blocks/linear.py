@@ -9,8 +9,9 @@ from vramplan.memory import labels, ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.dora import dora, rows
 from vramplan.memory.cast_linear import linear_cast_zero3
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.tape import Tensor
 from vramplan.spec.trainable import LoraMethod
 
 LABEL = "adapters"

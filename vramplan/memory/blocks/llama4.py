@@ -14,8 +14,9 @@ from vramplan.memory.blocks.experts import EXPERTS
 from vramplan.memory.blocks.grouped_router import ROUTER
 from vramplan.memory.blocks.linear import cast_of_weight, product, recomputed
 from vramplan.memory.blocks.mlp import activate, gated
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.tape import Tensor
 
 
 def mixture_of_all(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:

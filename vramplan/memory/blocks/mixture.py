@@ -11,7 +11,8 @@ from vramplan.memory.blocks.linear import linear_parameters, project
 from vramplan.memory.blocks.llama4 import mixture_of_all
 from vramplan.memory.blocks.mlp import MLP, gated
 from vramplan.memory.blocks.router import route
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.leaf import Parameter
+from vramplan.memory.tape import Tensor
 
 
 def mixture(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:

@@ -9,8 +9,9 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.liger import liger_rms
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.tape import Tensor
 
 TEMPORARY = "temporary of an operator"
 

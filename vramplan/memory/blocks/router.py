@@ -19,7 +19,8 @@ from vramplan.memory.blocks.grouped_router import (
     softmax_of_groups,
 )
 from vramplan.memory.blocks.linear import product
-from vramplan.memory.tape import Parameter, Tensor
+from vramplan.memory.leaf import Parameter
+from vramplan.memory.tape import Tensor
 
 
 @dataclass(slots=True)

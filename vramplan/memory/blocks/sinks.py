@@ -6,8 +6,9 @@ from vramplan.facts.architecture import Attention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size, add, per_score
-from vramplan.memory.tape import Node, Parameter, Tensor
+from vramplan.memory.tape import Node, Tensor
 
 CORE = "attention core"
 

@@ -1,0 +1,46 @@
+"""What decides the bytes of one micro-batch, besides the batch itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.gathers import GatherLimits
+from vramplan.spec.trainable import Method
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What decides the bytes of one micro-batch, besides the batch itself."""
+
+    architecture: Architecture
+    method: Method
+    dtype: Dtype
+    autocast: Dtype | None
+    device: str
+    attention: str
+    checkpointing: bool
+    keep_outputs: bool
+    shifted_logits: bool = False
+    """Whether the loss copies the fp32 logits to shift them."""
+    fused_loss_rows: int = 0
+    """Tokens of a chunk of the fused loss; 0: the model's own loss over whole logits."""
+    liger_kernels: bool = False
+    """Whether norms, rotary positions and MLPs are liger-kernel's."""
+    tile_rows: int = 0
+    """Tokens that an MLP takes at a time; 0: all."""
+    host_checkpoints: bool = False
+    """Whether inputs of checkpointed layers are kept in the host's memory."""
+    sequence_parallel: int = 1
+    lone_sequence: bool = False
+    adapter_dtype: Dtype | None = None
+    """Format of adapters where it is not that of the weights."""
+    windowed: bool = False
+    """Whether sequences reach the sliding window."""
+    masked: bool = False
+    """Whether sequences are padded or packed."""
+    adapted_parameters: frozenset[str] = frozenset()
+    """Parameters of experts and routers that get adapters as they are."""
+    gathers: GatherLimits | None = None
+    """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
