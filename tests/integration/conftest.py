@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from support.tiny_model import save_tiny_model
 from support.training import train, write_spec
@@ -22,16 +24,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The directory of an uninterrupted run with a stage and a method; each is run once and not to be changed."""
-    root, done = tmp_path_factory.mktemp("runs"), dict[tuple[int, str], Path]()
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"  # one for all of pytest's workers
+    root.mkdir(exist_ok=True)
 
     def run(stage: int, method: str) -> Path:
-        if (stage, method) not in done:
-            spec = write_spec(root / f"{method}{stage}.yaml", tiny_model, stage, method)
-            run_dir = root / f"{method}-{stage}"
-            finished = train(spec, "-o", run_dir)
-            assert finished.returncode == 0, finished.stdout + finished.stderr
-            done[stage, method] = run_dir
-        return done[stage, method]
+        run_dir = root / f"{method}-{stage}"
+        with FileLock(f"{run_dir}.lock"):
+            if not run_dir.exists():
+                spec = write_spec(root / f"{method}{stage}.yaml", tiny_model, stage, method)
+                finished = train(spec, "-o", run_dir)
+                assert finished.returncode == 0, finished.stdout + finished.stderr
+        return run_dir
 
     return run
 
