@@ -15,6 +15,7 @@ from vramplan.rank.group import join_fake_group
 from vramplan.rank.play import RankPlayer
 from vramplan.simulate.accumulate import sole_use_counts
 from vramplan.simulate.answers import ANSWERS
+from vramplan.simulate.black_box import BlackBox
 from vramplan.simulate.categories import categorise
 from vramplan.simulate.cuda_attention import flash_in_class_tables, register_flash
 from vramplan.simulate.events import Note
@@ -52,11 +53,13 @@ class _FakeMode(FakeTensorMode):
         return True
 
 
-def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str) -> Traced:
+def trace_rank(
+    run: RunSpec, layout: Layout, conditions: Conditions, device_type: str, black_box: BlackBox | None = None
+) -> Traced:
     """Plays the run on fake tensors of a ``cpu`` or a ``cuda`` device, in this process, which plays one world size
     and one device type in its life."""
     quantized = run.method.kind == "qlora" or run.optimizer.kind.endswith("8bit")
-    tracker, device = _tracker_of(device_type, four_bit_answers() if quantized else {})
+    tracker, device = _tracker_of(device_type, four_bit_answers() if quantized else {}, black_box)
     join_fake_group(layout.world_size)
     sole_use_counts()
     if run.attention == "flash_attention_2":
@@ -86,15 +89,17 @@ def trace_rank(run: RunSpec, layout: Layout, conditions: Conditions, device_type
     return traced
 
 
-def _tracker_of(device_type: str, answers: Mapping[Any, Answer]) -> tuple[Tracker, str]:
+def _tracker_of(
+    device_type: str, answers: Mapping[Any, Answer], black_box: BlackBox | None
+) -> tuple[Tracker, str]:
     """The tracker of a device type with further answers, and the device's name in torch."""
     answers = {**ANSWERS, **answers}
     if device_type == "cpu":
-        return Tracker("cpu", CPU_SCRATCH, answers), "cpu"
+        return Tracker("cpu", CPU_SCRATCH, answers, black_box), "cpu"
     from vramplan.simulate.gpu import NAME, set_up_gpu
 
     module = set_up_gpu()
-    tracker = Tracker(NAME, CUDA_SCRATCH, answers)
+    tracker = Tracker(NAME, CUDA_SCRATCH, answers, black_box)
     module.on_stream = tracker.set_stream
     module.on_empty_cache = tracker.empty_cache
     return tracker, f"{NAME}:0"

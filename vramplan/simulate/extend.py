@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vramplan.simulate.black_box import BlackBox
 from vramplan.simulate.depths import DepthPlan, NotByDepth, at_depth, plan_depths
 from vramplan.simulate.engine import Traced, trace_rank
 from vramplan.simulate.events import Kinds, read_events, write_trace
@@ -16,33 +17,42 @@ ATTEMPTS = 2
 """Sets of depths that are tried, the second a period deeper."""
 
 
-def trace_run(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str) -> Traced:
+def trace_run(
+    run: RunSpec, layout: Layout, conditions: Conditions, device_type: str, black_box: BlackBox | None = None
+) -> Traced:
     """As ``trace_rank``; a deep model's trace is followed from few layers where that is exact (``depths.py``).
 
     The law that two depths show has to give the trace of a third, event by event, and no number that the engine
     carries from layer to layer may have moved; else all layers are traced, and ``in_full_because`` says why.
     """
     if not conditions.by_depth:
-        return trace_rank(run, layout, conditions, device_type)
+        return trace_rank(run, layout, conditions, device_type, black_box)
     try:
-        return _by_depth(run, layout, conditions, device_type, plan_depths(run, layout))
+        return _by_depth(run, layout, conditions, device_type, plan_depths(run, layout), black_box)
     except NotByDepth as why:
         reason = str(why)
     except Exception as error:  # noqa: BLE001 - whatever a cut model does not bear, the whole one may
         reason = f"its layers could not be compared: {type(error).__name__}: {error}"
-    traced = trace_rank(run, layout, conditions, device_type)
+    traced = trace_rank(run, layout, conditions, device_type, black_box)
     traced.in_full_because = reason
     return traced
 
 
-def _by_depth(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str, plan: DepthPlan) -> Traced:
+def _by_depth(
+    run: RunSpec,
+    layout: Layout,
+    conditions: Conditions,
+    device_type: str,
+    plan: DepthPlan,
+    black_box: BlackBox | None,
+) -> Traced:
     traces: dict[int, Traced] = {}
     for attempt in range(ATTEMPTS):
         if not plan.is_worth(attempt):
             break
         for depth in plan.depths(attempt):
             if depth not in traces:
-                traces[depth] = _traced(at_depth(run, depth), layout, conditions, device_type)
+                traces[depth] = _traced(at_depth(run, depth), layout, conditions, device_type, black_box)
         depths = plan.depths(attempt)
         traced = follow([traces[depth] for depth in depths], plan.periods_beyond(depths[0]))
         if traced is not None:
@@ -51,8 +61,10 @@ def _by_depth(run: RunSpec, layout: Layout, conditions: Conditions, device_type:
     raise NotByDepth(f"{sorted(traces)} layers do not follow one law")
 
 
-def _traced(run: RunSpec, layout: Layout, conditions: Conditions, device_type: str) -> Traced:
-    traced = trace_rank(run, layout, conditions, device_type)
+def _traced(
+    run: RunSpec, layout: Layout, conditions: Conditions, device_type: str, black_box: BlackBox | None
+) -> Traced:
+    traced = trace_rank(run, layout, conditions, device_type, black_box)
     if traced.error is not None:
         raise NotByDepth("a cut model's trace stops before its end")
     return traced

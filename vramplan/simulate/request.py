@@ -6,6 +6,7 @@ A process plays one world size in its life (a process group is joined once), and
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -16,11 +17,14 @@ from vramplan.errors import SimulationError, SpecError
 from vramplan.facts.device import Node
 from vramplan.facts.resolve import resolve_config
 from vramplan.forkserver import ForkServer
+from vramplan.simulate.black_box import Death, read_death
 from vramplan.simulate.result import SimulationResult
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 
 DeviceType = Literal["cpu", "cuda"]
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+"""Signals by which code ends its own process; others come from outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class SimulationRequest:
     conditions: Conditions = field(default_factory=Conditions)
     save_trace: Path | None = None
     """Where to write the whole trace (``trace_file.py``)."""
+    death: Death | None = None
+    """Where a process that simulated this died; this one goes no further."""
     key: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +77,7 @@ class SimulationRequest:
             "overhead_bytes": self.overhead_bytes,
             "conditions": asdict(self.conditions),
             "save_trace": str(self.save_trace) if self.save_trace else None,
+            "death": asdict(self.death) if self.death else None,
         }
 
 
@@ -104,7 +111,7 @@ class Simulator:
         self._scratch.cleanup()
 
     def run(self, requests: Iterable[SimulationRequest]) -> Iterator[tuple[SimulationRequest, SimulationResult]]:
-        """Each request with its result, as they end.
+        """Each request with its result, as they end. One that a kernel's crash ended is simulated again up to there.
 
         Raises:
             SimulationError: a simulation died without a result.
@@ -118,13 +125,23 @@ class Simulator:
                 running[out] = waiting.pop()
                 self._server.submit(running[out].to_dict(), out)
             for ended in self._server.wait(timeout_s=1.0):
-                yield running.pop(ended.out), self._read(ended.out, ended.exit_code)
+                request = running.pop(ended.out)
+                death = read_death(black_box_of(ended.out), -ended.exit_code) if ended.exit_code < 0 else None
+                if death is not None and death.signal in _CRASHES and request.death is None:
+                    waiting.append(replace(request, death=death))
+                else:
+                    yield request, self._read(ended.out, ended.exit_code)
 
     def _read(self, out: Path, exit_code: int) -> SimulationResult:
         if not out.exists():
             last = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise SimulationError(f"the simulation ended with exit code {exit_code}: {' '.join(last)}")
         return SimulationResult.from_dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def black_box_of(out: Path) -> Path:
+    """The black box of the process that writes its result to ``out``."""
+    return out.with_suffix(".at")
 
 
 def record_request(

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vramplan.memory.birth import Birth
 from vramplan.memory.term import Place
+from vramplan.simulate.black_box import BlackBox
 from vramplan.simulate.events import Note
 from vramplan.simulate.lines import Lines
 from vramplan.simulate.trace import PhaseSpan, Trace
@@ -30,10 +31,18 @@ Answer = Callable[..., Any]
 
 class Tracker(TorchDispatchMode):
     """Enter it inside a ``FakeTensorMode``. ``scratch`` and ``answers`` say what a device's kernels do besides
-    returning tensors: temporaries inside an operator, and operators answered without running them."""
+    returning tensors: temporaries inside an operator, and operators answered without running them. ``black_box`` is
+    told where the run is."""
 
-    def __init__(self, device_type: str, scratch: Mapping[Any, Scratch], answers: Mapping[Any, Answer]) -> None:
+    def __init__(
+        self,
+        device_type: str,
+        scratch: Mapping[Any, Scratch],
+        answers: Mapping[Any, Answer],
+        black_box: BlackBox | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._black_box = black_box or BlackBox()
         self.trace = Trace()
         self.phase_name = ""
         self.stream = 0
@@ -63,6 +72,7 @@ class Tracker(TorchDispatchMode):
         """Everything inside belongs to phase ``name``; its span is kept also after an error."""
         start, self.phase_name = self.trace.num_instants, name
         try:
+            self._black_box.arrive(name)
             yield
         except Exception:
             self.failed_phase = name
@@ -76,6 +86,7 @@ class Tracker(TorchDispatchMode):
         """What is born inside is born in ``module``."""
         self._modules.append(module)
         try:
+            self._black_box.arrive(self.phase_name, self.innermost_module())
             yield
         except Exception as error:
             # recomputation is stopped by an exception, caught further out
@@ -84,6 +95,7 @@ class Tracker(TorchDispatchMode):
             raise
         finally:
             self._modules.pop()
+            self._black_box.note(self.phase_name, self.innermost_module())
 
     def learn_model(self, model: torch.nn.Module) -> None:
         """From now on modules have names and parameters' shapes are known."""

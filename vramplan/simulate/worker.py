@@ -19,9 +19,10 @@ import transformers  # noqa: F401
 
 from vramplan.forkserver import serve
 from vramplan.simulate.alloc_conf import AllocConf
+from vramplan.simulate.black_box import BlackBox, Death
 from vramplan.simulate.extend import trace_run
 from vramplan.simulate.replay import replay
-from vramplan.simulate.request import Conditions
+from vramplan.simulate.request import Conditions, black_box_of
 from vramplan.simulate.result import SimulationResult
 from vramplan.simulate.summary import Curves, largest_live, make_timeline, summarise_phases
 from vramplan.simulate.trace_file import save_trace
@@ -40,7 +41,11 @@ def simulate_here(request: dict[str, Any]) -> SimulationResult:
     started = time.perf_counter()
     run, layout = RunSpec.model_validate(request["run"]), Layout(**request["layout"])
     capacity, overhead = request["capacity_bytes"], request["overhead_bytes"]
-    traced = trace_run(run, layout, Conditions(**request["conditions"]), request["device_type"])
+    black_box = BlackBox(
+        black_box_of(Path(request["out"])) if "out" in request else None,
+        Death(**request["death"]) if request["death"] else None,
+    )
+    traced = trace_run(run, layout, Conditions(**request["conditions"]), request["device_type"], black_box)
     trace = traced.trace
     replayed = None
     if request["device_type"] == "cuda":

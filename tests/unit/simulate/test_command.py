@@ -122,6 +122,8 @@ def test_code_that_comes_with_a_model_runs_only_when_allowed(tmp_path):
         ("x[x.sum(-1) > 0]", "aten.nonzero"),
         pytest.param("x if x.sum() > 0 else -x", "goes by a tensor's value", marks=pytest.mark.slow),
         pytest.param("torch.from_numpy(x.float().numpy()).to(x)", ".numpy()", marks=pytest.mark.slow),
+        pytest.param("double(x)", "homemade", marks=pytest.mark.slow),
+        ("by_address(x)", "SIGSEGV"),
     ],
 )
 def test_what_cannot_be_traced_is_named_and_earlier_phases_are_kept(tmp_path, odd, said):
@@ -129,8 +131,12 @@ def test_what_cannot_be_traced_is_named_and_earlier_phases_are_kept(tmp_path, od
     fields["auto_map"] = {"AutoConfig": "odd.HomeConfig", "AutoModelForCausalLM": "odd.HomeModel"}
     (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     (tmp_path / "odd.py").write_text(
+        "import ctypes\n"
         "import torch\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "@torch.library.custom_op('homemade::double', mutates_args=())\n"
+        "def double(x: torch.Tensor) -> torch.Tensor:\n    return x * 2\n"
+        "def by_address(x):\n    ctypes.memset(x.data_ptr(), 0, 16)\n    return x\n"
         "class HomeConfig(LlamaConfig):\n    model_type = 'homemade'\n"
         "class Odd(torch.nn.Module):\n"
         "    def forward(self, x, *args, **kwargs):\n"
