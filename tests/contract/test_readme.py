@@ -30,7 +30,7 @@ def is_quick(command):
 def run(command, out):
     words = shlex.split(command.replace("demo-out", str(out)))
     assert (BIN / words[0]).exists()
-    done = subprocess.run([BIN / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([BIN / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -17,6 +17,7 @@ import transformers  # noqa: F401
 from vramplan.forkserver import serve
 from vramplan.measure.job import measure_job
 from vramplan.measure.record import JobSpec
+from vramplan.rank.baton import outlive_killed_compilers
 
 
 def handle(request: dict[str, Any]) -> None:
@@ -25,4 +26,5 @@ def handle(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    outlive_killed_compilers()
     serve(handle)

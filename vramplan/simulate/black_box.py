@@ -1,7 +1,7 @@
 """Where a simulation was when a kernel took its process along. No torch here.
 
 A kernel that is called by address (``ctypes``) finds no bytes behind a fake tensor, and the process dies of it with all
-that it had traced. Where it was stands in a small file that outlives it; the run is then simulated again as far as that.
+that it had traced. Where it was stands in a small file that outlives it; the run is then simulated again up to there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Death:
         name = signal.Signals(self.signal).name
         return (
             f"{self.phase}: {where} cannot be simulated: {name} ended the process in it, as happens to a kernel that "
-            "takes tensors by their address: fake tensors have none (torch.library.custom_op gives such a kernel a fake)"
+            "takes tensors by their address: fake tensors have none (torch.library.custom_op can give it a fake)"
         )
 
 

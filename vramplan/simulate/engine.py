@@ -89,9 +89,7 @@ def trace_rank(
     return traced
 
 
-def _tracker_of(
-    device_type: str, answers: Mapping[Any, Answer], black_box: BlackBox | None
-) -> tuple[Tracker, str]:
+def _tracker_of(device_type: str, answers: Mapping[Any, Answer], black_box: BlackBox | None) -> tuple[Tracker, str]:
     """The tracker of a device type with further answers, and the device's name in torch."""
     answers = {**ANSWERS, **answers}
     if device_type == "cpu":

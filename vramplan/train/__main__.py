@@ -29,7 +29,10 @@ def main() -> NoReturn:
         os.environ.update(launch_environment(plan.run, plan.node))
         from torch.distributed import barrier
 
+        from vramplan.rank.baton import outlive_killed_compilers
         from vramplan.train.session import train
+
+        outlive_killed_compilers()
 
         status.plan = plan_id(plan.run)
         train(plan, run_dir, status, resuming=arguments.resume, probing=arguments.probe, retrying=arguments.retry)
