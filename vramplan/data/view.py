@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vramplan.data.dataset import RunData, load_data
+from vramplan.data.dataset import RunData, load_data, read_samples
 from vramplan.data.sample import Sample
 from vramplan.data.template import DEFAULT_TEMPLATE
 from vramplan.spec.run import RunSpec
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples: int) -> dict[str, Any]:
-    """Sources with their shares, lengths, notes, and the first sequences of the first steps.
+    """Sources with their shares, lengths, notes, the held-out sets, and the first sequences of the first steps.
 
     Raises:
-        DataError: as ``load_data``.
+        DataError: as ``load_data``, and ``read_samples`` for ``data.eval_sets``.
     """
     data = load_data(run, tokenizer)
+    eval_sets = {name: len(read_samples(path, run, tokenizer)) for name, path in run.data.eval_sets.items()}
     lengths = data.lengths
     return {
         "parts": [
@@ -33,6 +34,7 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
             for part in data.stream.parts
         ],
         "num_held_out": len(data.held_out),
+        "eval_sets": eval_sets,
         "lengths": {**asdict(lengths), "planned_seq_len": lengths.planned_seq_len},
         "padding_frac": padding_frac(run, data),
         "template": "stated default" if tokenizer.chat_template == DEFAULT_TEMPLATE else "tokenizer's",

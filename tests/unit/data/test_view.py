@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from vramplan.data.batch import IGNORED, collate
 from vramplan.data.dataset import load_data
 from vramplan.data.view import describe_data, padding_frac, pieces
+from vramplan.errors import DataError
 from vramplan.report.data_view import render_data
 from vramplan.spec.load import run_from_mapping
 from vramplan.train import embedded
@@ -85,7 +86,11 @@ def test_a_visit_is_shown_another_wording_with_the_same_answer(tokenizer, tmp_pa
 
 def test_description_and_report(tokenizer):
     spec = run(
-        data={"packing": "best_fit", "replay": {"path": "builtin:python-reference", "share": 0.25, "name": "general"}}
+        data={
+            "packing": "best_fit",
+            "replay": {"path": "builtin:python-reference", "share": 0.25, "name": "general"},
+            "eval_sets": {"sums": "builtin:arithmetic"},
+        }
     )
     found = describe_data(spec, tokenizer, 2)
     assert [part["share"] for part in found["parts"]] == [0.75, 0.25]
@@ -99,6 +104,14 @@ def test_description_and_report(tokenizer):
     printed = console.export_text()
     assert "general (replay)" in printed
     assert "25.0%" in printed
+    assert found["eval_sets"]["sums"] > 0
+    assert "sums (eval set)" in printed
+
+
+def test_an_eval_set_that_cannot_be_read_is_told(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": 1}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        describe_data(run(data={"eval_sets": {"mine": str(tmp_path / "rows.jsonl")}}), tokenizer, 1)
 
 
 def test_padding_is_what_the_batches_hold():

@@ -45,6 +45,18 @@ def test_a_wrong_value_is_named_with_what_is_wrong(field, value, said):
         architecture_from_config({**LLAMA, field: value})
 
 
+def test_a_token_has_no_more_experts_than_a_layer():
+    config = {
+        **LLAMA,
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 3,
+    }
+    with pytest.raises(ConfigError, match="'num_experts_per_tok' is 3, more than the 2 experts of a layer"):
+        architecture_from_config(config)
+
+
 def test_two_spellings_of_one_field_must_agree():
     config = {"model_type": "gpt2", "n_embd": 64, "hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 8}
     with pytest.raises(ConfigError, match="'n_embd' is 64 but 'hidden_size' is 32"):

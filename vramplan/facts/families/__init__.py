@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from vramplan.errors import ConfigError, UnknownNameError
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, MixtureOfExperts
 from vramplan.facts.families.fields import Fields
 
 FAMILIES: dict[str, str] = {
@@ -67,7 +67,14 @@ def architecture_from_config(config: Mapping[str, object]) -> Architecture:
         raise _unknown_family(model_type, config)
     module = importlib.import_module(f"{__name__}.{module_name}")
     build = cast(Callable[[Fields], Architecture], module.build)
-    return build(Fields(_text_config(config, module_name), module_name))
+    fields = Fields(_text_config(config, module_name), module_name)
+    architecture = build(fields)
+    for layer in architecture.layers:
+        mixture = layer.feed_forward
+        if isinstance(mixture, MixtureOfExperts) and mixture.experts_per_token > mixture.router.num_experts:
+            problem = f"is {mixture.experts_per_token}, more than the {mixture.router.num_experts} experts of a layer"
+            raise fields.error("num_experts_per_tok", problem)
+    return architecture
 
 
 def _text_config(config: Mapping[str, object], module_name: str) -> Mapping[str, object]:
