@@ -60,7 +60,7 @@ def launchers_of(run_dir: Path) -> list[int]:
     return [pid for pid in processes_about(str(run_dir)) if b"deepspeed.launcher.runner" in cmdline(pid)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_interrupt_ends_every_process(running, number):
     process, run_dir = running
     process.send_signal(number)

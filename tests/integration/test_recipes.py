@@ -52,6 +52,7 @@ def test_a_recipe_trains_its_own_model(task, tmp_path):
     check(run_recipe(task, tmp_path / "run", global_batch_size=2), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_set_changes_no_plan(finished_run):
     run_dir = finished_run(0, "full")
     done = train(run_dir, "--resume", "--set", "seq_len=64")

@@ -64,6 +64,7 @@ def test_two_recoveries_with_lower_plans_train_what_an_uninterrupted_run_trains(
     assert (again / weights).read_bytes() == (run_dir / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_stopped_rank_are_started_again_as_they_were(finished_run, tiny_model, tmp_path):
     spec, run_dir = write_spec(tmp_path / "spec.yaml", tiny_model, 2), tmp_path / "run"
     faults = [kill(1, r"step2\.micro2\.backward"), stop(0, r"step5\.micro1\.forward")]

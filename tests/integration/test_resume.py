@@ -21,7 +21,15 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in RunDir(run_dir).checkpoints.iterdir())
 
 
-@pytest.mark.parametrize(("stage", "method"), [(0, "full"), (2, "full"), (3, "full"), (3, "lora")])
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        pytest.param(0, "full", marks=pytest.mark.slow),
+        (2, "full"),
+        pytest.param(3, "full", marks=pytest.mark.slow),
+        (3, "lora"),
+    ],
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(finished_run, copy_of_run, stage, method):
     uninterrupted, run_dir = finished_run(stage, method), copy_of_run(stage, method)
     shutil.rmtree(RunDir(run_dir).checkpoints / LAST)
@@ -59,6 +67,7 @@ def test_no_whole_checkpoint_is_one_sentence(copy_of_run):
     assert "state.json is missing" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(copy_of_run):
     run_dir = copy_of_run(0, "full")
     before = losses(run_dir)

@@ -19,6 +19,7 @@ def moved(run_dir, model):
     return torch.sqrt(sum((after[name].float() - before[name].float()).square().sum() for name in after)).item()
 
 
+@pytest.mark.slow
 def test_springs_hold_weights_back_the_same_under_every_stage(finished_run, tiny_model, tmp_path):
     springs = {"ewc": {"data": "builtin:python-reference", "samples": 3, "weight": 0.5}, "l2sp": {"weight": 0.5}}
     found = {}

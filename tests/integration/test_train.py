@@ -49,6 +49,7 @@ def test_how_the_batch_is_cut_does_not_change_the_losses(finished_run, tiny_mode
     assert samples[0] == samples[1]
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_does_not_change_the_training(tiny_model, tmp_path):
     """By SGD without clipping, which unlike Adam feels a gradient that is too large or too small by a factor."""
     by_ranks = {}
@@ -69,7 +70,12 @@ def test_the_number_of_ranks_does_not_change_the_training(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "closeness"), [(0, "bf16", 1e-3), (1, "bf16", 1e-3), (2, "bf16-autocast", 1e-3)]
+    ("stage", "precision", "closeness"),
+    [
+        (0, "bf16", 1e-3),
+        pytest.param(1, "bf16", 1e-3, marks=pytest.mark.slow),
+        pytest.param(2, "bf16-autocast", 1e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_half_precision_trains_as_single_does(finished_run, tiny_model, tmp_path, stage, precision, closeness):
     """Stage 0 is the hard one: DeepSpeed's wrapper there makes a step of its own at the start."""
@@ -184,7 +190,11 @@ def held_out_loss(model, run_dir: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    "method", [{"kind": "qlora", "r": 8}, {"kind": "lora", "r": 8, "use_dora": True}], ids=["qlora", "dora"]
+    "method",
+    [
+        pytest.param({"kind": "qlora", "r": 8}, id="qlora"),
+        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, id="dora", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_of_other_kinds_train_evaluate_and_take_what_was_predicted(method, tiny_model, tmp_path):
     spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, method=method, precision="bf16")

@@ -43,7 +43,7 @@ def answer(run: RunSpec, node: Node) -> Fit:
 
 
 @given(asked())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_a_plan_makes_the_batch_and_stays_within_what_is_offered(case: tuple[RunSpec, Node]):
     run, node = case
     found = answer(run, node)
@@ -55,7 +55,7 @@ def test_a_plan_makes_the_batch_and_stays_within_what_is_offered(case: tuple[Run
 
 
 @given(asked())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_plan_and_fit_agree(case: tuple[RunSpec, Node]):
     run, node = case
     found = answer(run, node)
@@ -67,7 +67,7 @@ def test_plan_and_fit_agree(case: tuple[RunSpec, Node]):
 
 
 @given(asked())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_more_memory_never_makes_it_unfit_nor_slower(case: tuple[RunSpec, Node]):
     run, node = case
     less = answer(run, node)
@@ -78,7 +78,7 @@ def test_more_memory_never_makes_it_unfit_nor_slower(case: tuple[RunSpec, Node])
 
 
 @given(asked())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_what_the_planner_chose_may_be_fixed(case: tuple[RunSpec, Node]):
     run, node = case
     found = answer(run, node)

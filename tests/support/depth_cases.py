@@ -26,8 +26,6 @@ SMALL_BUCKETS = {
 CHECKPOINTED = {"activation_checkpointing": "full"}
 CASES = {
     1: {
-        "zero 0, checkpointing, lora": {**CHECKPOINTED, "method": {"kind": "lora"}},
-        "zero 1": {"zero": {"stage": 1}},
         "zero 2, checkpointing": {"zero": {"stage": 2}, **CHECKPOINTED},
     },
     2: {"zero 3, checkpointing, small buckets": {"zero": {"stage": 3, **SMALL_BUCKETS}, **CHECKPOINTED}},
@@ -36,6 +34,8 @@ CASES = {
 MORE_CASES = {
     1: {
         "zero 0": {},
+        "zero 0, checkpointing, lora": {**CHECKPOINTED, "method": {"kind": "lora"}},
+        "zero 1": {"zero": {"stage": 1}},
         "zero 1, fp32": {"zero": {"stage": 1}, "precision": "fp32"},
         "zero 0, sliding and full attention": {"fields": GEMMA},
         "zero 3, lora": {"zero": {"stage": 3}, "method": {"kind": "lora"}},

@@ -43,6 +43,7 @@ def asked(stage, method="full", checkpointing="none"):
     )
 
 
+@pytest.mark.slow
 def test_both_witnesses_cast_alike():
     runs = {
         "zero0": asked(0),

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import contextlib, json, sys
 import vramplan.simulate.patches as patches
@@ -43,5 +45,6 @@ def blocks(how):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_same_blocks_are_born_and_freed():
     assert blocks("shortened") == blocks("loops")

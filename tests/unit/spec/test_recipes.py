@@ -52,7 +52,9 @@ def test_a_recipe_gives_reasons_and_runs_as_it_stands(task):
     assert plan(run, hardware={"gpu": "rtx4090"}).prediction.used_peak_bytes < 24 * 2**30
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=pytest.mark.slow if place % 2 else ()) for place, task in enumerate(TASKS)]
+)
 def test_a_recipe_is_simulated(task):
     planned = plan(merge(read_recipe(task).fields, SMALL))
     verified = verify_plan(planned)
