@@ -30,11 +30,13 @@ def finished_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     def run(stage: int, method: str) -> Path:
         run_dir = root / f"{method}-{stage}"
+        finished_well = run_dir.with_suffix(".finished")
         with FileLock(f"{run_dir}.lock"):
-            if not run_dir.exists():
+            if not finished_well.exists():
                 spec = write_spec(root / f"{method}{stage}.yaml", tiny_model, stage, method)
                 finished = train(spec, "-o", run_dir)
                 assert finished.returncode == 0, finished.stdout + finished.stderr
+                finished_well.touch()
         return run_dir
 
     return run

@@ -13,16 +13,20 @@ from vramplan.emit.launch import process_identity
 
 ABANDONED_AFTER_S = 600.0
 """For how long nothing is written to a build whose lock tells no owner (plain torch made it, perhaps on another host)
-until it counts as abandoned: longer than any of DeepSpeed's operators takes to compile."""
+until it counts as abandoned."""
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def outlive_killed_compilers() -> None:
     """From now on torch's compiles in this process take over locks whose owner is dead, instead of waiting for them.
 
     torch/utils/file_baton.py (2.13) makes an empty file ``lock`` beside the build, and removes it when the compile
-    ends; ``cpp_extension.py:2339`` and on. A process that is killed in between, as an interrupted first run is, leaves
-    it there, and whoever needs the operator next waits without end.
+    ends; ``cpp_extension.py:2345`` and on. A process that is killed in between, as an interrupted first run is, leaves
+    it there, and whoever needs the operator next waits without end. Who lives is known by ``/proc``: where a system
+    has none (only Linux has it), torch's own way stays.
     """
+    if not _PID_NAMESPACE.exists():
+        return
     from torch.utils import cpp_extension
     from torch.utils.file_baton import FileBaton
 
@@ -67,7 +71,7 @@ def _own_name() -> str:
 
 def _host() -> str:
     """The machine, and in which of its containers ids of processes mean the same."""
-    return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    return f"{socket.gethostname()}/{os.readlink(_PID_NAMESPACE)}"
 
 
 class _Alone:

@@ -80,6 +80,7 @@ class Tracker(TorchDispatchMode):
         finally:
             self.trace.phases.append(PhaseSpan(name, start, self.trace.num_instants))
             self.phase_name = ""
+            self._black_box.note("")  # what dies from here on, as the trace is summed up, dies in no phase
 
     @contextmanager
     def inside(self, module: torch.nn.Module) -> Iterator[None]:
