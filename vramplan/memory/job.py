@@ -227,7 +227,8 @@ def job_from_run(
     grad_dtype, communicates = dtype, None
     if weights_halved:
         grad_dtype, communicates = Dtype.FP32, autocast
-        dtype, autocast = Dtype.BF16, None
+        # of the products autocast changes those of adapters alone, which are made in fp32 after ``zero.Init``
+        dtype, autocast = Dtype.BF16, autocast if isinstance(method, LoraMethod) else None
     layout = run.layout if run.layout is not None else Layout(dp=node.world_size)
     num_tokens = run.micro_batch_size * (run.seq_len // layout.sp)
     if layout.sp > 1:  # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"

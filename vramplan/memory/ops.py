@@ -103,18 +103,6 @@ def sub(a: Tensor, b: Tensor, label: str) -> Tensor:
     return tape.attach("sub", out, [a, b], [], backward)
 
 
-def add_wider(a: Tensor, b: Tensor, label: str) -> Tensor:
-    """``a + b`` where b is of a wider format, which the result takes; a's gradient is cast (``validate_outputs``)."""
-    tape, numel, narrow = a.storage.tape, a.numel, a.dtype
-    out = tape.new(numel, b.dtype, label)
-    need_a = a.requires_grad
-
-    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [tape.new(numel, narrow, GRADIENTS) if need_a else None, grads[0]]
-
-    return tape.attach("add", out, [a, b], [], backward)
-
-
 def add_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
     """``x + small`` with ``small`` shared by the batch: its gradient is summed into a new tensor."""
     tape, small_numel, dtype = x.storage.tape, small.numel, x.dtype

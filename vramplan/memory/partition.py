@@ -6,6 +6,7 @@ padded to a multiple of ``2 * degree`` (``nccl_start_alignment_factor``), and cu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,8 +65,12 @@ class Flush:
 
     before: int | None
     numel: int
-    copies: bool
-    """Whether the reduction flattens its slices into a new buffer (they belong to several ranks)."""
+    copied: int
+    """Elements of the largest buffer into which the reduction flattens slices that belong to several ranks."""
+    sent: int
+    """Elements of the largest of the reductions that it is made in."""
+    lowered: bool
+    """Whether it is made in autocast's format."""
     ranks: frozenset[int]
     """Those whose partitions it holds gradients of; each then has a buffer for its own."""
     held: tuple[str, ...]
@@ -74,34 +79,59 @@ class Flush:
 
 @lru_cache(maxsize=1024)
 def flushes(
-    order: tuple[str, ...], params: tuple[tuple[str, int], ...], degree: int, bucket_numel: int
+    order: tuple[str, ...],
+    params: tuple[tuple[str, int], ...],
+    degree: int,
+    bucket_numel: int,
+    lowered: frozenset[str] = frozenset(),
 ) -> tuple[Flush, ...]:
     """When gradients that arrive in ``order`` fill buckets of ``bucket_numel`` elements.
+
+    ``lowered``: those that are reduced in autocast's format, which have a bucket of their own (``ipg_buckets``).
 
     Source: ``reduce_independent_p_g_buckets_and_remove_grads`` and ``average_tensor``.
     """
     flat = flat_group(params, degree)
     done: list[Flush] = []
-    held: list[str] = []
-    elements = 0
+    buckets: dict[bool, list[str]] = {True: [], False: []}  # the low precision's name sorts first (``sort_dtypes``)
+    elements = {True: 0, False: 0}
     for position, name in enumerate(order):
         start, end = flat.offsets[name]
-        if elements + end - start > bucket_numel and held:
-            done.append(_flush(flat, held, elements, position))
-            held, elements = [], 0
-        held.append(name)
-        elements += end - start
-    if held:
-        done.append(_flush(flat, held, elements, None))
+        low = name in lowered
+        if elements[low] + end - start > bucket_numel and buckets[low]:
+            done.append(_flush(flat, buckets[low], bucket_numel, position, low))
+            buckets[low], elements[low] = [], 0
+        buckets[low].append(name)
+        elements[low] += end - start
+    done += [_flush(flat, held, bucket_numel, None, low) for low, held in buckets.items() if held]
     return tuple(done)
 
 
-def _flush(flat: Flat, held: list[str], elements: int, before: int | None) -> Flush:
-    ranks: set[int] = set()
+def _flush(flat: Flat, held: list[str], bucket_numel: int, before: int | None, low: bool) -> Flush:
+    slices: list[tuple[int, int]] = []
     for name in held:
-        start, end = flat.offsets[name]
-        ranks.update(flat.ranks_of(start, end))
-    return Flush(before, elements, len(ranks) > 1, frozenset(ranks), tuple(held))
+        for rank in flat.ranks_of(*flat.offsets[name]):
+            numel = flat.owned_by(name, rank)
+            if slices and slices[-1][0] == rank:
+                numel += slices.pop()[1]
+            slices.append((rank, numel))
+    copied = sent = 0
+    for count, numel in _sent_together([numel for _, numel in slices], bucket_numel):
+        copied, sent = max(copied, numel if count > 1 else 0), max(sent, numel)
+    total = sum(numel for _, numel in slices)
+    return Flush(before, total, copied, sent, low, frozenset(rank for rank, _ in slices), tuple(held))
+
+
+def _sent_together(slices: list[int], bucket_numel: int) -> Iterator[tuple[int, int]]:
+    """Slices and elements of each reduction: as many slices as are more than a bucket (``allreduce_and_scatter``)."""
+    count = numel = 0
+    for each in slices:
+        count, numel = count + 1, numel + each
+        if numel > bucket_numel:
+            yield count, numel
+            count = numel = 0
+    if count:
+        yield count, numel
 
 
 def ranks_that_differ(job: Job) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, undominated
 from vramplan.memory.engine import Engine, Micro
@@ -23,6 +24,7 @@ class Zero12(Engine):
         self.flat = flat_group(self.trained, job.degree)
         self.share = self.flat.partition_numel
         self.contiguous = job.zero.contiguous_gradients
+        self.lowered = self._lowered()
         self.bucket_bytes = self._bucket_bytes()
         self.owned = self.flat.owned(rank)
         self.sizes = dict(self.trained)
@@ -33,6 +35,13 @@ class Zero12(Engine):
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
         self._reducing: dict[tuple[bool, bool], list[Instant]] = {}
+
+    def _lowered(self) -> frozenset[str]:
+        """Parameters that travel in autocast's format, where it is not that of the weights: those of ``nn.Linear``
+        (runtime/torch_autocast.py, ``init_autocast_params``)."""
+        if self.job.autocast in (None, self.job.dtype):
+            return frozenset()
+        return frozenset(param.name for param in self.job.parameters if param.trained and param.in_linear)
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
         """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""
@@ -47,9 +56,7 @@ class Zero12(Engine):
         job = self.job
         if not job.zero.contiguous_gradients:
             return 0
-        kinds = 1
-        if job.autocast is not None:  # torch_autocast.py: nn.Linear's parameters travel in the low precision
-            kinds = len({param.in_linear for param in job.parameters if param.trained})
+        kinds = len({name in self.lowered for name, _ in self.trained})
         buffers = kinds * (2 if job.zero.overlap_comm else 1)
         return buffers * job.zero.reduce_bucket_size * self.width
 
@@ -126,13 +133,13 @@ class Zero12(Engine):
         instants: list[tuple[int, str, int, int, int]] = [(left, "before reduction", left, 0, 0)]
         partition = sum(self._partition().values())
         filled = 0
-        for flush in flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size):
+        for flush in self._flushes(order):
             moves = self.contiguous and flush.numel <= self.job.zero.reduce_bucket_size
             if self.offloads and not moves:  # _offload_gradient_safety_enabled: it gets a storage of its own
                 clone = flush.numel * self.width
                 instants.append((left + clone, "a large gradient copied", left, 0, clone))
             left -= flush.numel * self.width if moves else 0
-            copy = flush.numel * self.width if flush.copies else 0
+            copy = self._copy_bytes(flush)
             instants.append((left + filled + copy, "gradient reduction", left, filled, copy))
             if self.contiguous and self.rank in flush.ranks:
                 filled = partition
@@ -186,11 +193,11 @@ class Zero12(Engine):
     def _backward_holding(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 2 without a contiguous bucket: gradients stay ``param.grad`` until as many as a bucket holds are
         reduced; then those of other ranks go (``reduce_ipg_grads``, ``buffered_reduce_fallback``)."""
-        job, found = self.job, self.profile
+        found = self.profile
         gradients, owned = found.gradients, 0
         start = held_from = 0
         order = tuple(gradient.name for gradient in gradients)
-        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size):
+        for flush in self._flushes(order):
             last = len(gradients) - 1 if flush.before is None else flush.before
             until = len(found.backward) if flush.before is None else gradients[last].at.index
             self._see_held(stretch, start, until, owned - held_from)
@@ -221,7 +228,7 @@ class Zero12(Engine):
         order = tuple(gradient.name for gradient in gradients)
         filled: dict[str, int] = {}
         filled_from: int | None = None
-        for flush in flushes(order, self.trained, job.degree, job.zero.reduce_bucket_size):
+        for flush in self._flushes(order):
             last = len(gradients) - 1 if flush.before is None else flush.before
             gradient = gradients[last]
             alive = at_point(gradient.at)
@@ -260,28 +267,36 @@ class Zero12(Engine):
             stretch.see(point.where, filled, at_point(point))
 
     def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Parts, alive: Bytes) -> Bytes:
-        """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the next one arrives
+        """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the bucket's next one arrives
         (``extra_large_param_to_reduce``), with offload in a storage of its own; returns what is alive at its
         reduction."""
         gradients = self.profile.gradients
-        position = len(gradients) - 1 if flush.before is None else flush.before - 1
+        position = next(index for index, each in enumerate(gradients) if each.name == flush.held[0])
         if self.offloads:
             clone = {labels.REDUCTION: flush.numel * self.width}
             stretch.see("a large gradient copied", extra, clone, at_point(gradients[position].at))
-        if flush.before is None:
+        if position == len(gradients) - 1:
             return alive
         waiting = {labels.GRADIENTS: flush.numel * self.width}
-        since, until = gradients[position].at.index, gradients[flush.before].at.index
+        since = gradients[position].at.index
+        until = len(self.profile.backward) if flush.before is None else gradients[flush.before].at.index
         between = [point for point in self.profile.backward if since <= point.index < until]
         for _, point in undominated([(each.total, each) for each in between]):
             stretch.see(point.where, extra, waiting, at_point(point))
         return merged(alive, waiting)
 
+    def _flushes(self, order: tuple[str, ...]) -> tuple[Flush, ...]:
+        return flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size, self.lowered)
+
     def _copy_bytes(self, flush: Flush) -> int:
-        width = self.width
-        if self.job.layout.sp > 1:  # allreduce_bucket reduces in fp32 under sequence parallelism
-            width += 4 if width != 4 else 0
-        return flush.numel * width if flush.copies else 0
+        """A flat copy of the slices, and one in the format that they travel in (``allreduce_bucket``): fp32 under
+        sequence parallelism."""
+        travels = self.width
+        if self.job.layout.sp > 1:
+            travels = Dtype.FP32.nbytes
+        elif flush.lowered and self.job.autocast is not None:
+            travels = self.job.autocast.nbytes
+        return flush.copied * self.width + (flush.sent * travels if travels != self.width else 0)
 
     def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
         rest = self.after_backward()

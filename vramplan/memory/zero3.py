@@ -71,8 +71,8 @@ class Zero3(Engine):
             return 0
         if job.autocast is None:
             return numel * self.travels
-        linear = {param.in_linear for param in job.parameters if param.trained}
-        return numel * sum(job.autocast.nbytes if each else self.width for each in linear)
+        trained = (param for param in job.parameters if param.trained)
+        return numel * sum({job.autocast.nbytes if param.in_linear else self.width for param in trained})
 
     def load(self) -> None:
         """``zero.Init``: every module is built whole and cut at once; adapters are added whole."""

@@ -35,10 +35,9 @@ def dora(
         base = ops.linear(ops.to(x, low, LABEL), ops.to(cast, low, LABEL), None, tokens(linear.out_features), LABEL)
     elif bias is not None:  # the difference takes the bias's format where that is wider
         base = ops.shifted(base, LABEL) if base.dtype is bias.dtype else ops.to(base, bias.dtype, LABEL)
+    # every name of ``forward`` keeps its tensor until it returns
     directed = ops.mul_broadcast(base, ops.shifted(scale, LABEL), LABEL, small_first=True)
-    del base
     scaled = ops.scaled(ops.mul_broadcast(low_rank, scale, LABEL, small_first=True), LABEL)
-    del low_rank
     return ops.add(directed, scaled, LABEL)
 
 

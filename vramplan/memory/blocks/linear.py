@@ -83,7 +83,7 @@ def _matmul(
     view, which outlives the release; under autocast a view of its cast."""
     low = ctx.low(x, label)
     cast = cast_of_weight(ctx, weight)
-    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and ctx.autocast is None else None
+    whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and cast is weight else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
     return out if bias is None else ops.add_vector(out, bias, label)
 
@@ -120,33 +120,40 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     # lora/bnb.py leaves it to autocast, but asks of CUDA's alone whether it is on
     if not (ctx.quantizes(linear) and ctx.autocast is not None and ctx.device == "cuda"):
         x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
-    dropped = ctx.call(
+    if method.use_dora:
+        dropped = _dropped(ctx, x, linear, method)
+        given = result if method.dropout == 0 else None
+        magnitude = ctx.parameter(f"{linear.name}.lora_magnitude_vector.weight", linear.out_features, True)
+        added = dora(ctx, dropped, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given)
+        del given, dropped
+    else:  # one expression: what is dropped goes as soon as lora_A returns, unless that saved it
+        added = ops.scaled(_low_rank(ctx, _dropped(ctx, x, linear, method), linear, method), LABEL)
+    result = ops.add(result, added, label)
+    del added
+    return ops.to(result, narrow_format, label)
+
+
+def _dropped(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod) -> Tensor:
+    return ctx.call(
         f"{linear.name}.lora_dropout",
         (),
         lambda x: ops.dropout(x, method.dropout, ctx.device, "adapters: dropped input"),
         x,
     )
-    if method.use_dora:
-        given = result if method.dropout == 0 else None
-        magnitude = ctx.parameter(f"{linear.name}.lora_magnitude_vector.weight", linear.out_features, True)
-        added = dora(ctx, dropped, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given)
-        del given
-    else:
-        added = ops.scaled(_low_rank(ctx, dropped, linear, method), LABEL)
-    del dropped
-    if added.dtype.nbytes <= narrow_format.nbytes:
-        return ops.add(result, added, label)
-    result = ops.add_wider(result, added, label)
-    del added
-    return ops.to(result, narrow_format, label)
 
 
 def _low_rank(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
     """``lora_B(lora_A(x))`` of so many rows; 0: of the micro-batch's tokens."""
+    return _wide(ctx, _narrow(ctx, x, linear, method, count), linear, method, count)
+
+
+def _narrow(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
     down = _down(ctx, linear, method)
+    out = rows(count, method.r)
+    return ctx.call(f"{linear.name}.lora_A", (down,), lambda x: product(ctx, x, down, None, out, LABEL), x)
+
+
+def _wide(ctx: BlockContext, narrow: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
     up = _up(ctx, linear, method)
-    narrow = ctx.call(
-        f"{linear.name}.lora_A", (down,), lambda x: product(ctx, x, down, None, rows(count, method.r), LABEL), x
-    )
     out = rows(count, linear.out_features)
     return ctx.call(f"{linear.name}.lora_B", (up,), lambda x: product(ctx, x, up, None, out, LABEL), narrow)
