@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from vramplan.errors import SpecError
 from vramplan.spec.base import UserModel
@@ -106,12 +106,21 @@ class JobSpec(UserModel):
     """The job ran under a device memory cap of that many bytes."""
     steps: int = Field(default=2, ge=1)
     """Optimizer steps measured."""
+    undefined_weights: bool = False
+    """Whether weights that ZeRO-3 splits were left undefined and read as NaN: DeepSpeed then takes every step for an
+    overflow and discards it, and no optimizer state comes to be."""
     keep_outputs: bool = True
     """Whether the loop held the model's output until after the step, as the measuring program of records does."""
     retain: RetainSpec = RetainSpec()
     """Methods against forgetting that the run was trained with."""
     hardware: HardwareSpec = HardwareSpec()
     """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
+
+    @model_validator(mode="after")
+    def _undefined_only_where_split(self) -> Self:
+        if self.undefined_weights and self.zero.stage != 3:
+            raise ValueError("undefined_weights is for zero.stage 3, which splits weights; set it to false")
+        return self
 
     @property
     def layout(self) -> Layout:
@@ -207,11 +216,13 @@ class UnreadRecord:
 def steps_were_skipped(record: Record) -> bool:
     """Whether DeepSpeed discarded the record's optimizer steps, so that its optimizer states never came to be.
 
-    Under ZeRO-3 the fake group's gather leaves the other ranks' part of a weight undefined; where that reads as NaN,
-    so do the gradients, and DeepSpeed takes it for an overflow. The states (two fp32 numbers per trainable element)
-    are made in the first step that is not discarded: if the bytes after step 1 did not grow by them, it was.
+    Under ZeRO-3 the measuring program left weights undefined; where that reads as NaN, so do the gradients, and
+    DeepSpeed takes it for an overflow. The states (two fp32 numbers per trainable element) are made in the first step
+    that is not discarded: if the bytes after step 1 did not grow by them, it was.
     """
     spec, measured = record.spec, record.measured
+    if spec.undefined_weights:
+        return True
     if spec.zero.stage != 3 or spec.optimizer not in ("adamw", "adamw_torch") or not measured.numel_trainable:
         return False
     ends = {phase.phase: phase.allocated_end_bytes for phase in measured.phases}
@@ -276,12 +287,15 @@ def read_records_leniently(path: Path | str) -> list[Record | UnreadRecord]:
 def read_jobs(path: Path | str) -> list[JobSpec]:
     """Every job of a JSONL file, whose lines are specs, bare or under ``spec`` (so a records file is a jobs file).
 
-    A job without an ``id`` is named by its line. Raises SpecError as ``read_records`` does.
+    A job without an ``id`` is named by its line. A record is run again under its own conditions: where its steps were
+    discarded, so they are again. Raises SpecError as ``read_records`` does.
     """
     jobs = []
     for where, raw in _json_lines(Path(path)):
         spec = {**raw["spec"], "id": raw.get("id", raw["spec"].get("id", ""))} if "spec" in raw else raw
         job = _job_from_dict(spec, where)
+        if "measured" in raw and not job.undefined_weights and steps_were_skipped(_record_from_dict(raw, where)):
+            job = job.model_copy(update={"undefined_weights": True})
         jobs.append(job if job.id else job.model_copy(update={"id": where.rsplit(" ", 1)[1]}))
     repeated = {job.id for job in jobs if sum(other.id == job.id for other in jobs) > 1}
     if repeated:

@@ -236,6 +236,14 @@ def fill_weights(model: torch.nn.Module) -> None:
             getattr(param, "ds_tensor", param).normal_(std=WEIGHT_STD)
 
 
+@torch.no_grad()
+def leave_undefined(model: torch.nn.Module) -> None:
+    """Weights that ZeRO-3 split as memory without values may read, so that no step comes through: NaN."""
+    for param in model.parameters():
+        if hasattr(param, "ds_tensor"):
+            param.ds_tensor.fill_(float("nan"))
+
+
 def _partitioned_from_the_start(run: RunSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
     if run.zero.stage != 3:
         return nullcontext()

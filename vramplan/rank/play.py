@@ -12,7 +12,7 @@ import torch
 
 from vramplan.emit.deepspeed import ds_config
 from vramplan.rank.group import join_fake_group, sequence_parallel_group
-from vramplan.rank.model import build_model
+from vramplan.rank.model import build_model, leave_undefined
 from vramplan.rank.optimizer import client_optimizer
 from vramplan.rank.plain import PlainEngine
 from vramplan.spec.layout import Layout
@@ -48,6 +48,8 @@ class RankPlayer:
     managed: bool = True
     padded: bool = False
     """Whether a padding mask that is passed hides something: each sequence's last token."""
+    undefined_weights: bool = False
+    """Whether weights that ZeRO-3 splits are left undefined."""
     on_model: Callable[[torch.nn.Module], None] = lambda model: None
     """Told the model when it is built, before the engine."""
 
@@ -61,6 +63,8 @@ class RankPlayer:
         config = self._engine_config()
         with self.phase("model_load"):
             self.model = build_model(self.run, config)
+        if self.undefined_weights:
+            leave_undefined(self.model)
         self._count(self.model)
         self.on_model(self.model)
         with self.phase("engine_init"):

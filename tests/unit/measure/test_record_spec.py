@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from vramplan.errors import SpecError
-from vramplan.measure.record import JobSpec
+from vramplan.measure.record import JobSpec, read_jobs, read_records, steps_were_skipped
 from vramplan.measure.record_spec import run_from_record_spec
 
-RECORDS = Path(__file__).resolve().parents[2] / "golden/measured/cpu_torch.jsonl"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
+RECORDS = GOLDEN / "measured/cpu_torch.jsonl"
 
 
 def test_plain_torch_with_a_zero_stage():
@@ -20,3 +21,17 @@ def test_plain_torch_with_a_zero_stage():
     assert str(raised.value) == (
         "job X: engine torch partitions nothing, but zero.stage is 2: leave it out, or use engine deepspeed"
     )
+
+
+def test_a_record_is_run_again_with_its_steps_discarded_where_they_were():
+    records, jobs = read_records(GOLDEN / "cpu_records.jsonl"), read_jobs(GOLDEN / "cpu_records.jsonl")
+    discarded = {record.id for record in records if steps_were_skipped(record)}
+    assert 0 < len(discarded) < len(records)
+    assert {job.id for job in jobs if job.undefined_weights} == discarded
+
+
+def test_weights_are_undefined_only_where_they_are_split():
+    job = JobSpec.model_validate({"model": {"name": "m", "config": {}}, "seq_len": 8, "zero": {"stage": 3}})
+    assert not job.undefined_weights
+    with pytest.raises(ValueError, match="undefined_weights is for zero"):
+        JobSpec.model_validate({**job.model_dump(), "zero": {"stage": 2}, "undefined_weights": True})
