@@ -62,7 +62,7 @@ class CostModel:
         """One micro-batch's forward, backward and recomputation on one rank."""
         layout, work, device = closed.layout or Layout(), self.work, self.node.device
         tokens = (closed.micro_batch_size or 1) * shard(closed.seq_len, layout.sp)
-        recompute = closed.activation_checkpointing == "full"
+        recompute = self._recomputed_frac(closed)
         flops = training_flops(work, full=closed.method.kind == "full", checkpointing=recompute)
         peak = _peak_flops(device, closed.precision)
         filled = tokens / (tokens + assumed.MATMUL_HALF_TOKENS)
@@ -75,7 +75,14 @@ class CostModel:
         launches = self.architecture.num_layers * assumed.KERNELS_PER_LAYER * (passes + recompute)
         return max(matmul_s + attention_s + moved_s, launches * assumed.LAUNCH_S)
 
-    def _dequantized_bytes(self, closed: RunSpec, passes: int) -> float:
+    def _recomputed_frac(self, closed: RunSpec) -> float:
+        """The share of the layers that checkpointing runs again."""
+        if closed.activation_checkpointing != "full":
+            return 0.0
+        num_layers = self.architecture.num_layers
+        return -(-num_layers // closed.checkpoint_every) / num_layers
+
+    def _dequantized_bytes(self, closed: RunSpec, passes: float) -> float:
         """QLoRA writes and reads each weight in the compute format, in each pass (bitsandbytes, MatMul4Bit)."""
         if closed.method.kind != "qlora":
             return 0.0

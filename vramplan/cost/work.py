@@ -70,18 +70,18 @@ def token_work(run: RunSpec, architecture: Architecture) -> TokenWork:
     )
 
 
-def training_flops(work: TokenWork, *, full: bool, checkpointing: bool) -> TrainingFlops:
+def training_flops(work: TokenWork, *, full: bool, checkpointing: float) -> TrainingFlops:
     """FLOP of one token's training: 6 a weight for full training, 4 and the adapters' own with frozen weights.
 
     Backward is one more product for the input's gradient, and another for the weight's where it is trained;
-    attention's is 2.5 forwards (FlashAttention recomputes the scores). Checkpointing repeats the layers' forward.
+    attention's is 2.5 forwards (FlashAttention recomputes the scores). ``checkpointing``: the share of the layers whose
+    forward is repeated.
     """
     weights = work.layer_flops + work.head_flops
     matmul = weights * (3 if full else 2) + work.adapter_flops * 3
     attention = work.attention_flops * 3.5
-    if checkpointing:
-        matmul += work.layer_flops + work.adapter_flops
-        attention += work.attention_flops
+    matmul += checkpointing * (work.layer_flops + work.adapter_flops)
+    attention += checkpointing * work.attention_flops
     return TrainingFlops(matmul, attention)
 
 

@@ -161,7 +161,7 @@ def estimate_record(record: Record) -> Estimate:
     node = Node(device, gpus_per_node=layout.world_size, memory_cap_bytes=record.spec.cap_bytes)
     # a mask that is all ones is dropped by transformers (masking_utils.py, _ignore_causal_mask_sdpa)
     return estimate(
-        run.model_copy(update={"attention_mask": record.spec.masked}),
+        run.model_copy(update={"attention_mask": record.spec.attention_mask and record.spec.masked}),
         node,
         resolve_architecture(run),
         rank=0 if record.env.get("backend") == "fake" else None,  # a fake group runs rank 0 alone

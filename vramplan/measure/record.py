@@ -81,6 +81,8 @@ class JobSpec(UserModel):
     """Whether the masks hid something (padding, or other documents of a pack), as in a real run."""
     activation_checkpointing: Checkpointing = "none"
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Its ``every_n_layers``."""
     loss: Literal["hf", "liger"] = "hf"
     """hf: the model's own; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"

@@ -82,7 +82,8 @@ def _host_checkpoints(job: Job) -> tuple[Term, ...]:
         return ()
     num_tokens = job.micro_batch_size * (job.seq_len // job.layout.sp)
     each = num_tokens * job.architecture.hidden_size * job.dtype.nbytes
-    return (term(HOST_ACTIVATIONS, job.architecture.num_layers * each, Place.HOST),)
+    num_layers = sum(job.model_run.recomputes(index) for index in range(job.architecture.num_layers))
+    return (term(HOST_ACTIVATIONS, num_layers * each, Place.HOST),)
 
 
 def _host_terms(stretches: tuple[Stretch, ...], basis: Size) -> tuple[Term, ...]:
@@ -177,8 +178,6 @@ def check_covered(job: Job) -> None:
         and job.architecture.family not in ("mixtral", "qwen3_moe"),
         "QLoRA with adapters on experts": bool(job.adapted_parameters) and job.quantized,
         "adapters on embeddings": _adapts_embeddings(job),
-        f"masks of padded or packed sequences in the {family} family": job.masked and job.architecture.has_own_core,
-        "masks of padded or packed sequences under sequence parallelism": job.masked and job.layout.sp > 1,
         "zero.round_robin_gradients": job.zero.round_robin_gradients,
         "zero.reduce_scatter: false": not job.zero.reduce_scatter,
         f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer.startswith("paged")

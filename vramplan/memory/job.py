@@ -46,6 +46,8 @@ class Job:
     seq_len: int
     grad_accum_steps: int
     checkpointing: bool
+    checkpoint_every: int
+    """Layers of which checkpointing recomputes the first."""
     attention: str
     optimizer: str
     momentum: float
@@ -68,6 +70,8 @@ class Job:
     clipping: bool
     masked: bool
     """Whether attention is given a mask of its own (``RunSpec.masked``)."""
+    given_positions: bool
+    """Whether the batch brings ``position_ids``: packed documents (``data/batch.py``), Ulysses."""
     retain: RetainSpec
     managed: bool
     """Whether DeepSpeed counts micro-batches: stages 0 and 1 then reduce in the last backward, else in the step."""
@@ -89,6 +93,7 @@ class Job:
             device=self.device,
             attention=self.attention,
             checkpointing=self.checkpointing,
+            checkpoint_every=self.checkpoint_every,
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
             fused_loss_rows=self.fused_loss_rows,
@@ -100,6 +105,7 @@ class Job:
             adapter_dtype=self.adapter_dtype,
             windowed=any(window <= self.seq_len for window in self.architecture.windows),
             masked=self.masked,
+            given_positions=self.given_positions,
             adapted_parameters=self.adapted_parameters,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
@@ -249,6 +255,7 @@ def job_from_run(
         seq_len=run.seq_len,
         grad_accum_steps=run.grad_accum_steps,
         checkpointing=run.activation_checkpointing == "full",
+        checkpoint_every=run.checkpoint_every,
         attention=run.attention,
         optimizer=run.optimizer.kind,
         momentum=run.optimizer.momentum,
@@ -266,8 +273,10 @@ def job_from_run(
         offload_optimizer=run.zero.offload_optimizer in ("cpu", "nvme"),
         offload_param=run.zero.offload_param in ("cpu", "nvme"),
         clipping=run.training.max_grad_norm > 0,
-        # flash-attn takes packed documents as they lie
-        masked=run.attention_mask if run.attention == "flash_attention_2" else run.masked,
+        # flash-attn takes packed documents as they lie; BLOOM and Falcon make their masks without positions
+        # (models/bloom/modeling_bloom.py, models/falcon/modeling_falcon.py: create_causal_mask)
+        masked=run.attention_mask if run.attention == "flash_attention_2" or architecture.has_own_core else run.masked,
+        given_positions=run.data.packing != "none" or layout.sp > 1,
         retain=run.retain,
         managed=managed or (bool(run.zero.overlap_comm) and run.zero.stage < 2),
     )

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Hashable
 
 from vramplan.facts.architecture import Architecture
+from vramplan.memory.gathers import GatherLimits
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 
@@ -43,3 +44,10 @@ def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
         first.setdefault(key, index)
         last[key] = index
     return frozenset({*first.values(), *last.values(), *range(max(0, len(keys) - near_turn), len(keys))})
+
+
+def layers_near_turn(architecture: Architecture, limits: GatherLimits) -> int:
+    """Layers at the end of the model whose weights may be there over the turn: as many as prefetching may run ahead
+    (``max_live``), as a reuse distance covers there and back, and two more."""
+    numel = min(sum(tensor.numel for tensor in layer.tensors()) for layer in set(architecture.layers))
+    return limits.max_live_numel // numel + limits.max_reuse_numel // (2 * numel) + 2

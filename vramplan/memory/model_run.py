@@ -21,7 +21,10 @@ class ModelRun:
     device: str
     attention: str
     checkpointing: bool
+    """Whether layers are recomputed, those of which ``recomputes`` says so."""
     keep_outputs: bool
+    checkpoint_every: int = 1
+    """Layers of which the first is recomputed, the rest not."""
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them."""
     fused_loss_rows: int = 0
@@ -40,7 +43,13 @@ class ModelRun:
     """Whether sequences reach the sliding window."""
     masked: bool = False
     """Whether sequences are padded or packed."""
+    given_positions: bool = False
+    """Whether the batch brings positions of every token, so that nothing made of them is shared by its sequences."""
     adapted_parameters: frozenset[str] = frozenset()
     """Parameters of experts and routers that get adapters as they are."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
+
+    def recomputes(self, index: int) -> bool:
+        """Whether a layer keeps its input alone (transformers/modeling_utils.py, ``_set_gradient_checkpointing``)."""
+        return self.checkpointing and index % self.checkpoint_every == 0

@@ -26,12 +26,12 @@ from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
-from vramplan.memory.kinds import layer_kind, layers_shown
+from vramplan.memory.kinds import layer_kind, layers_near_turn, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.size import ZERO, Size, add
-from vramplan.memory.skipped import difference, less
+from vramplan.memory.skipped import difference, held_by_graph, hold_output_of_skipped, less
 from vramplan.memory.tape import Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
 
@@ -80,6 +80,7 @@ class _Runner:
             lone_sequence=run.lone_sequence,
             windowed=run.windowed,
             masked=run.masked,
+            given_positions=run.given_positions,
             hooks=self.gathers,
             adapted_parameters=run.adapted_parameters,
             leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
@@ -93,8 +94,12 @@ class _Runner:
         self.kept: list[Tensor] = []
         self.persistent_between: Tensor | None = None
         architecture = run.architecture
-        self.keys = [layer_kind(run.architecture, run.method, index) for index in range(architecture.num_layers)]
-        self.shown = layers_shown(self.keys, _layers_near_turn(run) if run.gathers is not None else 0)
+        self.keys: list[Hashable] = [
+            (layer_kind(run.architecture, run.method, index), run.recomputes(index))
+            for index in range(architecture.num_layers)
+        ]
+        near_turn = layers_near_turn(architecture, run.gathers) if run.gathers is not None else 0
+        self.shown = layers_shown(self.keys, near_turn)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
         self.gradients.append(Gradient(param.name, param.grad_numel, self._snapshot(self.tape.where)))
@@ -250,9 +255,9 @@ class _Runner:
                 continue
             x = self._skip(x, skipped, self.keys, costs)
             skipped = []
-            before = dict(self.tape.by_label)
+            before = held_by_graph(self.ctx)
             x = self._layer(x, self.run.architecture.layers[index], index)
-            costs.setdefault(key, difference(self.tape.by_label, before))
+            costs.setdefault(key, difference(held_by_graph(self.ctx), before))
         return self._skip(x, skipped, self.keys, costs)
 
     def _layer(self, x: Tensor, layer: DecoderLayer, index: int) -> Tensor:
@@ -277,7 +282,7 @@ class _Runner:
                 ctx.returned = None
 
         with self.tape.at(f"layer {index}"):
-            if not self.run.checkpointing:
+            if not self.run.recomputes(index):
                 return forward(x)
             return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
 
@@ -288,14 +293,19 @@ class _Runner:
         if not skipped:
             return x
         self._keep_secondary(skipped)
+        hold_output_of_skipped(self.ctx, recomputed=self.run.recomputes(skipped[-1]))
         tape = self.tape
         collect_of_skipped(self.ctx, [self.run.architecture.layers[index] for index in skipped])
         total: dict[str, Size] = {}
+        cached = ZERO
         for index in skipped:
             for label, size in costs[keys[index]].items():
-                total[label] = add(total.get(label, ZERO), size)
-        if self.run.checkpointing and AUTOCAST_COPIES in total:  # autocast's cache holds these, not the graph
-            copies = tape.new(total.pop(AUTOCAST_COPIES), Dtype.UINT8, AUTOCAST_COPIES)
+                if label == AUTOCAST_COPIES and self.run.recomputes(index):  # autocast's cache holds it, not the graph
+                    cached = add(cached, size)
+                else:
+                    total[label] = add(total.get(label, ZERO), size)
+        if cached != ZERO:
+            copies = tape.new(cached, Dtype.UINT8, AUTOCAST_COPIES)
             self.ctx.casts[f"layers {skipped[0]} to {skipped[-1]}"] = copies
             del copies
         held = [tape.new(size, Dtype.UINT8, label) for label, size in total.items() if size != ZERO]
@@ -332,15 +342,6 @@ class _Runner:
                 self.gradients.append(Gradient(f"{prefix}.{index}.{event.name[len(last) :]}", event.numel, at))
             for label, size in costs[key].items():
                 freed[label] = add(freed.get(label, ZERO), size)
-
-
-def _layers_near_turn(run: ModelRun) -> int:
-    """Layers at the end of the model whose weights may be there over the turn: as many as prefetching may run ahead
-    (``max_live``), as a reuse distance covers there and back, and two more."""
-    assert run.gathers is not None
-    layers = run.architecture.layers
-    numel = min(sum(tensor.numel for tensor in layer.tensors()) for layer in set(layers))
-    return run.gathers.max_live_numel // numel + run.gathers.max_reuse_numel // (2 * numel) + 2
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vramplan.memory.blocks.balance import SCORES
+from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.labels import GATHER_BUFFER, GATHERED, SECONDARY
 from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Point
@@ -24,3 +25,22 @@ def difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Siz
     labels -= {GATHERED, GATHER_BUFFER, SECONDARY, SCORES}
     changes = {label: sub(after.get(label, ZERO), before.get(label, ZERO)) for label in labels}
     return {label: size for label, size in changes.items() if size != ZERO}
+
+
+def held_by_graph(ctx: BlockContext) -> dict[str, Size]:
+    """What is alive, without attention weights that the model alone holds."""
+    held = dict(ctx.tape.by_label)
+    output = ctx.output.storage if ctx.output is not None else None
+    if output is not None and output.refs == 1:
+        held[output.label] = sub(held[output.label], output.size)
+    return held
+
+
+def hold_output_of_skipped(ctx: BlockContext, recomputed: bool) -> None:
+    """The model holds the attention weights of a layer that is not run: bytes of their own where the layer is
+    recomputed, else those of the graph."""
+    output, ctx.output = ctx.output, None
+    if output is not None and recomputed:
+        numel, dtype, label = output.numel, output.dtype, output.storage.label
+        del output
+        ctx.output = ctx.tape.new(numel, dtype, label)

@@ -180,9 +180,10 @@ def add_adapters(model: torch.nn.Module, method: LoraMethod) -> torch.nn.Module:
 
 
 def checkpoint_layers(model: torch.nn.Module, run: RunSpec) -> None:
-    """Recomputes every layer in backward; what is kept for it, each layer's input, lies where the run says."""
+    """Recomputes layers in backward, every one or each so-many-th; what is kept for it, each one's input, lies where
+    the run says."""
     model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False}
+        gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=run.checkpoint_every
     )
     if run.offload_activations == "none":
         return

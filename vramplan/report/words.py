@@ -97,8 +97,14 @@ def describe_layout(run: RunSpec) -> str:
     return (
         f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {_plural(dp, 'rank')} = "
         f"{_plural(run.global_batch_size or 0, 'sequence')} a step, {_engine(run)}, "
-        f"checkpointing {run.activation_checkpointing}, {offload}"
+        f"checkpointing {run.activation_checkpointing}{_every(run)}, {offload}"
     )
+
+
+def _every(run: RunSpec) -> str:
+    if run.activation_checkpointing != "full" or run.checkpoint_every == 1:
+        return ""
+    return f" (1 layer of {run.checkpoint_every})"
 
 
 def _engine(run: RunSpec) -> str:

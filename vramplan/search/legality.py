@@ -119,6 +119,13 @@ def _attention_of_family(run: RunSpec, node: Node, architecture: Architecture) -
     return f"attention {run.attention} does not exist for the {architecture.family} family: set attention eager"
 
 
+def _alibi_and_flash_attention(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    mixer = architecture.layers[0].mixer
+    if run.attention != "flash_attention_2" or not (isinstance(mixer, Attention) and mixer.alibi):
+        return None
+    return f"attention flash_attention_2 has no place for {architecture.family}'s ALiBi: set attention sdpa"
+
+
 def _adapters_on_linear_routers(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     method = run.method
     if not isinstance(method, LoraMethod):
@@ -186,6 +193,22 @@ def _sequence_parallel_length(run: RunSpec, node: Node, architecture: Architectu
     return f"seq_len {run.seq_len} is no multiple of layout.sp {run.layout.sp}"
 
 
+def _packing_is_seen(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.data.packing == "none" or run.attention == "flash_attention_2":
+        return None
+    if architecture.has_own_core:
+        return (
+            f"data.packing {run.data.packing}: {architecture.family} makes its masks without positions, so packed "
+            "documents would see each other: set data.packing none"
+        )
+    if run.layout is not None and run.layout.sp > 1:
+        return (
+            f"data.packing {run.data.packing} with layout.sp: masks are dropped there, so packed documents would see "
+            "each other: set attention flash_attention_2, or data.packing none"
+        )
+    return None
+
+
 def _tensor_and_sequence_parallel(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.layout is None or run.layout.tp == 1 or run.layout.sp == 1:
         return None
@@ -208,6 +231,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_flash_attention_precision, "transformers/modeling_utils.py, _flash_attn_can_dispatch"),
     (_sinks_need_eager, "transformers/models/gpt_oss/modeling_gpt_oss.py, _supports_sdpa"),
     (_attention_of_family, "transformers/modeling_utils.py, _sdpa_can_dispatch and _flash_attn_can_dispatch"),
+    (_alibi_and_flash_attention, "transformers/models/falcon/modeling_falcon.py, FalconFlashAttention2.forward"),
     (_adapters_on_linear_routers, "peft/tuners/lora/layer.py, Linear.forward; models/llama4, Llama4Router.forward"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_liger_hardware, "liger_kernel/ops/rms_norm.py"),
@@ -216,6 +240,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),
     (_sequence_parallel_attention, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, register_with_transformers"),
     (_sequence_parallel_length, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPDataLoaderAdapter.refill"),
+    (_packing_is_seen, "transformers/models/falcon/modeling_falcon.py, FalconModel; ulysses_sp.py, uattn_wrapper"),
     (_tensor_and_sequence_parallel, "deepspeed/runtime/engine.py, _configure_tensor_parallel_states (self.mpu)"),
     (_tensor_parallel_adapters, "deepspeed/module_inject/auto_tp.py (no LoRA layer in its policies)"),
 )

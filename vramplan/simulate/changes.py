@@ -49,8 +49,9 @@ def possible_changes(closed: ClosedRun) -> Iterator[Change]:
     each leaves what is learnt as it is."""
     run, on_gpu = closed.run, closed.node.device.kind != "cpu"
     stage, degree = run.zero.stage or 0, closed.node.world_size
-    if run.activation_checkpointing != "full":
-        yield _change("checkpointing full", run, {"activation_checkpointing": "full"})
+    if run.activation_checkpointing != "full" or run.checkpoint_every > 1:
+        every_layer = {"activation_checkpointing": "full", "checkpoint_every": 1}
+        yield _change("checkpointing full", run, every_layer)
     if degree > 1:
         for higher in range(stage + 1, 4):
             # DeepSpeed's default (runtime/zero/config.py, overlap_comm_valid)

@@ -143,7 +143,8 @@ def _cycle_of(run: RunSpec) -> _Cycle:
         if isinstance(value, list) and len(value) == config.num_hidden_layers
     ]
     full = _layers_of(run, lists)
-    starts = {length: _start_of_cycles(full, length) for length in range(1, len(full) // 2 + 1)}
+    every = run.checkpoint_every if run.activation_checkpointing == "full" else 1  # recomputed layers come in turn too
+    starts = {length: _start_of_cycles(full, length) for length in range(every, len(full) // 2 + 1, every)}
     found = [(start + 2 * length, start, length) for length, start in starts.items() if start is not None]
     if not found:
         raise NotByDepth("its layers do not come in cycles")

@@ -171,6 +171,9 @@ class RunSpec(UserModel):
     """Whether a padding mask is passed (batches padded on the right)."""
     activation_checkpointing: Checkpointing | None = None
     """none keeps what backward needs; full keeps each layer's input and recomputes. None: searched."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Of checkpointing full: layers of which one is recomputed, the first of each so many (transformers'
+    ``every_n_layers``); the rest keep what their backward needs. 1: every layer is."""
     loss: Literal["hf", "liger"] = "hf"
     """hf: transformers' own loss over full logits; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"

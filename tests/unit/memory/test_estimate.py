@@ -56,6 +56,16 @@ def test_layers_with_adapters_keep_more_than_layers_without():
     assert few.allocated_peak_bytes < many.allocated_peak_bytes < every.allocated_peak_bytes
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
+    zero = {"stage": stage, "reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+    peaks = [ask(zero=zero, seq_len=2048, checkpoint_every=every).allocated_peak_bytes for every in (1, 2, 3, 30)]
+    none = ask(zero=zero, seq_len=2048, activation_checkpointing="none").allocated_peak_bytes
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == 4
+    assert peaks[-1] < none
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

@@ -77,3 +77,13 @@ def test_layer_inputs_pass_the_host_and_gradients_stay():
     assert packed.count((2, SEQ_LEN, 16)) == 2  # each layer's input, and nothing else of that size
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
+def test_one_layer_of_so_many_is_recomputed(every, recomputed):
+    expected = gradients(small_model(), SEQ_LEN)
+    model = small_model()
+    checkpoint_layers(model, run(activation_checkpointing="full", checkpoint_every=every))
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == recomputed
+    for name, gradient in gradients(model, SEQ_LEN).items():
+        torch.testing.assert_close(expected[name], gradient)

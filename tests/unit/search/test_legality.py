@@ -37,6 +37,19 @@ def reasons(fields: dict[str, object], node: Node = NODE) -> list[str]:
     return [each.reason for each in illegalities(run, node, resolve_architecture(run))]
 
 
+FALCON_RW = {
+    "model_type": "falcon",
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 24,
+    "vocab_size": 50304,
+    "alibi": True,
+    "multi_query": False,
+    "parallel_attn": False,
+    "bias": True,
+    "new_decoder_architecture": False,
+}
+"""As of falcon-rw-1b."""
 REFUSED = [
     ({"zero": {"offload_param": "cpu"}}, NODE, "offload_param needs ZeRO stage 3"),
     ({"zero": {"stage": 0, "offload_optimizer": "cpu"}}, NODE, "offload_optimizer needs ZeRO stage 1"),
@@ -51,6 +64,9 @@ REFUSED = [
     ({"attention": "flash_attention_2", "precision": "fp32"}, NODE, "bf16 or fp16 only"),
     ({"model": "openai/gpt-oss-20b"}, NODE, "set attention eager"),
     ({"model": "bigscience/bloom-560m", "attention": "sdpa"}, NODE, "does not exist for the bloom family"),
+    ({"model_config_fields": FALCON_RW, "attention": "flash_attention_2"}, NODE, "no place for falcon's ALiBi"),
+    ({"model_config_fields": FALCON_RW, "data": {"packing": "best_fit"}}, NODE, "other: set data.packing none"),
+    ({"layout": {"dp": 4, "sp": 2}, "data": {"packing": "best_fit"}}, NODE, "set attention flash_attention_2"),
     ({"model": "meta-llama/Llama-4-Scout-17B-16E-Instruct", "method": "lora"}, NODE, "llama4's routers"),
     ({"loss": "liger"}, CPU_NODE, "needs a GPU"),
     ({"kernels": "liger"}, CPU_NODE, "kernels liger are Triton's"),

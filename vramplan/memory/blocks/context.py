@@ -10,7 +10,7 @@ from vramplan.facts.architecture import Attention, LatentAttention, Linear, Norm
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.leaf import Parameter
-from vramplan.memory.size import per_token
+from vramplan.memory.size import Size, per_position, per_token
 from vramplan.memory.tape import Node, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
@@ -87,6 +87,8 @@ class BlockContext:
     """Whether sequences reach the sliding window, so that fused kernels need a mask."""
     masked: bool = False
     """Whether sequences are padded or packed, so that fused kernels need a mask for each."""
+    given_positions: bool = False
+    """Whether the batch brings positions of every token."""
     tables: Tables = field(default_factory=lambda: Tables())
     model_frame: list[Tensor] = field(default_factory=list)
     """Local variables of the inner model, alive until it returns."""
@@ -112,6 +114,10 @@ class BlockContext:
     """Whether norms, rotary positions and MLPs are liger-kernel's."""
     tile_rows: int = 0
     """Tokens that a gated MLP takes at a time; 0: all."""
+
+    def at_positions(self, width: int) -> Size:
+        """Elements of what is made of positions: ``width`` for each, shared by the batch where it brings none."""
+        return per_token(width) if self.given_positions else per_position(width)
 
     def trains_base(self, name: str) -> bool:
         return isinstance(self.method, FullMethod) and self.method.trains(name, self.num_layers)

@@ -32,7 +32,7 @@ def masks(ctx: BlockContext, attentions: list[Mixer], spare: bool = False, both:
         if has_window:
             tables.window_mask = ctx.tape.new(per_score(1), ctx.dtype, MASK)
     elif ctx.attention == "sdpa" and is_falcon:
-        tables.mask = ctx.tape.new(per_mask(1), Dtype.BOOL, MASK)
+        tables.mask = ctx.tape.new(per_score(1) if ctx.masked else per_mask(1), Dtype.BOOL, MASK)
     elif ctx.attention == "sdpa" and ctx.masked:
         if has_whole:
             tables.mask = ctx.tape.new(per_score(1), Dtype.BOOL, MASK)
@@ -45,9 +45,10 @@ def masks(ctx: BlockContext, attentions: list[Mixer], spare: bool = False, both:
 
 
 def _alibi(ctx: BlockContext, num_heads: int, is_falcon: bool) -> None:
-    """``build_alibi_tensor``, from a mask of ones; Falcon merges it with the causal mask."""
-    ones = ctx.tape.new(tokens(1), Dtype.INT64 if is_falcon else Dtype.FP32, MASK)
-    ctx.model_frame += [ones, ctx.tape.new(tokens(num_heads), ctx.dtype, MASK)]
+    """``build_alibi_tensor``, from the padding mask or one of ones; Falcon merges it with the causal mask."""
+    if not ctx.masked:
+        ctx.model_frame.append(ctx.tape.new(tokens(1), Dtype.INT64 if is_falcon else Dtype.FP32, MASK))
+    ctx.model_frame.append(ctx.tape.new(tokens(num_heads), ctx.dtype, MASK))
     if is_falcon:
         ctx.tables.mask = ctx.tape.new(per_score(num_heads), ctx.dtype, MASK)
 
@@ -56,15 +57,17 @@ def attention_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mi
     """Softmax attention of rotated queries and keys with values."""
     if ctx.attention == "eager":
         return _eager(ctx, q, k, v, block)
+    if ctx.sequence_parallel > 1:  # Ulysses drops masks (ulysses_sp.py, uattn_wrapper): they hide its rank's part only
+        return fused_core(ctx, q, k, v, block, None)
     if ctx.attention == "flash_attention_2" and ctx.masked:
-        return _without_padding(ctx, q, k, v, block)
+        return without_padding(ctx, q, k, v, block)
     mask = ctx.tables.window_mask if block.local_window is not None else ctx.tables.mask
     if mask is not None:
         k, v = to_all_heads(k, block), to_all_heads(v, block)
     return fused_core(ctx, q, k, v, block, mask)
 
 
-def _without_padding(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> Tensor:
+def without_padding(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> Tensor:
     """flash-attn on padded sequences: what is no padding (here all, at most) is copied out and the result back
     (modeling_flash_attention_utils.py, ``_upad_input``)."""
     q, k, v = (ops.clone(ctx.low(part, CORE), CORE) for part in (q, k, v))

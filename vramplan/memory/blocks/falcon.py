@@ -6,7 +6,7 @@ from vramplan.facts.architecture import Attention
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
-from vramplan.memory.blocks.core import fused_core, math_core, one_to_all, whole_heads
+from vramplan.memory.blocks.core import fused_core, math_core, one_to_all, whole_heads, without_padding
 from vramplan.memory.blocks.rotary import CORE
 from vramplan.memory.size import per_score
 from vramplan.memory.tape import Tensor
@@ -17,14 +17,16 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
     if ctx.attention != "eager":
         if ctx.attention == "sdpa" and k.numel != q.numel:  # not told of grouped heads: the unfused path repeats them
             return math_core(ctx, q, k, v, block, ctx.tables.mask)
+        if ctx.attention == "flash_attention_2" and ctx.masked:
+            return without_padding(ctx, q, k, v, block)
         return fused_core(ctx, q, k, v, block, ctx.tables.mask)
     scores = ops.matmul(_all(ctx, q, q), _all(ctx, k, q), per_score(block.num_heads), CORE)
     if block.alibi:
         scores = _with_bias(ctx, scores)
     assert ctx.tables.mask is not None
-    weights = ops.softmax(
-        ops.to(ops.masked(scores, ctx.tables.mask, CORE), ctx.dtype, CORE), ctx.dtype, ctx.device, CORE
-    )
+    biased = ops.masked(scores, ctx.tables.mask, CORE)  # an argument, held until softmax returns
+    weights = ops.softmax(ops.to(biased, ctx.dtype, CORE), ctx.dtype, ctx.device, CORE)
+    del biased
     ctx.returned = weights
     out = ops.matmul(ctx.low(weights, CORE), _all(ctx, v, q), tokens(block.q_width), CORE)
     return ops.clone(out, CORE)

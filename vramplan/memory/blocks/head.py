@@ -12,7 +12,7 @@ from vramplan.memory.blocks.layer import RESIDUAL
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.leaf import Parameter
-from vramplan.memory.size import Size, per_position
+from vramplan.memory.size import Size
 from vramplan.memory.tape import Tensor
 
 LOGITS = "logits"
@@ -46,7 +46,8 @@ def embed(
         if architecture.embedding_projections:
             x = project(ctx, x, architecture.embedding_projections[-1], RESIDUAL)
         ctx.model_frame += [x, at]
-        x = ops.add(x, at, RESIDUAL) if table.each_sequence else ops.add_broadcast(x, at, RESIDUAL)
+        apart = table.each_sequence or ctx.given_positions
+        x = ops.add(x, at, RESIDUAL) if apart else ops.add_broadcast(x, at, RESIDUAL)
     if architecture.embedding_norm is not None:
         ctx.model_frame.append(x)
         x = normalise(ctx, x, architecture.embedding_norm)
@@ -59,7 +60,7 @@ def _positions(ctx: BlockContext, table: Embedding, ids: Tensor) -> Tensor:
     """Learned positions; OPT counts them along a mask of ones."""
     if table.each_sequence:
         ctx.model_frame += [ctx.tape.new(tokens(1), Dtype.FP32, TOKENS), ctx.tape.new(tokens(1), Dtype.INT64, TOKENS)]
-    numel = tokens(table.width) if table.each_sequence else per_position(table.width)
+    numel = tokens(table.width) if table.each_sequence else ctx.at_positions(table.width)
     return _look_up(ctx, table, numel, ids, lambda out: out)
 
 

@@ -10,7 +10,6 @@ from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, Module
 from vramplan.memory.blocks.liger import liger_rotary
 from vramplan.memory.blocks.sinks import rotate_halves
-from vramplan.memory.size import per_position
 from vramplan.memory.tape import Tensor
 
 CORE = "attention core"
@@ -45,8 +44,8 @@ def _tables(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tens
 
 
 def _cos_and_sin(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tensor, Tensor]:
-    numel = per_position(block.rotary_dim // 2 if block.rotary == "halves" else block.rotary_dim)
-    frequencies = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
+    numel = ctx.at_positions(block.rotary_dim // 2 if block.rotary == "halves" else block.rotary_dim)
+    frequencies = ctx.tape.new(ctx.at_positions(block.rotary_dim // 2), Dtype.FP32, TABLES)
     angles = ctx.tape.new(numel, Dtype.FP32, TABLES)
     del frequencies
     wide_cos = ctx.tape.new(numel, Dtype.FP32, TABLES)
@@ -59,11 +58,11 @@ def _cos_and_sin(ctx: BlockContext, block: Attention | LatentAttention) -> tuple
 
 def _complex_table(ctx: BlockContext, block: Attention | LatentAttention) -> tuple[Tensor]:
     """``DeepseekV2RotaryEmbedding.forward``: a complex number is two elements."""
-    angles = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
-    ones = ctx.tape.new(per_position(block.rotary_dim // 2), Dtype.FP32, TABLES)
-    unit = ctx.tape.new(per_position(block.rotary_dim), Dtype.FP32, TABLES)
+    angles = ctx.tape.new(ctx.at_positions(block.rotary_dim // 2), Dtype.FP32, TABLES)
+    ones = ctx.tape.new(ctx.at_positions(block.rotary_dim // 2), Dtype.FP32, TABLES)
+    unit = ctx.tape.new(ctx.at_positions(block.rotary_dim), Dtype.FP32, TABLES)
     del ones
-    scaled = ctx.tape.new(per_position(block.rotary_dim), Dtype.FP32, TABLES)
+    scaled = ctx.tape.new(ctx.at_positions(block.rotary_dim), Dtype.FP32, TABLES)
     del unit, angles
     return (scaled,)
 
