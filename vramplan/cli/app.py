@@ -45,6 +45,7 @@ SUBCOMMANDS = (
     Subcommand("compare", "Lay predicted memory beside measured memory, record by record."),
     Subcommand("bench", "Measure memory for real: run jobs, find the largest micro-batch, list live tensors."),
     Subcommand("data", "See what a run is trained on: sources, lengths, and exactly which tokens."),
+    Subcommand("fields", "List the fields of a spec: what each takes, its default, and what it is for."),
     Subcommand("models", "List the catalogue of models."),
     Subcommand("gpus", "List the catalogue of GPUs."),
     Subcommand("doctor", "Check this machine: versions, GPUs, memory, DeepSpeed, and what will hurt."),

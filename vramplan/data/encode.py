@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from vramplan.data.fim import Fim, fim_samples
 from vramplan.data.row import Completion, Conversation, Row, Text
 from vramplan.data.sample import Sample
-from vramplan.data.template import Rendered, render
+from vramplan.data.template import Rendered, TrainOn, render
 from vramplan.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TrainOn = Literal["assistant", "all", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +65,7 @@ def iter_samples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, encodi
 def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Sample:
     seq_len, template = encoding.seq_len, _template_of(row, encoding)
     if isinstance(row, Conversation):
-        rendered = render(_with_first_prompt(row, template), tokenizer)
-        if encoding.train_on == "last":
-            rendered = Rendered(rendered.text, rendered.spans[-1:])
+        rendered = render(_with_first_prompt(row, template), tokenizer, encoding.train_on)
         ids, trained = _encode_spans(rendered, tokenizer, special=False)
     elif isinstance(row, Completion):
         prompt = template.replace("{prompt}", row.prompt)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vramplan.data.row import Conversation
 from vramplan.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "all", "last"]
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
@@ -36,21 +38,22 @@ def ensure_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "assistant") -> Rendered:
     """The whole conversation as text. An assistant's span begins where generation begins and ends with the
-    end-of-turn marker, if the template writes one: what the model must produce, no more.
+    end-of-turn marker, if the template writes one: what the model must produce, no more. Under ``last`` only the last
+    assistant turn has a span, under ``all`` the whole text is one.
 
     Raises:
-        DataError: the template refuses the conversation, fails on it, or changes earlier turns as later ones are added.
+        DataError: the template refuses the conversation, fails on it, or changes a turn that has a span as later ones
+            are added.
     """
     messages = conversation.messages
     full = _apply(tokenizer, messages, conversation.where, prompt=False)
-    spans = [
-        _assistant_span(tokenizer, conversation, turn, full)
-        for turn, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    return Rendered(full, tuple(spans))
+    if train_on == "all":
+        return Rendered(full, ((0, len(full)),))
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    learnt = turns[-1:] if train_on == "last" else turns
+    return Rendered(full, tuple(_assistant_span(tokenizer, conversation, turn, full) for turn in learnt))
 
 
 def _assistant_span(
@@ -62,7 +65,7 @@ def _assistant_span(
     if not through.startswith(before) or not full.startswith(through):
         raise DataError(
             f"{where}: the chat template renders turn {turn + 1} differently when more turns follow, so its "
-            "tokens cannot be told apart; give data.train rows with one assistant turn at the end"
+            "tokens cannot be told apart; set data.train_on to last, or give rows with one assistant turn at the end"
         )
     return len(before), _end_of_turn(through, len(before), messages[turn]["content"])
 

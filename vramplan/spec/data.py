@@ -122,7 +122,7 @@ class DataSpec(UserModel):
     """Where the training text lies and how it becomes tokens."""
 
     train: Sources = "builtin:arithmetic"
-    """A path (see ``SourceSpec.path``), a source with its options, or a list of them with weights. Raw text is cut into
+    """A path (see ``path`` below it), a source with its options, or a list of them with weights. Raw text is cut into
     full sequences; other rows are padded to the longest of their global batch (in the first two steps to
     ``seq_len``, so that memory's peak is met at once)."""
     replay: ReplaySpec | None = None

@@ -41,7 +41,8 @@ class EarlyStopSpec(UserModel):
     """Stops when a held-out set got worse than it was before training."""
 
     set: str = "general"
-    """Which of ``data.eval_sets`` is watched."""
+    """Which held-out set is watched: a name of ``data.eval_sets``, ``replay`` (the held-out rows of ``data.replay``) or
+    ``held_out``."""
     max_rise_frac: float = Field(default=0.1, gt=0)
     """Rise of its perplexity over the one before training that is still accepted: 0.1 is 10 %."""
     patience: int = Field(default=1, ge=1)

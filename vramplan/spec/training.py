@@ -58,8 +58,8 @@ class TrainingSpec(UserModel):
     """Optimizer steps between snapshots in shared memory (/dev/shm), which outlive the run's processes and cost host
     memory instead of time; one node only. None: none are written."""
     best_on: str | None = None
-    """The held-out set (``held_out``, or a name of ``data.eval_sets``) whose lowest loss marks the best checkpoint,
-    which is kept and exported. None: the last is."""
+    """The held-out set (``held_out``, ``replay``, or a name of ``data.eval_sets``) whose lowest loss marks the best
+    checkpoint, which is kept and exported. None: the last is."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     log_every: int = Field(default=1, ge=1)

@@ -69,13 +69,18 @@ def test_a_template_that_strips_its_turns_and_marks_no_end(tokenizer):
     assert "q" not in trained_text(sample, tokenizer)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}{% if loop.last %}!{% endif %}{{ m['content'] }}{% endfor %}"
+def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_what_it_does_not_rewrite(tokenizer):
+    tokenizer.chat_template = (  # as Qwen3's, which shows thoughts in the last turn alone
+        "{% for m in messages %}{{ m['role'] }}:{% if loop.last and m['role'] == 'assistant' %}<think></think>"
+        "{% endif %}{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     row = conversation(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
-    with pytest.raises(DataError, match="f line 1: the chat template renders turn 2 differently"):
+    with pytest.raises(DataError, match=r"f line 1: the chat template renders turn 2 differently.*train_on to last"):
         encode_rows([row], tokenizer, 100)
+    (last,) = encode_rows([row], tokenizer, 100, "last")
+    assert trained_text(last, tokenizer) == "<think></think>b;"
+    (everything,) = encode_rows([row], tokenizer, 100, "all")
+    assert trained_text(everything, tokenizer) == "user:q;assistant:a;user:r;assistant:<think></think>b;"
 
 
 @pytest.mark.parametrize(
