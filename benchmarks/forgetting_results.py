@@ -72,7 +72,7 @@ def belongs(outcome: Outcome, shape: Shape) -> bool:
 def write_tables(outcomes: Sequence[Outcome], shape: Shape, settings: str, path: Path) -> None:
     """The asked comparison first, then those of other shapes with several methods, then single trials."""
     shapes = dict.fromkeys(each.shape for each in outcomes if each.method != BEFORE and each.shape != shape)
-    full = [each for each in shapes if len({one.method for one in outcomes if one.shape == each}) > 2]
+    full = [each for each in shapes if len({one.method for one in outcomes if one.shape == each} - {BEFORE}) > 2]
     lines = [
         "# Forgetting",
         "",
