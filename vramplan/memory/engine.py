@@ -62,6 +62,14 @@ class Engine(ABC):
         self.trained_numel = sum(numel for _, numel in self.trained)
         self.frozen_bytes = sum(job.bytes_of(param) for param in params if not param.trained)
         self.adapter_numel = sum(param.numel for param in params if param.adapter)
+        self.lowered = self._lowered()
+
+    def _lowered(self) -> frozenset[str]:
+        """Parameters that travel in autocast's format, where it is not that of the weights: those of ``nn.Linear``
+        (runtime/torch_autocast.py, ``init_autocast_params``)."""
+        if self.job.autocast in (None, self.job.dtype):
+            return frozenset()
+        return frozenset(param.name for param in self.job.parameters if param.trained and param.in_linear)
 
     def walk(self) -> list[Stretch]:
         self.load()

@@ -305,9 +305,11 @@ def linear(
         if need_b:
             grad_b = tape.new(b_numel, dtype, WEIGHT_GRADIENT)
         del held
-        return [grad_x, grad_b, grad_w]  # the weight's passes its transpose first
+        return [grad_x, grad_w, grad_b] if zero3 else [grad_x, grad_b, grad_w]
 
-    return tape.attach("linear", out, [x, bias, weight], saved, backward)
+    # in F.linear the weight's gradient passes its transpose first
+    order = [x, weight, bias] if zero3 else [x, bias, weight]
+    return tape.attach("linear", out, order, saved, backward)
 
 
 def linear_4bit(x: Tensor, w_numel: int, out_numel: Size, label: str) -> Tensor:

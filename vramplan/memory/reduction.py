@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from vramplan.spec.layout import shard
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -18,35 +20,52 @@ class Bucket:
 class BucketFlush:
     """One reduction; it happens when gradient ``before`` arrives (None: after the last)."""
 
+    last: int
+    """The gradient that came into the bucket last."""
     before: int | None
     copied: int
     """Elements of the flat copy that is scattered."""
+    parts: int
+    """Elements of one rank's parts of the gradients."""
     oversized: int
-    """Elements of gradients that are larger than the bucket and wait outside it."""
+    """Elements of a gradient that is larger than the bucket and waits outside it."""
     largest: int
     """Elements of the largest gradient."""
+    lowered: bool
+    """Whether the gradients travel in autocast's format."""
 
 
 @lru_cache(maxsize=1024)
-def bucket_flushes(gradients: tuple[tuple[str, int], ...], bucket: Bucket) -> tuple[BucketFlush, ...]:
-    """Reductions of gradients ``(name, numel)`` in their order of arrival.
+def bucket_flushes(
+    gradients: tuple[tuple[str, int], ...], bucket: Bucket, lowered: frozenset[str] = frozenset()
+) -> tuple[BucketFlush, ...]:
+    """Reductions of gradients ``(name, numel)`` in their order of arrival; those in ``lowered`` have a bucket of their
+    own.
 
     Source: stage3.py, ``reduce_independent_p_g_buckets_and_remove_grads``; coalesced_collectives.py,
     ``reduce_scatter_coalesced``: a lone tensor that divides by the ranks is scattered where it is.
     """
     done: list[BucketFlush] = []
-    held: list[int] = []
-    for position, (_, numel) in enumerate(gradients):
-        if held and sum(held) + numel > bucket.numel:
-            done.append(_flush(held, position, bucket))
-            held = []
-        held.append(numel)
-    if held:
-        done.append(_flush(held, None, bucket))
+    buckets: dict[bool, list[tuple[int, int]]] = {}
+    for position, (name, numel) in enumerate(gradients):
+        held = buckets.setdefault(name in lowered, [])
+        if held and sum(each for _, each in held) + numel > bucket.numel:
+            done.append(_flush(held, position, bucket, name in lowered))
+            held.clear()
+        held.append((position, numel))
+    done += [_flush(held, None, bucket, kind) for kind, held in buckets.items()]
     return tuple(done)
 
 
-def _flush(held: list[int], before: int | None, bucket: Bucket) -> BucketFlush:
-    lone = len(held) == 1 and held[0] % bucket.degree == 0
-    oversized = sum(numel for numel in held if numel > bucket.numel)
-    return BucketFlush(before, 0 if lone else sum(held), oversized, max(held))
+def _flush(held: list[tuple[int, int]], before: int | None, bucket: Bucket, lowered: bool) -> BucketFlush:
+    numels = [numel for _, numel in held]
+    lone = len(numels) == 1 and numels[0] % bucket.degree == 0
+    return BucketFlush(
+        last=held[-1][0],
+        before=before,
+        copied=0 if lone else sum(numels),
+        parts=sum(shard(numel, bucket.degree) for numel in numels),
+        oversized=sum(numel for numel in numels if numel > bucket.numel),
+        largest=max(numels),
+        lowered=lowered,
+    )

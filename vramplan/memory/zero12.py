@@ -24,7 +24,6 @@ class Zero12(Engine):
         self.flat = flat_group(self.trained, job.degree)
         self.share = self.flat.partition_numel
         self.contiguous = job.zero.contiguous_gradients
-        self.lowered = self._lowered()
         self.bucket_bytes = self._bucket_bytes()
         self.owned = self.flat.owned(rank)
         self.sizes = dict(self.trained)
@@ -35,13 +34,6 @@ class Zero12(Engine):
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
         self._reducing: dict[tuple[bool, bool], list[Instant]] = {}
-
-    def _lowered(self) -> frozenset[str]:
-        """Parameters that travel in autocast's format, where it is not that of the weights: those of ``nn.Linear``
-        (runtime/torch_autocast.py, ``init_autocast_params``)."""
-        if self.job.autocast in (None, self.job.dtype):
-            return frozenset()
-        return frozenset(param.name for param in self.job.parameters if param.trained and param.in_linear)
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
         """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""

@@ -13,7 +13,7 @@ from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged, wit
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
-from vramplan.memory.reduction import Bucket, bucket_flushes
+from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes
 from vramplan.memory.size import ZERO
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
@@ -202,25 +202,45 @@ class Zero3(Engine):
         found = self._profile_of(micro)
         self._see_points(stretch, found.backward)
         bucket = Bucket(self.job.zero.reduce_bucket_size, self.job.degree)
-        gradients = found.gradients
-        for flush in bucket_flushes(tuple((each.name, each.numel) for each in gradients), bucket):
-            at = gradients[-1 if flush.before is None else flush.before].at
-            alive = at_point(at)
-            if flush.before is None and gradients[-1].numel <= bucket.numel:  # it has moved into the bucket
-                alive = without_gradient(alive, gradients[-1].numel * self.width)
-            # a gradient that is larger than the bucket waits outside it
-            waiting = {labels.GRADIENTS: flush.oversized * self.width if flush.before is not None else 0}
-            # what lies in the bucket has its format already; what did not fit is cast
-            cast = flush.oversized * self.travels if self.travels != self.width else 0
-            # __avg_scatter_grads: the partitions are cast back while the flat copy that they are views of is alive
-            back = shard(flush.copied, bucket.degree) * self.grad_width if self.travels != self.grad_width else 0
-            copy = {labels.REDUCTION: cast + flush.copied * self.travels + back}
-            away: Parts = {}
-            if self.job.offload_optimizer:  # partition_grads
-                away = self._sent_away(shard(flush.largest, bucket.degree), micro.boundary and self.job.managed)
-            stretch.see("gradient reduction", self.resident, alive, waiting, copy, away)
+        order = tuple((each.name, each.numel) for each in found.gradients)
+        for flush in bucket_flushes(order, bucket, self.lowered):
+            if flush.oversized:
+                self._see_waiting(stretch, found, flush)
+            self._see_reduction(stretch, found, flush, normed=micro.boundary and self.job.managed)
         self.outputs = at_point(found.backward_end)
         stretch.close(self.resident, self.outputs)
+
+    def _see_waiting(self, stretch: Stretch, found: Profile, flush: BucketFlush) -> None:
+        """Instants at which a gradient that is larger than the bucket waits for the next that goes into it."""
+        gradients = found.gradients
+        since = gradients[flush.last].at.index
+        if since < max(each.at.index for each in gradients[: flush.last + 1]):
+            return  # of a layer that is not run: one of its kind stands for it
+        until = len(found.backward) if flush.before is None else gradients[flush.before].at.index
+        between = [point for point in found.backward if since <= point.index < until]
+        waiting = {labels.GRADIENTS: flush.oversized * self.trained_width}
+        for _, point in undominated([(each.total, each) for each in between]):
+            stretch.see(point.where, self.resident, waiting, at_point(point))
+
+    def _see_reduction(self, stretch: Stretch, found: Profile, flush: BucketFlush, normed: bool) -> None:
+        """``__avg_scatter_grads``, then ``partition_grads``."""
+        gradients, width = found.gradients, self.trained_width
+        final = len(gradients) - 1
+        alive = at_point(gradients[final if flush.before is None else flush.before].at)
+        if flush.before is None and gradients[-1].numel <= self.job.zero.reduce_bucket_size:  # moved into the bucket
+            alive = without_gradient(alive, gradients[-1].numel * width)
+        in_hand = flush.before is None and flush.last == final
+        waiting = {labels.GRADIENTS: 0 if in_hand else flush.oversized * width}
+        travels = self.job.autocast.nbytes if flush.lowered and self.job.autocast is not None else self.travels
+        # what lies in the bucket has its format already; what did not fit is cast
+        cast = flush.oversized * travels if travels != width else 0
+        # the partitions are cast back while the flat copy that they are views of is alive
+        flat, back = flush.copied * travels, flush.parts * self.grad_width if travels != self.grad_width else 0
+        copies = {labels.REDUCTION: cast + flat + back}
+        stretch.see("gradient reduction", self.resident, alive, waiting, copies)
+        if self.job.offload_optimizer:
+            away = self._sent_away(shard(flush.largest, self.job.degree), normed)
+            stretch.see("partitions sent away", self.resident, alive, waiting, {labels.REDUCTION: back or flat}, away)
 
     def _sent_away(self, share: int, at_boundary: bool) -> Parts:
         """A gradient's part of ``share`` elements, which has gone to the host, on the device once more; at the boundary

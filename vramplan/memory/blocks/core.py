@@ -85,7 +85,7 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer,
     elif ctx.device == "cuda":
         if k.numel != q.numel:  # told of grouped heads, which only FlashAttention takes
             return math_core(ctx, q, k, v, block, mask)
-        scratch, efficient = per_token(block.num_heads), True
+        scratch, efficient = _efficient_scratch(block), True
     if mask is not None:
         mask = _numbers(ctx, mask, q.dtype)
     lse = per_token(block.num_heads)
@@ -106,7 +106,7 @@ def _of_two_widths(
     result lies with positions before heads."""
     lse, narrow = per_token(block.num_heads), tokens(block.out_width)
     if ctx.attention != "flash_attention_2":
-        return ops.flash_attention(q, k, v, lse, CORE, scratch, mask, narrow)
+        return ops.flash_attention(q, k, v, lse, CORE, _efficient_scratch(block), mask, narrow)
     v = ops.spread(v, q.numel, CORE)
     out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
     return ops.clone(ops.piece(out, narrow), CORE)
@@ -121,6 +121,13 @@ def _flash_scratch(block: Mixer) -> Size:
     rounded = -(-width // step) * step
     grouped = block.q_width if block.num_heads > block.num_kv_heads else 0  # two of half an element each
     return per_token(block.num_heads * rounded + block.num_heads + grouped)
+
+
+def _efficient_scratch(block: Mixer) -> Size:
+    """What the memory-efficient kernel's backward makes besides gradients, in elements of fp32: a row sum a query and
+    head, and dq summed in tiles of 64 columns (attention_backward.cu; kernel_backward.h, ``workspace_elements_gq``)."""
+    width = block.q_width // block.num_heads
+    return per_token(block.num_heads * (-(-width // 64) * 64 + 1))
 
 
 def joined(block: Mixer) -> bool:
