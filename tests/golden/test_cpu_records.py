@@ -30,6 +30,9 @@ more."""
 EXPERTS = Path(__file__).with_name("measured") / "cpu_moe.jsonl"
 """Taken by `vramplan bench run`: families with routed experts, in the settings of the families and more; the adapters
 of mixtral and qwen3_moe reach routers and experts."""
+WRAPPED = Path(__file__).with_name("measured") / "cpu_expert_adapters.jsonl"
+"""Taken by `vramplan bench run`: adapters on the parameters of experts and routers (PEFT's ParamWrapper) of
+deepseek_v2, deepseek_v3, gpt_oss, llama4, qwen2_moe, qwen3_moe and mixtral, lora and qlora, under every ZeRO stage."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -94,7 +97,9 @@ def test_quantized_weights():
 
 
 @pytest.fixture(
-    scope="module", params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5)], ids=["dense", "latent", "experts"]
+    scope="module",
+    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7)],
+    ids=["dense", "latent", "experts", "wrapped"],
 )
 def families(request):
     path, least, num_types = request.param

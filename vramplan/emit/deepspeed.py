@@ -15,6 +15,22 @@ _STAGE3_SIZES = (
     "stage3_max_reuse_distance",
     "sub_group_size",
 )
+_UNLESS_DEFAULT = (
+    "round_robin_gradients",
+    "use_multi_rank_bucket_allreduce",
+    "parameter_alignment",
+    "allgather_partitions",
+    "ignore_unused_parameters",
+    "elastic_checkpoint",
+    "load_from_fp32_weights",
+)
+_STAGE3_UNLESS_DEFAULT = (
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_allgather_sequential",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_module_granularity_threshold",
+    "memory_efficient_linear",
+)
 CLIENT_OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"})
 """Optimizers that DeepSpeed cannot build by name: the trainer builds them and hands them over."""
 
@@ -42,6 +58,7 @@ def ds_config(run: RunSpec, world_size: int) -> dict[str, Any]:
     if run.optimizer.kind not in ("adamw", "adamw_torch"):
         # DeepSpeed holds only its own and torch's Adam as tested under ZeRO (runtime/zero/utils.py)
         config["zero_allow_untested_optimizer"] = True
+    if run.optimizer.kind != "adamw":
         # without this an optimizer that is handed over is refused beside offload (_configure_optimizer)
         config["zero_force_ds_cpu_optimizer"] = False
     return config
@@ -82,8 +99,9 @@ def _zero_section(zero: ZeroSpec) -> dict[str, Any]:
         section["overlap_comm"] = zero.overlap_comm
     for name in ("reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "reduce_scatter"):
         section[name] = getattr(zero, name)
-    if zero.round_robin_gradients:
-        section["round_robin_gradients"] = True
+    rare = _UNLESS_DEFAULT + (_STAGE3_UNLESS_DEFAULT if zero.stage == 3 else ())
+    defaults = ZeroSpec.model_fields
+    section |= {name: value for name in rare if (value := getattr(zero, name)) != defaults[name].default}
     if zero.stage == 3:
         section.update({name: getattr(zero, name) for name in _STAGE3_SIZES})
         if zero.hpz_partition_size > 1:

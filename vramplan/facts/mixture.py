@@ -45,6 +45,8 @@ class Experts:
     intermediate: int
     bias: bool = False
     transposed: bool = False
+    seen_as_untransposed: bool = False
+    """Whether their module does not say that they are transposed, so that PEFT takes in for out (Llama-4)."""
 
     def tensors(self) -> Iterator[ParamTensor]:
         for suffix, fan_in, fan_out in (

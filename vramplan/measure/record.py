@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vramplan.errors import SpecError
 from vramplan.spec.base import UserModel
@@ -123,6 +123,16 @@ class JobSpec(UserModel):
         if self.undefined_weights and self.zero.stage != 3:
             raise ValueError("undefined_weights is for zero.stage 3, which splits weights; set it to false")
         return self
+
+    @field_validator("zero", mode="before")
+    @classmethod
+    def _as_deepspeed_spells(cls, value: Any) -> Any:
+        """Records have DeepSpeed's names."""
+        if isinstance(value, dict) and "zero_hpz_partition_size" in value:
+            size = value["zero_hpz_partition_size"]
+            rest = {name: each for name, each in value.items() if name != "zero_hpz_partition_size"}
+            return rest | {"hpz_partition_size": size}
+        return value
 
     @property
     def layout(self) -> Layout:

@@ -12,14 +12,14 @@ from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import HOST_ACTIVATIONS, term
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.moments import Stretch
-from vramplan.memory.nvme import disk_terms, why_uncovered
+from vramplan.memory.nvme import disk_terms, on_disk, why_uncovered
 from vramplan.memory.overhead import WORKSPACES, overhead
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, evaluate
 from vramplan.memory.snapshot import snapshot_terms
 from vramplan.memory.term import Place, Term
 from vramplan.memory.walked import Moments, walk
-from vramplan.spec.run import RunSpec
+from vramplan.spec.run import RunSpec, ZeroSpec
 from vramplan.spec.trainable import LoraMethod
 
 
@@ -149,6 +149,17 @@ COVERED_FAMILIES = frozenset(
 """Families whose blocks have been laid on the tape and compared with measurements."""
 
 
+def _unusual_gathers(zero: ZeroSpec) -> list[str]:
+    """Keys of stage 3 that gather in another way than is counted, where they are switched on."""
+    asked = {
+        "stage3_use_all_reduce_for_fetch_params": zero.stage3_use_all_reduce_for_fetch_params,
+        "stage3_module_granularity_threshold": zero.stage3_module_granularity_threshold > 0,
+        "stage3_allgather_sequential": zero.stage3_allgather_sequential,
+        "memory_efficient_linear: false": not zero.memory_efficient_linear,
+    }
+    return [name for name, is_so in asked.items() if is_so]
+
+
 def check_covered(job: Job) -> None:
     """Raises:
     UncoveredError: the arithmetic does not count something of the job yet; the text names it.
@@ -164,8 +175,8 @@ def check_covered(job: Job) -> None:
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
         "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
         "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
-        "offload of weights without optimizer states": job.offload_param and not job.offload_optimizer,
-        "offload with another optimizer than adamw": job.offload_optimizer and job.optimizer != "adamw",
+        f"offload with the optimizer {job.optimizer}": job.offload_optimizer
+        and (job.optimizer.startswith(("lion", "paged")) or (on_disk(job) and job.optimizer != "adamw")),
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
         "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
         **why_uncovered(job),
@@ -174,17 +185,12 @@ def check_covered(job: Job) -> None:
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
         f"attention {job.attention} with sinks": job.attention != "eager" and _has_sinks(job),
-        f"adapters on the experts of {job.architecture.family}": bool(job.adapted_parameters)
-        and job.architecture.family not in ("mixtral", "qwen3_moe"),
-        "QLoRA with adapters on experts": bool(job.adapted_parameters) and job.quantized,
         "adapters on embeddings": _adapts_embeddings(job),
-        "zero.round_robin_gradients": job.zero.round_robin_gradients,
-        "zero.reduce_scatter: false": not job.zero.reduce_scatter,
+        **{f"zero.{name}": job.stage == 3 for name in _unusual_gathers(job.zero)},
         f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer.startswith("paged")
         and job.engine == "deepspeed",
         f"the optimizer {job.optimizer} on the CPU": job.optimizer in ("lion", "paged_adamw", "paged_adamw_8bit")
         and job.device == "cpu",
-        "adamw_8bit on the CPU": job.optimizer == "adamw_8bit" and job.device == "cpu",
         f"liger's kernels, or tiled MLPs, of the {family} family": (job.liger_kernels or job.tile_rows > 0)
         and family not in LIGER_FAMILIES,
         "liger's kernels, or tiled MLPs, under autocast": (job.liger_kernels or job.tile_rows > 0)

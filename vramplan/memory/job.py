@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, MixtureOfExperts
+from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.blocks.fused_loss import rows_at_once
@@ -211,7 +211,7 @@ def job_from_run(
     method, adapted = run.method, frozenset[str]()
     if isinstance(method, LoraMethod):
         targets = resolve_targets(method, architecture)
-        method, adapted = targets.method, targets.parameters & _fused_parameters(architecture)
+        method, adapted = targets.method, targets.parameters if architecture.mixtures else frozenset()
         if not adapted:
             _check_targets(architecture, method)
         elif method.dropout or method.use_dora:
@@ -280,12 +280,6 @@ def job_from_run(
         retain=run.retain,
         managed=managed or (bool(run.zero.overlap_comm) and run.zero.stage < 2),
     )
-
-
-def _fused_parameters(architecture: Architecture) -> frozenset[str]:
-    """The names by which adapters are put on parameters of routed experts and their router, if there are any."""
-    has_experts = any(isinstance(layer.feed_forward, MixtureOfExperts) for layer in architecture.layers)
-    return frozenset(["gate_up_proj", "down_proj", "gate.weight"]) if has_experts else frozenset()
 
 
 def fused_loss_rows(loss: str, num_tokens: int, architecture: Architecture) -> int:

@@ -38,6 +38,7 @@ HOST_WEIGHTS = f"{HOST}weights"
 HOST_MASTER = f"{HOST}fp32 master weights"
 HOST_MOMENTS = f"{HOST}optimizer states"
 HOST_PAGED = f"{HOST}paged optimizer states"
+HOST_SCRATCH = f"{HOST}temporaries of the optimizer"
 HOST_GRAD = f"{HOST}fp32 gradients"
 HOST_PARTITION = f"{HOST}gradient partition"
 HOST_STAGING = f"{HOST}staging buffers"
@@ -73,13 +74,14 @@ LABELS: dict[str, Label] = {
     OFFLOAD_BUFFER: Label(Category.COMMUNICATION, "width x largest trained tensor (temp_grad_buffer_for_gpu_offload)"),
     HOST_WEIGHTS: Label(Category.PARAMETER, "width x elements / ranks, a flat pinned buffer (offload_param)"),
     HOST_MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks", Basis.EXACT),
-    HOST_MOMENTS: Label(Category.OPTIMIZER, "2 x 4 B x trained elements / ranks (CPUAdam); made in the first step"),
+    HOST_MOMENTS: Label(Category.OPTIMIZER, "trained elements / ranks x 8 B with CPUAdam; made in the first step"),
     HOST_PAGED: Label(
         Category.OPTIMIZER,
         "states of tensors of 100,000 elements and more, in memory that the driver moves to the host when room is "
         "short (bitsandbytes); how much of it stays on the GPU nobody measured",
         Basis.ASSUMED,
     ),
+    HOST_SCRATCH: Label(Category.TEMPORARY, "what the optimizer's update makes besides, in the host's memory"),
     HOST_GRAD: Label(Category.GRADIENT, "4 B x trained elements / ranks, the master's .grad"),
     HOST_PARTITION: Label(Category.GRADIENT, "width x trained elements / ranks (grad_partitions_flat_buffer)"),
     HOST_STAGING: Label(

@@ -24,10 +24,13 @@ class OptimizerBytes:
         """What is kept for tensors of these numbers of elements, paged or not."""
         if not self.block:
             return self.state * sum(tensors)
-        return sum(self._quantized_bytes(numel) for numel in tensors) + 2 * _TABLE_BYTES
+        return sum(self.tensor_bytes(numel) for numel in tensors) + 2 * _TABLE_BYTES
 
-    def _quantized_bytes(self, numel: int) -> int:
-        """bitsandbytes/optim/optimizer.py, ``Optimizer2State.init_state``: small tensors keep fp32 moments."""
+    def tensor_bytes(self, numel: int) -> int:
+        """What is kept for one tensor (bitsandbytes/optim/optimizer.py, ``Optimizer2State.init_state``: small ones keep
+        fp32 moments)."""
+        if not self.block:
+            return self.state * numel
         if numel < _MIN_8BIT_NUMEL:
             return 8 * numel
         return self.state * numel + 2 * 4 * -(-numel // self.block)
@@ -60,6 +63,11 @@ _ONLY_ON_CUDA = {
     # bitsandbytes/optim/adamw.py, AdamW8bit: two moments in uint8, an fp32 scale each for 256 elements; one kernel
     "adamw_8bit": OptimizerBytes(2, 0, block=256),
 }
+_ONLY_ON_CPU = {
+    # bitsandbytes/backends/cpu/ops.py, _optimizer_update_8bit_blockwise_cpu: both moments and the gradient in fp32, the
+    # root and the quotient
+    "adamw_8bit": OptimizerBytes(2, 20, block=256),
+}
 _FOREACH_ON_CUDA = {
     # torch/optim/adamw.py, _multi_tensor_adamw (the default on CUDA): _foreach_sqrt makes one list
     "adamw_torch": OptimizerBytes(8, 4),
@@ -78,6 +86,8 @@ def optimizer_bytes(kind: str, device: str, momentum: float = 0.0) -> OptimizerB
         return _FOREACH_ON_CUDA[kind]
     if device == "cuda" and kind in _ONLY_ON_CUDA:
         return _ONLY_ON_CUDA[kind]
+    if device == "cpu" and kind in _ONLY_ON_CPU:
+        return _ONLY_ON_CPU[kind]
     if kind not in _KNOWN:
         raise UnknownNameError("optimizer", kind, _KNOWN, "whose bytes are known")
     return _KNOWN[kind]

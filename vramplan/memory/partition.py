@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from vramplan.memory.job import Job
 from vramplan.spec.layout import shard
@@ -17,7 +18,7 @@ START_ALIGNMENT = 2
 """``nccl_start_alignment_factor``: all-gather buffers start at multiples of 4 bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Flat:
     """The flat buffer of one parameter group: names and element ranges, and its equal partitions."""
 
@@ -48,12 +49,26 @@ class Flat:
         return max(0, min(end, high) - max(start, low))
 
 
+def flat_of(job: Job) -> Flat:
+    """The flat buffer of a job's trained parameters."""
+    alignment = 16 // job.dtype.nbytes if job.zero.parameter_alignment else 1
+    trained = tuple((param.name, param.numel) for param in job.parameters if param.trained)
+    return flat_group(trained, job.degree, alignment, job.zero.round_robin_gradients)
+
+
 @lru_cache(maxsize=256)
-def flat_group(params: tuple[tuple[str, int], ...], degree: int) -> Flat:
-    """The flat buffer of parameters ``(name, numel)`` in the optimizer's order."""
+def flat_group(params: tuple[tuple[str, int], ...], degree: int, alignment: int = 1, round_robin: bool = False) -> Flat:
+    """The flat buffer of parameters ``(name, numel)`` in the optimizer's order.
+
+    ``alignment``: elements at whose multiples parameters begin (``round_robin_bit16_padding``). ``round_robin``: every
+    ``degree``-th parameter comes first, then the one after each of those (``_round_robin_reorder``).
+    """
+    if round_robin:
+        params = tuple(each for first in range(degree) for each in params[first::degree])
     offsets: dict[str, tuple[int, int]] = {}
     position = 0
     for name, numel in params:
+        position += -position % alignment
         offsets[name] = (position, position + numel)
         position += numel
     return Flat(offsets, position, degree, shard(position, START_ALIGNMENT * degree) * START_ALIGNMENT)
@@ -77,13 +92,19 @@ class Flush:
     """The parameters whose gradients it holds, in their order of arrival."""
 
 
+Reduces = Literal["slices", "ranks", "bucket", "gradients"]
+"""What a reduction flattens (``average_tensor``): all slices of a bucket, those of each rank by themselves
+(``use_multi_rank_bucket_allreduce: false``), nothing, the bucket being reduced as it is (``reduce_scatter: false``), or
+whole gradients where there is no bucket (``contiguous_gradients: false``)."""
+
+
 @lru_cache(maxsize=1024)
 def flushes(
     order: tuple[str, ...],
-    params: tuple[tuple[str, int], ...],
-    degree: int,
+    flat: Flat,
     bucket_numel: int,
     lowered: frozenset[str] = frozenset(),
+    reduces: Reduces = "slices",
 ) -> tuple[Flush, ...]:
     """When gradients that arrive in ``order`` fill buckets of ``bucket_numel`` elements.
 
@@ -91,7 +112,6 @@ def flushes(
 
     Source: ``reduce_independent_p_g_buckets_and_remove_grads`` and ``average_tensor``.
     """
-    flat = flat_group(params, degree)
     done: list[Flush] = []
     buckets: dict[bool, list[str]] = {True: [], False: []}  # the low precision's name sorts first (``sort_dtypes``)
     elements = {True: 0, False: 0}
@@ -99,15 +119,15 @@ def flushes(
         start, end = flat.offsets[name]
         low = name in lowered
         if elements[low] + end - start > bucket_numel and buckets[low]:
-            done.append(_flush(flat, buckets[low], bucket_numel, position, low))
+            done.append(_flush(flat, buckets[low], bucket_numel, position, low, reduces))
             buckets[low], elements[low] = [], 0
         buckets[low].append(name)
         elements[low] += end - start
-    done += [_flush(flat, held, bucket_numel, None, low) for low, held in buckets.items() if held]
+    done += [_flush(flat, held, bucket_numel, None, low, reduces) for low, held in buckets.items() if held]
     return tuple(done)
 
 
-def _flush(flat: Flat, held: list[str], bucket_numel: int, before: int | None, low: bool) -> Flush:
+def _flush(flat: Flat, held: list[str], bucket_numel: int, before: int | None, low: bool, reduces: Reduces) -> Flush:
     slices: list[tuple[int, int]] = []
     for name in held:
         for rank in flat.ranks_of(*flat.offsets[name]):
@@ -115,11 +135,25 @@ def _flush(flat: Flat, held: list[str], bucket_numel: int, before: int | None, l
             if slices and slices[-1][0] == rank:
                 numel += slices.pop()[1]
             slices.append((rank, numel))
-    copied = sent = 0
-    for count, numel in _sent_together([numel for _, numel in slices], bucket_numel):
-        copied, sent = max(copied, numel if count > 1 else 0), max(sent, numel)
     total = sum(numel for _, numel in slices)
+    copied = sent = 0
+    for count, numel in _reductions(slices, len(held), bucket_numel, reduces):
+        copied, sent = max(copied, numel if count > 1 else 0), max(sent, numel)
     return Flush(before, total, copied, sent, low, frozenset(rank for rank, _ in slices), tuple(held))
+
+
+def _reductions(
+    slices: list[tuple[int, int]], num_held: int, bucket_numel: int, reduces: Reduces
+) -> Iterator[tuple[int, int]]:
+    """Tensors and elements of each reduction of a bucket; a lone tensor is not copied to be flattened."""
+    if reduces in ("bucket", "gradients"):
+        yield num_held if reduces == "gradients" else 1, sum(numel for _, numel in slices)
+        return
+    if reduces == "slices":
+        yield from _sent_together([numel for _, numel in slices], bucket_numel)
+        return
+    for rank in dict(slices):
+        yield from _sent_together([numel for each, numel in slices if each == rank], bucket_numel)
 
 
 def _sent_together(slices: list[int], bucket_numel: int) -> Iterator[tuple[int, int]]:
@@ -142,14 +176,14 @@ def ranks_that_differ(job: Job) -> list[int]:
     trained = tuple((param.name, param.numel) for param in job.parameters if param.trained)
     # stage 1 reduces in the order of the parameters, stage 2 in that of backward, about its reverse
     oversized = job.zero.reduce_bucket_size if job.stage == 1 else None
-    return _ranks_that_differ(trained, job.degree, job.stage == 2, oversized)
+    return _ranks_that_differ(trained, flat_of(job), job.stage == 2, oversized)
 
 
 @lru_cache(maxsize=256)
 def _ranks_that_differ(
-    trained: tuple[tuple[str, int], ...], degree: int, backwards: bool, bucket_numel: int | None
+    trained: tuple[tuple[str, int], ...], flat: Flat, backwards: bool, bucket_numel: int | None
 ) -> list[int]:
-    flat = flat_group(trained, degree)
+    degree = flat.degree
     touched, slices, early = [0] * degree, [0] * degree, [-len(trained)] * degree
     freed = [0] * degree  # stage 1 lets go of a gradient larger than the bucket only where it is the rank's own
     for position, (name, numel) in enumerate(trained):

@@ -23,6 +23,8 @@ class BucketFlush:
     last: int
     """The gradient that came into the bucket last."""
     before: int | None
+    numel: int
+    """Elements of its gradients."""
     copied: int
     """Elements of the flat copy that is scattered."""
     parts: int
@@ -63,6 +65,7 @@ def _flush(held: list[tuple[int, int]], before: int | None, bucket: Bucket, lowe
     return BucketFlush(
         last=held[-1][0],
         before=before,
+        numel=sum(numels),
         copied=0 if lone else sum(numels),
         parts=sum(shard(numel, bucket.degree) for numel in numels),
         oversized=sum(numel for numel in numels if numel > bucket.numel),

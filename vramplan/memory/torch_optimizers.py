@@ -59,6 +59,15 @@ _ONLY_ON_CUDA = {
 }
 
 
+_ONLY_ON_CPU = {
+    # bitsandbytes/backends/cpu/ops.py, _optimizer_update_8bit_blockwise_cpu: both moments and the gradient in fp32, the
+    # root and the quotient; of a lower format a copy of the parameter besides
+    "adamw_8bit": TorchOptimizer(
+        slots=2, one_by_one=((0, 5),), low_one_by_one=((0, 6),), made_in_turn=True, fp32=True, named="adamw_8bit"
+    ),
+}
+
+
 def torch_optimizer(kind: str, device: str, momentum: float) -> TorchOptimizer:
     """The optimizer that transformers' Trainer makes for a kind, on ``cuda`` or ``cpu``.
 
@@ -72,7 +81,7 @@ def torch_optimizer(kind: str, device: str, momentum: float) -> TorchOptimizer:
         "adamw_torch_fused": _ADAMW_FUSED,
         "sgd": _sgd(every, momentum),
         "adafactor": _ADAFACTOR,
-        **(_ONLY_ON_CUDA if every else {}),
+        **(_ONLY_ON_CUDA if every else _ONLY_ON_CPU),
     }
     if kind not in known:
         raise UnknownNameError("optimizer", kind, known, f"whose bytes are known under engine torch on {device}")
@@ -144,4 +153,6 @@ class Steps:
 
     def _slots(self, param: Numels) -> int:
         numel, factored = param
+        if self.optimizer.named:
+            return optimizer_bytes(self.optimizer.named, "cuda").tensor_bytes(numel)
         return self.optimizer.slots * (factored if self.optimizer.factored else numel) * self._width

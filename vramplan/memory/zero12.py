@@ -11,8 +11,9 @@ from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged, without_gradient
 from vramplan.memory.optimizers import optimizer_bytes
-from vramplan.memory.partition import Flush, flat_group, flushes
+from vramplan.memory.partition import Flush, Reduces, flat_of, flushes
 from vramplan.memory.size import add, const
+from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 
 
@@ -21,19 +22,27 @@ class Zero12(Engine):
 
     def __init__(self, job: Job, rank: int) -> None:
         super().__init__(job, rank)
-        self.flat = flat_group(self.trained, job.degree)
+        self.flat = flat_of(job)
         self.share = self.flat.partition_numel
-        self.contiguous = job.zero.contiguous_gradients
+        self.contiguous = job.zero.contiguous_gradients or job.offload_optimizer
+        self.reduces = self._reduces()
         self.bucket_bytes = self._bucket_bytes()
         self.owned = self.flat.owned(rank)
         self.sizes = dict(self.trained)
         self.partition_bytes = self._whole_bytes(self.owned)
         self.num_owned = len(self.owned)
         self.largest_owned = max(self.owned.values(), default=0)
-        self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
+        self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
-        self._reducing: dict[tuple[bool, bool], list[Instant]] = {}
+        self._reducing: dict[tuple[bool, bool, int], list[Instant]] = {}
+
+    def _reduces(self) -> Reduces:
+        if not self.contiguous:
+            return "gradients"
+        if not self.job.zero.reduce_scatter:
+            return "bucket"
+        return "slices" if self.job.zero.use_multi_rank_bucket_allreduce else "ranks"
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
         """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""
@@ -46,7 +55,7 @@ class Zero12(Engine):
     def _bucket_bytes(self) -> int:
         """Buffers of ``setup_buckets``: one a communication dtype, two each where reduction overlaps backward."""
         job = self.job
-        if not job.zero.contiguous_gradients:
+        if not self.contiguous:
             return 0
         kinds = len({name in self.lowered for name, _ in self.trained})
         buffers = kinds * (2 if job.zero.overlap_comm else 1)
@@ -92,7 +101,7 @@ class Zero12(Engine):
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
-        if self.job.stage == 1:
+        if self.job.stage == 1 and not (self.job.zero.overlap_comm and micro.boundary):
             self._backward_keeping(stretch, micro)
         elif self.contiguous:
             self._backward_reducing(stretch, micro)
@@ -149,72 +158,100 @@ class Zero12(Engine):
         stretch.see(name, base, bucket, parts)
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
-        """Stage 2: each gradient moves into the bucket; full buckets are reduced on the way."""
-        early, _ = backward_candidates(self.job.model_run, 0)
+        """Stage 2, and the boundary of stage 1 where that overlaps: each gradient moves into the bucket; full buckets
+        are reduced on the way."""
+        left = self._left_width(micro)
+        bucket = {labels.BUCKET: self.bucket_bytes}
+        self.resident = self.resident.without(*([labels.BUCKET, labels.GRADIENTS] if self.job.stage == 1 else []))
+        early, _ = backward_candidates(self.job.model_run, -left)
         for _, point in early:
-            stretch.see(point.where, self.resident, at_point(point))
+            stretch.see(point.where, self.resident, bucket if left else {}, self._alive(point, left))
         normed = self.offloads and micro.boundary and self.job.managed
         fresh = self._accumulates(micro) and labels.HOST_ACCUMULATED not in self.resident
-        if (normed, fresh) not in self._reducing:
-            self._reducing[normed, fresh] = self._reduction_instants(normed, fresh)
-        base = merged(self.resident, {labels.BUCKET: self.bucket_bytes})
-        for instant in self._reducing[normed, fresh]:
+        if (normed, fresh, left) not in self._reducing:
+            self._reducing[normed, fresh, left] = self._reduction_instants(normed, fresh, left)
+        base = merged(self.resident, bucket)
+        for instant in self._reducing[normed, fresh, left]:
             stretch.see(instant.name, base, *instant.many)
         self._end_of_reduction(stretch, micro)
 
+    def _left_width(self, micro: Micro) -> int:
+        """Bytes an element of gradients of earlier micro-batches that stay until backward adds to them and moves them
+        on (stage 1); 0: there are none."""
+        return self.width if self.job.stage == 1 and not micro.first else 0
+
+    def _alive(self, point: Point, left: int) -> Bytes:
+        """What is alive at an instant, with the gradients that are still where earlier micro-batches left them."""
+        if not left:
+            return at_point(point)
+        return merged(at_point(point), {labels.GRADIENTS: left * (self.trained_numel - point.grad_numel)})
+
     def _accumulates(self, micro: Micro) -> bool:
         """Whether the micro-batch's gradients are added up in the host's memory (``copy_grads_in_partition``)."""
-        return self.offloads and not (self.job.managed and micro.boundary and micro.first)
+        lone = self.job.managed and micro.boundary and micro.first
+        return self.offloads and self.job.stage == 2 and not lone
 
-    def _reduction_instants(self, normed: bool, fresh: bool) -> list[Instant]:
+    def _reduction_instants(self, normed: bool, fresh: bool, left: int) -> list[Instant]:
         """Instants from the first gradient on that can be highest, without what is resident.
 
-        ``normed``: norms are taken on the way; ``fresh``: the host's sums come to be on the way.
+        ``normed``: norms are taken on the way; ``fresh``: the host's sums come to be on the way; ``left``: as
+        ``_left_width`` says.
         """
         found = Stretch("", Phase.BACKWARD, False, host_apart=self.job.device != "cpu")
-        _, late = backward_candidates(self.job.model_run, 0)
-        filled_from = self._see_flushes(found, normed, fresh)
+        _, late = backward_candidates(self.job.model_run, -left)
+        filled_from = self._see_flushes(found, normed, fresh, left)
         for _, point in late:
-            found.see(point.where, at_point(point))
+            found.see(point.where, self._alive(point, left))
         if filled_from is not None:
-            after = [(point.total, point) for point in self.profile.backward if point.index >= filled_from]
-            for _, point in undominated(after):
-                found.see(point.where, self._partition(), at_point(point))
+            self._see_since(found, filled_from, self._partition(), left)
         return found.instants
 
+    def _see_since(self, stretch: Stretch, index: int, extra: Parts, left: int) -> None:
+        """Every instant of backward from one on, with what has come to be there."""
+        after = [point for point in self.profile.backward if point.index >= index]
+        for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in after]):
+            stretch.see(point.where, extra, self._alive(point, left))
+
     def _backward_holding(self, stretch: Stretch, micro: Micro) -> None:
-        """Stage 2 without a contiguous bucket: gradients stay ``param.grad`` until as many as a bucket holds are
-        reduced; then those of other ranks go (``reduce_ipg_grads``, ``buffered_reduce_fallback``)."""
-        found = self.profile
+        """Without a contiguous bucket gradients stay ``param.grad`` until as many as a bucket holds are reduced
+        (``reduce_ipg_grads``, ``buffered_reduce_fallback``); then stage 2 lets go of those of other ranks, or, where it
+        overlaps, before it reduces next (``_clear_previous_reduced_grads``). Stage 1 keeps all, and those of earlier
+        micro-batches until the end."""
+        found, keeps, left = self.profile, self.job.stage == 1, self._left_width(micro)
+        self.resident = self.resident.without(*([labels.GRADIENTS] if keeps else []))
         gradients, owned = found.gradients, 0
-        start = held_from = 0
+        start = held_from = lingering = 0
         order = tuple(gradient.name for gradient in gradients)
         for flush in self._flushes(order):
             last = len(gradients) - 1 if flush.before is None else flush.before
             until = len(found.backward) if flush.before is None else gradients[last].at.index
-            self._see_held(stretch, start, until, owned - held_from)
+            self._see_held(stretch, start, until, owned + lingering - held_from, left)
             kept = owned + flush.numel
             alive = at_point(gradients[last].at)
             if flush.before is None:
                 alive = without_gradient(alive, gradients[last].numel * self.width)
-            parts = {labels.GRADIENTS: kept * self.width, labels.REDUCTION: flush.numel * self.width}
+            held = self.trained_numel if left else kept
+            parts = {labels.GRADIENTS: held * self.width, labels.REDUCTION: self._copy_bytes(flush)}
             stretch.see("gradient reduction", self.resident, alive, parts)
             end = len(order) if flush.before is None else flush.before
-            owned = sum(each.numel for each in gradients[:end] if self.flat.owned_by(each.name, self.rank))
-            held_from, start = sum(each.numel for each in gradients[:end]), until
+            done = gradients[:end]
+            owned = sum(each.numel for each in done if keeps or self.flat.owned_by(each.name, self.rank))
+            lingering = kept - owned if self.job.zero.overlap_comm else 0
+            held_from, start = sum(each.numel for each in done), until
         self._end_of_reduction(stretch, micro)
 
-    def _see_held(self, stretch: Stretch, start: int, until: int, offset_numel: int) -> None:
-        """Instants ``start`` to ``until`` of backward with the gradients held then: those delivered and an offset."""
+    def _see_held(self, stretch: Stretch, start: int, until: int, offset_numel: int, left: int) -> None:
+        """Instants ``start`` to ``until`` of backward with the gradients held then: those delivered and an offset, or
+        all where they are ``left`` of earlier micro-batches."""
         points = [point for point in self.profile.backward if start <= point.index < until]
         if not points:
             return
-        width = self.width
+        width = 0 if left else self.width
         for _, point in undominated([(add(each.total, const(width * each.grad_numel)), each) for each in points]):
-            held = {labels.GRADIENTS: width * (point.grad_numel + offset_numel)}
-            stretch.see(point.where, self.resident, held, at_point(point))
+            numel = self.trained_numel if left else point.grad_numel + offset_numel
+            stretch.see(point.where, self.resident, {labels.GRADIENTS: self.width * numel}, at_point(point))
 
-    def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool) -> int | None:
+    def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool, left: int) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
         job, gradients = self.job, self.profile.gradients
         order = tuple(gradient.name for gradient in gradients)
@@ -223,10 +260,10 @@ class Zero12(Engine):
         for flush in self._flushes(order):
             last = len(gradients) - 1 if flush.before is None else flush.before
             gradient = gradients[last]
-            alive = at_point(gradient.at)
+            alive = self._alive(gradient.at, left)
             oversized = flush.numel > job.zero.reduce_bucket_size
             if oversized:
-                alive = self._with_oversized(stretch, flush, filled, alive)
+                alive = self._with_oversized(stretch, flush, filled, alive, left)
             elif flush.before is None:  # the last gradient has moved into the bucket
                 alive = without_gradient(alive, gradient.numel * self.width)
             before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
@@ -234,10 +271,14 @@ class Zero12(Engine):
                 filled = self._sent_away(filled, flush, fresh, stays=oversized and not normed)
                 norm = {labels.NORM: self._norm_bytes(flush.held) if normed else 0}
                 stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, alive)
-                self._see_until_next(stretch, flush, filled)
-            elif self.rank in flush.ranks and not filled:
-                filled = self._partition()
+                self._see_until_next(stretch, flush, filled, left)
+            elif self.rank in flush.ranks and filled_from is None:
+                filled = {**filled, **self._partition()}
                 filled_from = gradient.at.index
+            elif oversized and job.stage == 1 and self.rank not in flush.ranks:  # nobody lets go of it before the end
+                filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + flush.numel * self.width}
+            if not self.offloads and labels.GRADIENTS in filled:
+                self._see_until_next(stretch, flush, filled, left)
             if sum(before.values()) >= sum(filled.values()):
                 stretch.see("gradient reduction", before, alive)
             else:
@@ -251,14 +292,12 @@ class Zero12(Engine):
         kept = filled.get(labels.GRADIENTS, 0) + (flush.numel * self.width if stays and flush.before is not None else 0)
         return {labels.HOST_ACCUMULATED: sums, labels.GRADIENTS: kept}
 
-    def _see_until_next(self, stretch: Stretch, flush: Flush, filled: Parts) -> None:
+    def _see_until_next(self, stretch: Stretch, flush: Flush, filled: Parts, left: int) -> None:
         """Instants after a reduction with what it leaves; later ones leave at least as much."""
         since = len(self.profile.backward) if flush.before is None else self.profile.gradients[flush.before].at.index
-        after = [point for point in self.profile.backward if point.index >= since]
-        for _, point in undominated([(each.total, each) for each in after]):
-            stretch.see(point.where, filled, at_point(point))
+        self._see_since(stretch, since, filled, left)
 
-    def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Parts, alive: Bytes) -> Bytes:
+    def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Parts, alive: Bytes, left: int) -> Bytes:
         """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the bucket's next one arrives
         (``extra_large_param_to_reduce``), with offload in a storage of its own; returns what is alive at its
         reduction."""
@@ -266,25 +305,25 @@ class Zero12(Engine):
         position = next(index for index, each in enumerate(gradients) if each.name == flush.held[0])
         if self.offloads:
             clone = {labels.REDUCTION: flush.numel * self.width}
-            stretch.see("a large gradient copied", extra, clone, at_point(gradients[position].at))
+            stretch.see("a large gradient copied", extra, clone, self._alive(gradients[position].at, left))
         if position == len(gradients) - 1:
             return alive
         waiting = {labels.GRADIENTS: flush.numel * self.width}
         since = gradients[position].at.index
         until = len(self.profile.backward) if flush.before is None else gradients[flush.before].at.index
         between = [point for point in self.profile.backward if since <= point.index < until]
-        for _, point in undominated([(each.total, each) for each in between]):
-            stretch.see(point.where, extra, waiting, at_point(point))
+        for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in between]):
+            stretch.see(point.where, extra, waiting, self._alive(point, left))
         return merged(alive, waiting)
 
     def _flushes(self, order: tuple[str, ...]) -> tuple[Flush, ...]:
-        return flushes(order, self.trained, self.job.degree, self.job.zero.reduce_bucket_size, self.lowered)
+        return flushes(order, self.flat, self.job.zero.reduce_bucket_size, self.lowered, self.reduces)
 
     def _copy_bytes(self, flush: Flush) -> int:
         """A flat copy of the slices, and one in the format that they travel in (``allreduce_bucket``): fp32 under
         sequence parallelism."""
         travels = self.width
-        if self.job.layout.sp > 1:
+        if self.job.layout.sp > 1 and self.reduces != "bucket":
             travels = Dtype.FP32.nbytes
         elif flush.lowered and self.job.autocast is not None:
             travels = self.job.autocast.nbytes
@@ -321,6 +360,8 @@ class Zero12(Engine):
                 self._see_finalised(stretch, base)
             if micro.step == 1:
                 self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.share)})
+            scratch = {labels.HOST_SCRATCH: self.share * self.optimizer.scratch}
+            stretch.see("optimizer update", self.resident, self.outputs, scratch)
             stretch.close(self.resident, self.outputs)
             return
         stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_owned})

@@ -14,7 +14,7 @@ from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
 from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes
-from vramplan.memory.size import ZERO
+from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
@@ -36,7 +36,7 @@ class Zero3(Engine):
         self.largest_trained = max((param.numel for param in params if param.trained), default=0)
         self.sub_groups = self._sub_groups()
         self.sub_group = max(self.sub_groups, default=0)
-        self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
+        self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
         self.grad_width = job.grad_dtype.nbytes
         self.frozen_second = sum(self._second(param.numel) for param in params if not param.trained) * self.width
@@ -130,7 +130,7 @@ class Zero3(Engine):
             states = self.resident.without(labels.BUCKET, labels.HOST_PARTITION)
             stretch.see("gradients of the states made", states, {labels.HOST_INIT: self._spare()})
         else:
-            self._init_on_device(stretch, weights)
+            self._init_on_device(stretch, self._weights_on_host() if job.offload_param else weights)
         # create_reduce_and_remove_grad_hooks gathers each trained tensor to hang a hook on it
         gathered = {labels.GATHERED: self.largest_trained * self.trained_width}
         part = self._brought(self.largest_share * self.trained_width) if job.offload_param else {}
@@ -140,7 +140,7 @@ class Zero3(Engine):
     def _spare(self) -> int:
         return self.sub_group * self.master_bytes * (1 if self.job.device == "cpu" else 2)
 
-    def _init_on_device(self, stretch: Stretch, weights: Parts) -> None:
+    def _init_on_device(self, stretch: Stretch, weights: Parts | Bytes) -> None:
         # cast and cloned whatever the weights' format: the device test before it compares an object with a text
         master = {labels.MASTER: self.trained_share * self.master_bytes}
         clone = {labels.INIT: self.sub_group * self.master_bytes if self.trained_width != self.master_bytes else 0}
@@ -154,22 +154,22 @@ class Zero3(Engine):
         """States and gradients in the host's memory, and the weights too with ``offload_param``."""
         low, whole = self.trained_share * self.grad_width, self.trained_share * self.master_bytes
         frozen, weights = self.frozen_share * self.width, self.trained_share * self.trained_width
-        away = self.job.offload_param
+        on_device = {labels.FROZEN: frozen, labels.WEIGHTS: weights, **self.second}
         parts = {
-            labels.FROZEN: 0 if away else frozen,
-            labels.WEIGHTS: 0 if away else weights,
-            labels.HOST_WEIGHTS: frozen + weights if away else 0,
             labels.BUCKET: self._bucket_bytes(),
             labels.HOST_MASTER: whole,
             labels.HOST_GRAD: whole,
             labels.HOST_PARTITION: low,
-            **self.second,
         }
-        pinned = [whole, low]
-        if away:
-            pinned += [weights, *self._parts(trained=False)]
-            parts[labels.HOST_CACHED] = self.pinned(*self._parts(trained=True))
-        return merged(parts, self.pinned_rounding(*pinned))
+        held = self._weights_on_host() if self.job.offload_param else merged(on_device)
+        return merged(held, parts, self.pinned_rounding(whole, low))
+
+    def _weights_on_host(self) -> Bytes:
+        """The rank's parts of weights in the host's memory: the trained ones together."""
+        frozen, weights = self.frozen_share * self.width, self.trained_share * self.trained_width
+        cached = self.pinned(*self._parts(trained=True))
+        parts = {labels.HOST_WEIGHTS: frozen + weights, labels.HOST_CACHED: cached, **self.second}
+        return merged(parts, self.pinned_rounding(weights, *self._parts(trained=False)))
 
     def _parts(self, trained: bool) -> list[int]:
         """The rank's part of each trained or frozen tensor, in bytes."""
@@ -203,10 +203,18 @@ class Zero3(Engine):
         self._see_points(stretch, found.backward)
         bucket = Bucket(self.job.zero.reduce_bucket_size, self.job.degree)
         order = tuple((each.name, each.numel) for each in found.gradients)
+        start = reduced = 0
         for flush in bucket_flushes(order, bucket, self.lowered):
-            if flush.oversized:
+            held = None
+            if not self.job.zero.contiguous_gradients:
+                arrived = len(order) if flush.before is None else flush.before
+                until = len(found.backward) if flush.before is None else found.gradients[flush.before].at.index
+                self._see_held(stretch, found.backward[start:until], reduced)
+                held = sum(numel for _, numel in order[:arrived]) - reduced
+                start, reduced = until, reduced + flush.numel
+            elif flush.oversized:
                 self._see_waiting(stretch, found, flush)
-            self._see_reduction(stretch, found, flush, normed=micro.boundary and self.job.managed)
+            self._see_reduction(stretch, found, flush, micro.boundary and self.job.managed, held)
         self.outputs = at_point(found.backward_end)
         stretch.close(self.resident, self.outputs)
 
@@ -222,20 +230,37 @@ class Zero3(Engine):
         for _, point in undominated([(each.total, each) for each in between]):
             stretch.see(point.where, self.resident, waiting, at_point(point))
 
-    def _see_reduction(self, stretch: Stretch, found: Profile, flush: BucketFlush, normed: bool) -> None:
-        """``__avg_scatter_grads``, then ``partition_grads``."""
+    def _see_held(self, stretch: Stretch, points: tuple[Point, ...], reduced: int) -> None:
+        """Instants at which, without a bucket, all gradients but the first ``reduced`` elements are held."""
+        width = self.trained_width
+        for _, point in undominated([(add(each.total, const(width * each.grad_numel)), each) for each in points]):
+            held = {labels.GRADIENTS: width * (point.grad_numel - reduced)}
+            stretch.see(point.where, self.resident, held, at_point(point))
+
+    def _see_reduction(
+        self, stretch: Stretch, found: Profile, flush: BucketFlush, normed: bool, held: int | None
+    ) -> None:
+        """``__avg_scatter_grads``, then ``partition_grads``.
+
+        ``held``: elements of gradients that wait where there is no bucket; None where there is one.
+        """
         gradients, width = found.gradients, self.trained_width
         final = len(gradients) - 1
         alive = at_point(gradients[final if flush.before is None else flush.before].at)
-        if flush.before is None and gradients[-1].numel <= self.job.zero.reduce_bucket_size:  # moved into the bucket
+        moved = gradients[-1].numel <= self.job.zero.reduce_bucket_size or held is not None
+        if flush.before is None and moved:  # it is in the bucket, or counted as held
             alive = without_gradient(alive, gradients[-1].numel * width)
         in_hand = flush.before is None and flush.last == final
-        waiting = {labels.GRADIENTS: 0 if in_hand else flush.oversized * width}
+        outside = flush.oversized if held is None else flush.numel
+        waiting = {labels.GRADIENTS: width * (held if held is not None else 0 if in_hand else outside)}
         travels = self.job.autocast.nbytes if flush.lowered and self.job.autocast is not None else self.travels
-        # what lies in the bucket has its format already; what did not fit is cast
-        cast = flush.oversized * travels if travels != width else 0
+        # what lies in the bucket has its format already; what does not is cast
+        cast = outside * travels if travels != width else 0
+        returns = self.grad_width if travels != self.grad_width else 0
         # the partitions are cast back while the flat copy that they are views of is alive
-        flat, back = flush.copied * travels, flush.parts * self.grad_width if travels != self.grad_width else 0
+        flat, back = flush.copied * travels, flush.parts * returns
+        if not self.job.zero.reduce_scatter and not outside:  # __avg_scatter_contiguous_grads works in the bucket
+            flat, back = 0, flush.numel * returns
         copies = {labels.REDUCTION: cast + flat + back}
         stretch.see("gradient reduction", self.resident, alive, waiting, copies)
         if self.job.offload_optimizer:
@@ -265,8 +290,7 @@ class Zero3(Engine):
             self._see_update(stretch, kept, micro)
             whole = _gathered(persistent)
             if self.job.offload_param:
-                part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
-                stretch.see("small tensors gathered", self.resident, kept, whole, self._brought(part))
+                self._see_small_gathered(stretch, kept, whole)
             self._end_step(stretch, kept, whole)
             return
         stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_share})
@@ -278,10 +302,18 @@ class Zero3(Engine):
         joined = {labels.REDUCTION: self.sub_group * self.grad_width if cast else 0}
         stretch.see("gradients flattened", base, flat, joined)
         if micro.step == 1:
-            self.resident = merged(self.resident, {labels.MOMENTS: self.optimizer.state_bytes(self.trained_share)})
+            self.resident = merged(self.resident, {labels.MOMENTS: self.optimizer.state_bytes(*self.sub_groups)})
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, kept, flat, scratch)
+        if self.job.offload_param:
+            low = self._brought(self.sub_group * self.trained_width)
+            stretch.see("weights sent to the host", self.resident, kept, flat, low)
+            self._see_small_gathered(stretch, kept, _gathered(persistent))
         self._end_step(stretch, kept, _gathered(persistent))
+
+    def _see_small_gathered(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
+        part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
+        stretch.see("small tensors gathered", self.resident, kept, whole, self._brought(part))
 
     def _see_finalised(self, stretch: Stretch) -> None:
         stretch.see("gradient norm", self.resident, self.outputs, self._sent_away(self.largest_share, True))
@@ -289,8 +321,11 @@ class Zero3(Engine):
     def _see_update(self, stretch: Stretch, kept: Bytes, micro: Micro) -> None:
         """The optimizer's step in the host's memory."""
         if micro.step == 1 and not self.steps_skipped:
-            states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.trained_share)}
+            states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(*self.sub_groups)}
             self.resident = merged(self.resident, states)
+        if not self.steps_skipped:
+            scratch = {labels.HOST_SCRATCH: self.sub_group * self.optimizer.scratch}
+            stretch.see("optimizer update", self.resident, kept, scratch)
 
     def _end_step(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
         """Small tensors are whole again, and trained weights have no second parts until they are next released."""

@@ -171,6 +171,7 @@ def add_adapters(model: torch.nn.Module, method: LoraMethod) -> torch.nn.Module:
         lora_alpha=method.scale_alpha,
         lora_dropout=method.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(method.target_parameters) or None,
         use_dora=method.use_dora,
         use_rslora=method.use_rslora,
         task_type="CAUSAL_LM",

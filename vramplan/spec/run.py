@@ -50,7 +50,19 @@ class ZeroSpec(UserModel):
     reduce_scatter: bool = True
     """Reduce-scatter gradients instead of all-reducing them."""
     round_robin_gradients: bool = False
-    """Spread gradient copies among ranks (stages 1 and 2 with CPU offload)."""
+    """Lay tensors out so that consecutive gradients belong to different ranks (stages 1 and 2)."""
+    use_multi_rank_bucket_allreduce: bool = True
+    """Reduce the parts of a bucket that belong to several ranks together (stages 1 and 2)."""
+    parameter_alignment: bool = False
+    """Begin each tensor at a multiple of 16 bytes of the flat weights (stages 1 and 2)."""
+    allgather_partitions: bool = True
+    """Gather whole weights after a step by all-gather (DeepSpeed 0.19.8 always does)."""
+    ignore_unused_parameters: bool = True
+    """Go on where a trained tensor has no gradient."""
+    elastic_checkpoint: bool = False
+    """Older checkpoints that other numbers of ranks can read."""
+    load_from_fp32_weights: bool = True
+    """Whether a checkpoint's master weights are read, not its low-precision ones."""
     stage3_prefetch_bucket_size: int = Field(default=50_000_000, ge=0)
     """Elements of weights gathered ahead of use."""
     stage3_param_persistence_threshold: int = Field(default=100_000, ge=0)
@@ -61,6 +73,16 @@ class ZeroSpec(UserModel):
     """Gathered elements kept on a rank before a release."""
     stage3_max_reuse_distance: int = Field(default=1_000_000_000, ge=0)
     """A weight needed again within this many elements is not released."""
+    stage3_gather_16bit_weights_on_model_save: bool = False
+    """Gather whole weights to save them as one file."""
+    stage3_allgather_sequential: bool = False
+    """Gather each tensor by itself, without a common buffer."""
+    stage3_use_all_reduce_for_fetch_params: bool = False
+    """Gather whole weights by an all-reduce over zeros."""
+    stage3_module_granularity_threshold: int = Field(default=0, ge=0)
+    """Modules with fewer parameters a submodule are gathered as one. 0: none but some families' experts."""
+    memory_efficient_linear: bool = True
+    """Whether linears are DeepSpeed's own under stage 3, which save no whole weights."""
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
     """Elements that stage 3's optimizer steps at once."""
     hpz_partition_size: int = Field(default=1, ge=1)

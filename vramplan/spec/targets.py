@@ -23,7 +23,8 @@ class Targets:
     method: LoraMethod
     """The method with the targets that are left for linears."""
     parameters: frozenset[str] = frozenset()
-    """Names of parameters that are adapted as they are: the experts' and the router's."""
+    """Names of parameters that are adapted as they are: ``gate_up_proj`` and ``down_proj`` of the experts, ``router``;
+    ``gate_up_proj:2`` with twice the rank, for gate and up that were targets of their own."""
 
 
 def resolve_targets(method: LoraMethod, architecture: Architecture) -> Targets:
@@ -34,11 +35,17 @@ def resolve_targets(method: LoraMethod, architecture: Architecture) -> Targets:
     names. A pattern stands for the last names of what it matches.
 
     Raises:
-        SpecError: of what is fused in one parameter only a part is named.
+        SpecError: of what is fused in one parameter only a part is named; ``target_parameters`` name something else
+            than experts and routers.
     """
     mapping = _MAPPINGS.get(architecture.family)
     if mapping is None:
-        return Targets(method)
+        return Targets(method, frozenset(_named_parameter(name, architecture) for name in method.target_parameters))
+    if method.target_parameters:
+        raise SpecError(
+            f"method.target_parameters: PEFT has other names for the experts of {architecture.family}; name "
+            f"{', '.join(mapping)} in target_modules instead"
+        )
     names = _names(method, architecture, mapping)
     converted = {name: name.rpartition(".")[2] for name in names if name.rpartition(".")[2] in mapping}
     fused = {old for old, new in mapping.items() if new == "gate_up_proj"}
@@ -48,7 +55,25 @@ def resolve_targets(method: LoraMethod, architecture: Architecture) -> Targets:
             f"{architecture.family}; name both or neither"
         )
     left = method.model_copy(update={"target_modules": tuple(sorted(names - set(converted)))})
-    return Targets(left, frozenset(mapping[old] for old in converted.values()))
+    return Targets(left, frozenset(_SHORT[mapping[old]] for old in converted.values()))
+
+
+_SHORT = {"gate_up_proj": "gate_up_proj:2", "down_proj": "down_proj", "gate.weight": "router"}
+
+
+def _named_parameter(target: str, architecture: Architecture) -> str:
+    """The parameter of every block with experts that a target is the ending of (``_inject_parameters``)."""
+    for block in architecture.mixtures:
+        names = {f"{block.experts.name}.{suffix}": suffix for suffix in ("gate_up_proj", "down_proj")}
+        if not block.router.is_linear:
+            names[f"{block.router.name}.weight"] = "router"
+        for name, short in names.items():
+            if name == target or name.endswith(f".{target}"):
+                return short
+    raise SpecError(
+        f"method.target_parameters: {target!r} is the ending of no router's or routed experts' weight in every layer "
+        f"of {architecture.family}; name some of experts.gate_up_proj, experts.down_proj"
+    )
 
 
 def _names(method: LoraMethod, architecture: Architecture, mapping: dict[str, str]) -> set[str]:
@@ -86,21 +111,24 @@ class FusedAdapter:
 def fused_adapters(block: MixtureOfExperts, adapted: frozenset[str], r: int) -> tuple[FusedAdapter, ...]:
     """The adapters on a block's router and experts, in registration order.
 
-    Each expert has factors of its own; gate and up together have twice the rank (``rank_pattern``). Wrappers of two
-    parameters of one module lie in each other.
+    Each expert has factors of its own; gate and up that were targets of their own have twice the rank together
+    (``rank_pattern``). Wrappers of two parameters of one module lie in each other.
     """
     router, experts = block.router, block.experts
     hidden, inner, count = experts.hidden_size, experts.intermediate, experts.num_experts
-    wrapped = [name for name in ("gate_up_proj", "down_proj") if name in adapted]
-    shapes = {"gate_up_proj": (2 * r, hidden, 2 * inner), "down_proj": (r, inner, hidden)}
+    ranks = {name.partition(":")[0]: r * int(name.partition(":")[2] or 1) for name in adapted}
+    wrapped = [name for name in ("gate_up_proj", "down_proj") if name in ranks]
+    features = {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
     made = []
     for part in block.parts:
-        if part is router and "gate.weight" in adapted:
+        if part is router and "router" in ranks:
             name = router.name
             made.append(_fused(f"{name}.weight", name, r * router.in_features, r * router.num_experts))
         if part is experts:
             for position, suffix in enumerate(wrapped):
-                rank, fan_in, fan_out = shapes[suffix]
+                rank, (fan_in, fan_out) = ranks[suffix], features[suffix]
+                if experts.seen_as_untransposed:
+                    fan_in, fan_out = fan_out, fan_in
                 owner = experts.name + ".base_layer" * (len(wrapped) - 1 - position)
                 made.append(_fused(f"{experts.name}.{suffix}", owner, count * rank * fan_in, count * rank * fan_out))
     return tuple(made)

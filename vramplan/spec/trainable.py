@@ -72,6 +72,9 @@ class LoraMethod(UserModel):
     """Dropout on the adapter's input."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Names (or name endings) of the modules that get an adapter; ``all-linear``: every linear but the head."""
+    target_parameters: tuple[str, ...] = ()
+    """Endings of names of parameters that get an adapter as they are, besides: weights of routed experts and routers,
+    such as ``experts.gate_up_proj`` (PEFT's key of that name)."""
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False

@@ -139,3 +139,13 @@ def test_parallel_degrees_reach_their_sections():
 def test_an_open_run_is_refused(fields, said):
     with pytest.raises(SpecError, match=said):
         ds_config(run(**fields), 2)
+
+
+def test_keys_that_are_not_the_default_are_passed_on(deepspeed_config):
+    rare = {"parameter_alignment": True, "allgather_partitions": False, "memory_efficient_linear": False}
+    second = ds_config(run(zero=rare), 2)["zero_optimization"]
+    assert second["parameter_alignment"] is True
+    assert second["allgather_partitions"] is False
+    assert not {"memory_efficient_linear", "elastic_checkpoint"} & second.keys()
+    third = ds_config(run(zero=rare | {"stage": 3}), 2)
+    assert deepspeed_config(third).zero_config.memory_efficient_linear is False

@@ -69,8 +69,8 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"zero": {"round_robin_gradients": True}}, "round_robin_gradients"),
-        ({"zero": {"reduce_scatter": False}}, "reduce_scatter"),
+        ({"zero": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}}, "use_all_reduce"),
+        ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
         ({"optimizer": {"kind": "paged_adamw"}}, "paged_adamw"),

@@ -65,5 +65,5 @@ def test_torchs_own_adafactor_has_rows_and_columns_of_the_parameters_format():
 
 
 def test_an_optimizer_that_is_not_known_is_one_sentence():
-    with pytest.raises(UnknownNameError, match="adamw_8bit"):
-        torch_optimizer("adamw_8bit", "cpu", 0.0)
+    with pytest.raises(UnknownNameError, match="lion"):
+        torch_optimizer("lion", "cpu", 0.0)

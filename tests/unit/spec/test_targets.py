@@ -46,7 +46,8 @@ def adapted_by_peft(config, targets):
     owners = {
         name.removeprefix("base_model.model.") for name, part in wrapped.named_modules() if hasattr(part, "lora_A")
     }
-    parameters = frozenset(lora.target_parameters or ())
+    ours = {"gate.weight": "router", "gate_up_proj": "gate_up_proj:2"}
+    parameters = frozenset(ours.get(name, name) for name in lora.target_parameters or ())
     return {name for name in owners if not name.endswith(("mlp.experts", "mlp.gate", ".base_layer"))}, parameters
 
 
@@ -64,3 +65,14 @@ def test_a_part_of_what_is_fused_is_refused():
     architecture = architecture_from_config({"model_type": "qwen3_moe", **SMALL, **CONFIGS["qwen3_moe"]})
     with pytest.raises(SpecError, match="gate_proj and up_proj"):
         resolve_targets(LoraMethod(target_modules=("q_proj", "gate_proj")), architecture)
+
+
+def test_parameters_are_named_by_their_endings():
+    architecture = architecture_from_config({"model_type": "qwen2_moe", **SMALL, **CONFIGS["qwen2_moe"]})
+    method = LoraMethod(target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "gate.weight"))
+    assert resolve_targets(method, architecture).parameters == {"gate_up_proj", "router"}
+    with pytest.raises(SpecError, match="is the ending of no router's"):
+        resolve_targets(LoraMethod(target_parameters=("q_proj.weight",)), architecture)
+    converted = architecture_from_config({"model_type": "qwen3_moe", **SMALL, **CONFIGS["qwen3_moe"]})
+    with pytest.raises(SpecError, match="in target_modules instead"):
+        resolve_targets(method, converted)

@@ -79,7 +79,7 @@ def _mixture(fields: Fields, hidden: int, activation: str) -> MixtureOfExperts:
         fields.size("num_experts_per_tok", default=1),
         activation,
         (
-            replace(experts, transposed=True),
+            replace(experts, transposed=True, seen_as_untransposed=True),
             Router("feed_forward.router", hidden, experts.num_experts, is_linear=True),
             gated_mlp(hidden, experts.intermediate, activation, prefix="feed_forward.shared_expert"),
         ),

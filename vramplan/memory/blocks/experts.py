@@ -10,7 +10,7 @@ from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.context import BlockContext, tokens
-from vramplan.memory.blocks.folded import Factors, factor_parameters, fold, hang
+from vramplan.memory.blocks.folded import Factors, fold, in_wrappers
 from vramplan.memory.blocks.linear import recomputed
 from vramplan.memory.blocks.mlp import activate
 from vramplan.memory.blocks.router import Routing
@@ -26,20 +26,7 @@ def run_experts(ctx: BlockContext, x: Tensor, routing: Routing, block: MixtureOf
     params = {
         tensor.name.rpartition(".")[2]: ctx.parameter(tensor.name, tensor.numel) for tensor in block.experts.tensors()
     }
-    return ctx.call(block.experts.name, tuple(params.values()), lambda x: _adapted(ctx, x, routing, block, params), x)
-
-
-def _adapted(
-    ctx: BlockContext, x: Tensor, routing: Routing, block: MixtureOfExperts, params: dict[str, Parameter]
-) -> Tensor:
-    """The experts inside the wrappers that adapt their parameters, the outermost of which comes first."""
-    found = factor_parameters(ctx, block)
-    factors: dict[str, Factors] = {}
-    for suffix in ("down_proj", "gate_up_proj"):
-        name = f"{block.experts.name}.{suffix}"
-        if name in found:
-            factors[suffix] = hang(ctx, params[suffix], found[name])
-    return _grouped(ctx, x, routing, block, params, factors)
+    return in_wrappers(ctx, x, block, params, lambda x, factors: _grouped(ctx, x, routing, block, params, factors))
 
 
 def _grouped(

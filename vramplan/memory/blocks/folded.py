@@ -6,6 +6,8 @@ the parametrization is hung on the module, which is thrown away, and once when t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vramplan.facts.architecture import MixtureOfExperts
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext
@@ -33,12 +35,60 @@ def factor_parameters(ctx: BlockContext, block: MixtureOfExperts) -> dict[str, t
     }
 
 
+Run = Callable[[Tensor, dict[str, Factors]], Tensor]
+"""What the experts do with their input and the factors by the weight that each pair is folded into."""
+
+
+def in_wrappers(
+    ctx: BlockContext, x: Tensor, block: MixtureOfExperts, params: dict[str, Parameter], run: Run
+) -> Tensor:
+    """The experts inside the wrappers that adapt their parameters; that of ``down_proj`` is the outermost.
+
+    A wrapper reads its factors and the weight, by which ZeRO-3 takes them for its own (``ZeROOrderedDict``).
+    """
+    name, found = block.experts.name, factor_parameters(ctx, block)
+    pairs = {suffix: found.get(f"{name}.{suffix}") for suffix in ("down_proj", "gate_up_proj")}
+    wrapped = [(params[suffix], pair) for suffix, pair in pairs.items() if pair is not None]
+    return _enter(
+        ctx,
+        x,
+        name,
+        wrapped,
+        {},
+        lambda x, factors: ctx.call(
+            name + ".base_layer" * len(wrapped), tuple(params.values()), lambda x: run(x, factors), x
+        ),
+    )
+
+
+def _enter(
+    ctx: BlockContext,
+    x: Tensor,
+    name: str,
+    wrapped: list[tuple[Parameter, tuple[Parameter, Parameter]]],
+    factors: dict[str, Factors],
+    run: Run,
+) -> Tensor:
+    if not wrapped:
+        return run(x, factors)
+    (weight, pair), *rest = wrapped
+
+    def inside(x: Tensor) -> Tensor:
+        hung = {weight.name.rpartition(".")[2]: hang(ctx, weight, pair)}
+        return _enter(ctx, x, f"{name}.base_layer", rest, factors | hung, run)
+
+    return ctx.call(name, (*pair, weight), inside, x)
+
+
 def hang(ctx: BlockContext, weight: Parameter, factors: tuple[Parameter, Parameter]) -> Factors:
-    """``register_parametrization``: the factors in the weight's format; the fold is tried once."""
-    low = ops.to(factors[0], weight.dtype, LABEL), ops.to(factors[1], weight.dtype, LABEL)
+    """``register_parametrization``: the factors, an expert at a time, in the weight's format; the fold is tried once.
+
+    Their gradients pass these views, nodes made before the fold and whatever uses it, so they come when all that is
+    done."""
+    low = tuple(ops.to(ops.view(factor), weight.dtype, LABEL) for factor in factors)
     tried = ctx.tape.new(weight.numel, weight.dtype, ops.TEMPORARY)
     del tried
-    return low
+    return low[0], low[1]
 
 
 def fold(ctx: BlockContext, weight: Parameter, factors: Factors) -> Tensor:

@@ -11,6 +11,7 @@ from vramplan.memory import ops, routed
 from vramplan.memory.blocks.balance import collect
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.experts import EXPERTS
+from vramplan.memory.blocks.folded import Factors, fold, in_wrappers
 from vramplan.memory.blocks.grouped_router import ROUTER
 from vramplan.memory.blocks.linear import cast_of_weight, product, recomputed
 from vramplan.memory.blocks.mlp import activate, gated
@@ -71,18 +72,26 @@ def _experts(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
     name, inner = block.experts.name, tokens(block.num_experts * block.experts.intermediate)
     both, hidden = ops.resized(inner, 2), tokens(block.num_experts * block.experts.hidden_size)
 
-    def run(x: Tensor) -> Tensor:
-        gate_up = _product(ctx, ops.view(x), params["gate_up_proj"], both)
+    def run(x: Tensor, factors: dict[str, Factors]) -> Tensor:
+        weights: dict[str, Tensor] = dict(params)
+        if "gate_up_proj" in factors:
+            weights["gate_up_proj"] = fold(ctx, params["gate_up_proj"], factors["gate_up_proj"])
+        gate_up = _product(ctx, ops.view(x), weights["gate_up_proj"], both)
         gate, up = ops.split(gate_up, [inner, inner])
         rows = ops.mul(up, activate(ctx, gate, block.activation, name, EXPERTS), EXPERTS)
-        out = ops.view(_product(ctx, rows, params["down_proj"], hidden))
-        del gate_up, gate, up
+        if "down_proj" in factors:
+            weights["down_proj"] = fold(ctx, params["down_proj"], factors["down_proj"])
+        out = ops.view(_product(ctx, rows, weights["down_proj"], hidden))
+        del gate_up, gate, up, weights  # what is folded is cached until the function returns
         return out
 
-    return ctx.call(name, tuple(params.values()), run, x)
+    return in_wrappers(ctx, x, block, params, run)
 
 
-def _product(ctx: BlockContext, x: Tensor, weight: Parameter, numel: Size) -> Tensor:
+def _product(ctx: BlockContext, x: Tensor, weight: Tensor, numel: Size) -> Tensor:
     """``torch.bmm(x, weight)``, cast as autocast says."""
-    low, whole = ctx.low(x, EXPERTS), recomputed(ctx, weight)
+    low = ctx.low(x, EXPERTS)
+    if not isinstance(weight, Parameter):
+        return routed.batched_product(low, ctx.low(weight, EXPERTS), numel, EXPERTS, None)
+    whole = recomputed(ctx, weight)
     return routed.batched_product(low, cast_of_weight(ctx, weight), numel, EXPERTS, whole)

@@ -43,7 +43,7 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
 
     def run(x: Tensor) -> Tensor:
         if factors is not None:
-            scores = _with_adapter(ctx, x, weight, factors, block)
+            scores = _with_adapter(ctx, x, weight, bias, factors, block)
         elif block.scores_in_fp32:
             scores = scores_fp32(ctx, x, weight, block)
         else:
@@ -57,12 +57,19 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
 
 
 def _with_adapter(
-    ctx: BlockContext, x: Tensor, weight: Parameter, factors: tuple[Parameter, Parameter], block: MixtureOfExperts
+    ctx: BlockContext,
+    x: Tensor,
+    weight: Parameter,
+    bias: Parameter | None,
+    factors: tuple[Parameter, Parameter],
+    block: MixtureOfExperts,
 ) -> Tensor:
-    """``F.linear(x, weight + scaling * lora_B @ lora_A)``."""
+    """``F.linear(x, weight + scaling * lora_B @ lora_A)``, both in fp32 first where the router says so."""
     folded = fold(ctx, weight, hang(ctx, weight, factors))
+    if block.scores_in_fp32:
+        x, folded = ops.to(x, Dtype.FP32, ROUTER), ops.to(folded, Dtype.FP32, ROUTER)
     low, zero3 = ctx.low(x, ROUTER), ctx.hooks is not None
-    return ops.linear(low, ctx.low(folded, ROUTER), None, tokens(block.num_experts), ROUTER, zero3, flat=ctx.flat)
+    return ops.linear(low, ctx.low(folded, ROUTER), bias, tokens(block.num_experts), ROUTER, zero3, flat=ctx.flat)
 
 
 def _softmax_fp32(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:
