@@ -10,6 +10,7 @@ from vramplan.measure.record import read_records
 MEASURED = Path(__file__).with_name("measured")
 FILES = {
     "cpu_padded.jsonl": 26,  # BLOOM, Falcon with ALiBi and rotary, Ulysses: padded and packed, eager and sdpa
+    "cpu_chunked_loss.jsonl": 7,  # DeepSpeed's, its logits in one block and in several
     "cpu_checkpoint_every.jsonl": 8,  # one layer of 2, 3 or 4 is recomputed
 }
 """Files and how many records of each the estimator covers; taken with torch 2.13.0, transformers 5.17.0, deepspeed

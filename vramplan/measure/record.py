@@ -23,6 +23,7 @@ from vramplan.spec.run import (
     Checkpointing,
     Engine,
     HardwareSpec,
+    Loss,
     Optimizer,
     Precision,
     ZeroSpec,
@@ -83,8 +84,8 @@ class JobSpec(UserModel):
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     checkpoint_every: int = Field(default=1, ge=1)
     """Its ``every_n_layers``."""
-    loss: Literal["hf", "liger"] = "hf"
-    """hf: the model's own; liger: fused linear cross-entropy."""
+    loss: Loss = "hf"
+    """hf: the model's own; chunked: DeepSpeed's; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"
     """Whose norms, rotary positions and MLPs."""
     tiled_mlp: bool = False

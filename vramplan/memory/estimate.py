@@ -196,6 +196,8 @@ def check_covered(job: Job) -> None:
         "liger's kernels, or tiled MLPs, under autocast": (job.liger_kernels or job.tile_rows > 0)
         and job.autocast is not None,
         "tiled MLPs with adapters": job.tile_rows > 0 and method.kind != "full",
+        "shifted_logits with the chunked loss, which takes the stock loss's place only": job.loss == "chunked"
+        and job.shifted_logits,
         f"the fused (liger) loss of the {job.architecture.family} family": job.loss == "liger"
         and job.architecture.family not in FUSED_LOSS_FAMILIES,
         "the fused (liger) loss under autocast of fp32 weights": job.loss == "liger"

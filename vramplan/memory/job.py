@@ -8,6 +8,7 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.blocks.chunked_loss import block_rows
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
@@ -55,6 +56,8 @@ class Job:
     keep_outputs: bool
     loss: str
     shifted_logits: bool
+    chunk_rows: tuple[int, int]
+    """Tokens of the chunked loss's blocks, where no polynomial of the batch gives them (``ModelRun.chunk_rows``)."""
     fused_loss_rows: int
     """Tokens of a chunk of the fused loss (liger), which no polynomial of the batch gives; 0: another loss."""
     liger_kernels: bool
@@ -96,6 +99,8 @@ class Job:
             checkpoint_every=self.checkpoint_every,
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
+            loss=self.loss,
+            chunk_rows=self.chunk_rows,
             fused_loss_rows=self.fused_loss_rows,
             liger_kernels=self.liger_kernels,
             tile_rows=self.tile_rows,
@@ -263,6 +268,7 @@ def job_from_run(
         keep_outputs=run.keep_outputs,
         loss=run.loss,
         shifted_logits=run.shifted_logits,
+        chunk_rows=chunk_rows(run.loss, num_tokens, architecture) if node.device.kind == "cpu" else (0, 0),
         fused_loss_rows=fused_loss_rows(run.loss, num_tokens, architecture),
         liger_kernels=run.kernels == "liger",
         tile_rows=tile_rows(run.micro_batch_size, run.seq_len // layout.sp, architecture) if run.tiled_mlp else 0,
@@ -287,6 +293,11 @@ def fused_loss_rows(loss: str, num_tokens: int, architecture: Architecture) -> i
     if loss != "liger":
         return 0
     return rows_at_once(num_tokens, architecture.vocab_size, architecture.hidden_size)
+
+
+def chunk_rows(loss: str, num_tokens: int, architecture: Architecture) -> tuple[int, int]:
+    """Tokens of the first two blocks of the chunked loss on one rank of the CPU; (0, 0) for one block, or none."""
+    return block_rows(num_tokens, architecture.vocab_size) if loss == "chunked" else (0, 0)
 
 
 def tile_rows(batch: int, positions: int, architecture: Architecture) -> int:

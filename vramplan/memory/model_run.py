@@ -27,6 +27,9 @@ class ModelRun:
     """Layers of which the first is recomputed, the rest not."""
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them."""
+    loss: str = "hf"
+    chunk_rows: tuple[int, int] = (0, 0)
+    """Tokens of the chunked loss's first block and of the next; (0, 0): one block has all, or none is needed."""
     fused_loss_rows: int = 0
     """Tokens of a chunk of the fused loss; 0: the model's own loss over whole logits."""
     liger_kernels: bool = False

@@ -17,6 +17,7 @@ from vramplan.facts.architecture import DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.balance import collect_of_skipped, with_balance
+from vramplan.memory.blocks.chunked_loss import chunked_loss
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
 from vramplan.memory.blocks.core import masks
 from vramplan.memory.blocks.fused_loss import fused_loss
@@ -206,7 +207,11 @@ class _Runner:
         with self.tape.at("head"):
             scores = logits(ctx, x, architecture)
         with self.tape.at("loss"):
-            result = with_balance(ctx, loss(ctx, scores, self.run.shifted_logits), architecture, kept)
+            if self.run.loss == "chunked":
+                result = chunked_loss(ctx, scores, architecture.vocab_size, self.run.chunk_rows)
+            else:
+                result = loss(ctx, scores, self.run.shifted_logits)
+            result = with_balance(ctx, result, architecture, kept)
         kept.append(scores)
         return result
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vramplan.errors import SpecError
-from vramplan.memory.job import Job, fused_loss_rows, kl_chunk_tokens, tile_rows
+from vramplan.memory.job import Job, chunk_rows, fused_loss_rows, kl_chunk_tokens, tile_rows
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.size import Size, basis_at, evaluate, undominated
 from vramplan.memory.walked import walk
@@ -84,8 +84,9 @@ def _shapes(job: Job, candidates: Candidates) -> list[Ints]:
     return [lone.astype(np.int64), reached, *_chunks(job, candidates)]
 
 
-def _chunks(job: Job, candidates: Candidates) -> tuple[Ints, Ints, Ints]:
-    """Tokens of a chunk of the loss, of the KL term and of a tiled MLP, for each layout."""
+def _chunks(job: Job, candidates: Candidates) -> tuple[Ints, ...]:
+    """Tokens of a chunk of the loss, of the KL term, of a tiled MLP, and of the chunked loss's two blocks, for each
+    layout."""
     num_tokens = candidates.micro_batch_size * candidates.seq_len
     different, which = np.unique(num_tokens, return_inverse=True)
     rows = [fused_loss_rows(job.loss, int(each), job.architecture) for each in different]
@@ -95,11 +96,14 @@ def _chunks(job: Job, candidates: Candidates) -> tuple[Ints, Ints, Ints]:
         tile_rows(int(batch), int(length), job.architecture) if job.tile_rows else 0
         for batch, length in zip(batches, lengths, strict=True)
     ]
-    return np.array(rows)[which], np.array(kl)[which], np.array(tiles, dtype=np.int64)
+    on_cpu = job.device == "cpu"
+    blocks = np.array([chunk_rows(job.loss, int(each), job.architecture) if on_cpu else (0, 0) for each in different])
+    columns = np.array(rows)[which], np.array(kl)[which], np.array(tiles, dtype=np.int64)
+    return *columns, blocks[which, 0], blocks[which, 1]
 
 
 def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
-    rows, tokens, tiles = _chunks(job, candidates)
+    rows, tokens, tiles, first, second = _chunks(job, candidates)
     return replace(
         job,
         stage=int(candidates.stage[row]),
@@ -111,6 +115,7 @@ def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
         fused_loss_rows=int(rows[row]),
         kl_chunk_tokens=int(tokens[row]),
         tile_rows=int(tiles[row]),
+        chunk_rows=(int(first[row]), int(second[row])),
     ).shapeless
 
 

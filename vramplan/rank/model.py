@@ -208,8 +208,24 @@ def apply_kernels(model: torch.nn.Module, run: RunSpec) -> None:
     """Replaces the model's loss, kernels and MLPs by those that the run asks for."""
     if run.loss == "liger" or run.kernels == "liger":
         _apply_liger(model, run)
+    if run.loss == "chunked":
+        _chunk_loss(model)
     if run.tiled_mlp:
         tile_mlps(model, run)
+
+
+def _chunk_loss(model: Any) -> None:
+    """Gives the causal language model DeepSpeed's chunked loss; a wrapper of adapters has it do the rest.
+
+    Raises:
+        SpecError: the model has a loss of its own.
+    """
+    from deepspeed.runtime.chunked_cross_entropy import install_chunked_causal_lm_loss
+
+    try:
+        install_chunked_causal_lm_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    except ValueError as error:
+        raise SpecError(f"loss: chunked takes the place of transformers' own loss only: use hf ({error})") from error
 
 
 def _apply_liger(model: torch.nn.Module, run: RunSpec) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
@@ -158,7 +158,7 @@ def _opened(run: RunSpec, keep_stage: bool) -> RunSpec:
 
 def _variants(run: RunSpec) -> Iterator[RunSpec]:
     """``run`` with each loss that can be had and with smaller buckets."""
-    for loss in dict.fromkeys((run.loss, *get_args(RunSpec.model_fields["loss"].annotation))):
+    for loss in dict.fromkeys((run.loss, "hf", "liger")):
         if loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
             continue
         for divisor in _BUCKET_DIVISORS:

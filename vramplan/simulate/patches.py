@@ -28,6 +28,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
     """Everything below, for the duration of the context; ``packed``: positions restart within a sequence."""
     import deepspeed.ops.adam.cpu_adam as cpu_adam
     import deepspeed.ops.adam.fused_adam as fused_adam
+    import deepspeed.runtime.chunked_cross_entropy as chunked_loss
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
     import deepspeed.runtime.zero.utils as zero_utils
@@ -77,6 +78,9 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
             put(torch, "clear_autocast_cache", autocast.clear)
             put(torch, "is_autocast_enabled", _autocast_enabled_on(tracker.device_type))
             put(torch.nn.functional, "softmax", _widening_inside(torch.nn.functional.softmax))
+            put(chunked_loss, "_resolve_backend", lambda *_: "triton")
+            for name in ("_log_sum_exp_forward_kernel", "_cross_entropy_backward_kernel"):
+                stack.enter_context(mock.patch.object(chunked_loss, name, _NoTriton(), create=True))
             put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
@@ -254,6 +258,13 @@ def _from_rank0(value: int | list[int]) -> None:
 
     device = torch.device(get_accelerator().current_device_name())
     comm.broadcast(torch.tensor(value, dtype=torch.int64, device=device, requires_grad=False), src=0, async_op=False)
+
+
+class _NoTriton:
+    """Stands for a Triton kernel, which is called as ``kernel[grid](...)`` and writes to what it is given."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 class _NoKernel:

@@ -18,6 +18,7 @@ Engine = Literal["deepspeed", "torch"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Checkpointing = Literal["none", "full"]
 Offload = Literal["none", "cpu", "nvme"]
+Loss = Literal["hf", "chunked", "liger"]
 Optimizer = Literal[
     "adamw",
     "adamw_torch",
@@ -196,8 +197,9 @@ class RunSpec(UserModel):
     checkpoint_every: int = Field(default=1, ge=1)
     """Of checkpointing full: layers of which one is recomputed, the first of each so many (transformers'
     ``every_n_layers``); the rest keep what their backward needs. 1: every layer is."""
-    loss: Literal["hf", "liger"] = "hf"
-    """hf: transformers' own loss over full logits; liger: fused linear cross-entropy."""
+    loss: Loss = "hf"
+    """hf: transformers' own loss over full logits in fp32; chunked: DeepSpeed's, which leaves them in their own format;
+    liger: fused linear cross-entropy, which never makes them."""
     kernels: Literal["hf", "liger"] = "hf"
     """hf: transformers' norms, rotary positions and MLPs; liger: liger-kernel's."""
     tiled_mlp: bool = False

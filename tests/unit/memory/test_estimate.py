@@ -56,6 +56,12 @@ def test_layers_with_adapters_keep_more_than_layers_without():
     assert few.allocated_peak_bytes < many.allocated_peak_bytes < every.allocated_peak_bytes
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "bf16-autocast"])
+def test_the_chunked_loss_takes_less_than_whole_logits_in_fp32(precision):
+    fields = {"precision": precision, "seq_len": 8192, "zero": {"stage": 0}}
+    assert ask(loss="chunked", **fields).allocated_peak_bytes < ask(**fields).allocated_peak_bytes
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
     zero = {"stage": stage, "reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}

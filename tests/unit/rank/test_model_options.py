@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vramplan.errors import SpecError
-from vramplan.rank.model import checkpoint_layers
+from vramplan.rank.model import apply_kernels, checkpoint_layers
 from vramplan.rank.tiled import tile_mlps
 from vramplan.spec.run import RunSpec
 
@@ -87,3 +87,15 @@ def test_one_layer_of_so_many_is_recomputed(every, recomputed):
     assert [layer.gradient_checkpointing for layer in model.model.layers] == recomputed
     for name, gradient in gradients(model, SEQ_LEN).items():
         torch.testing.assert_close(expected[name], gradient)
+
+
+def test_the_chunked_loss_is_the_models_own_number():
+    expected = gradients(small_model(), SEQ_LEN)
+    model = small_model()
+    apply_kernels(model, run(loss="chunked"))
+    assert type(model.loss_function).__name__ == "ChunkedCausalLMLoss"
+    for name, gradient in gradients(model, SEQ_LEN).items():
+        torch.testing.assert_close(expected[name], gradient)
+    model.loss_function = torch.nn.functional.cross_entropy
+    with pytest.raises(SpecError, match="use hf"):
+        apply_kernels(model, run(loss="chunked"))
