@@ -14,9 +14,9 @@ _WIDE = 10_000
 
 def show(report: RenderableType) -> None:
     """Prints a report; nothing in it stretches to the width, so a pipe gets it as it is."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
+        console = Console(highlight=False, emoji=False, width=_WIDE)
     console.print(report)
 
 

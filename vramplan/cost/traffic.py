@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vramplan.cost.work import trainable_numel
 from vramplan.facts.architecture import Architecture
@@ -78,6 +79,7 @@ def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum:
     return total
 
 
+@lru_cache(maxsize=64)
 def _num_modules(architecture: Architecture) -> int:
     """Modules with weights of their own: each linear and norm, the embeddings, the head."""
     per_layer = {id(layer): len(layer.norms) + sum(1 for _ in layer.linears()) for layer in architecture.layers}

@@ -101,15 +101,19 @@ def _trained_numel(method: FullMethod, architecture: Architecture) -> int:
 
 def adapter_numel(run: RunSpec, architecture: Architecture) -> int:
     """Elements of adapters that tokens pass: ``r (in + out)`` for each linear that gets one, and DoRA's magnitudes."""
-    if not isinstance(run.method, LoraMethod):
-        return 0
-    method = resolve_targets(run.method, architecture).method
+    return _adapter_numel(run.method, architecture) if isinstance(run.method, LoraMethod) else 0
+
+
+@lru_cache(maxsize=64)
+def _adapter_numel(asked: LoraMethod, architecture: Architecture) -> int:
+    method = resolve_targets(asked, architecture).method
     return sum(
         method.r * (linear.in_features + linear.out_features) + (linear.out_features if method.use_dora else 0)
         for linear in adapted_linears(method, architecture)
     )
 
 
+@lru_cache(maxsize=64)
 def _fused_adapter_numel(method: LoraMethod, architecture: Architecture) -> int:
     """Elements of the adapters on routers' and experts' parameters; these are folded in once for all tokens."""
     adapted = resolve_targets(method, architecture).parameters

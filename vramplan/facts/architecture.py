@@ -173,6 +173,22 @@ class Architecture:
         return any(isinstance(mixer, Attention) and mixer.core != "shared" for mixer in mixers)
 
     @cached_property
+    def has_sinks(self) -> bool:
+        """Whether any of its layers attends to a learned sink besides the tokens (gpt-oss)."""
+        mixers = (layer.mixer for layer in self.layers)
+        return any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers)
+
+    @cached_property
+    def linear_routers(self) -> tuple[str, ...]:
+        """Full names of the routers that are linears."""
+        blocks = ((index, layer.feed_forward) for index, layer in enumerate(self.layers))
+        return tuple(
+            f"{self.layer_prefix}.{index}.{block.router.name}"
+            for index, block in blocks
+            if isinstance(block, MixtureOfExperts) and block.router.is_linear
+        )
+
+    @cached_property
     def mixtures(self) -> tuple[MixtureOfExperts, ...]:
         """The blocks with experts of its layers, in order."""
         blocks = (layer.feed_forward for layer in self.layers)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vramplan.errors import AmbiguousNameError, SpecError, UnknownNameError
 from vramplan.facts.device import Device, Node
 from vramplan.facts.gpu_catalogue import all_devices, find_device, list_devices
-from vramplan.facts.host import Host, read_host
-from vramplan.facts.nvml import LocalGpu, NvidiaDriver, read_driver
 from vramplan.units import parse_bytes
+
+if TYPE_CHECKING:  # imported where this machine is looked at: a GPU of the catalogue needs neither
+    from vramplan.facts.host import Host
+    from vramplan.facts.nvml import LocalGpu, NvidiaDriver
 
 __all__ = [
     "CPU_RANKS",
@@ -61,6 +63,8 @@ def resolve_node(hardware: HardwareRequest) -> Node:
     if hardware.gpu is None:
         node = local_node(hardware.gpus_per_node)
     elif hardware.gpu.strip().lower() == "cpu":
+        from vramplan.facts.host import read_host
+
         node = cpu_node(read_host(), hardware.gpus_per_node)
     else:
         node = Node(find_device(hardware.gpu), hardware.gpus_per_node or 1)
@@ -78,6 +82,9 @@ def local_node(gpus_per_node: int | None = None, *, driver: NvidiaDriver | None 
 
     ``driver``: what NVML said, if it was read already.
     """
+    from vramplan.facts.host import read_host
+    from vramplan.facts.nvml import read_driver
+
     driver = driver or read_driver()
     host = read_host()
     if driver is None or not driver.gpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import SpecError
-from vramplan.facts.architecture import Architecture, Attention
+from vramplan.facts.architecture import Architecture
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
@@ -108,11 +108,6 @@ def _adapts_embeddings(job: Job) -> bool:
     return any(method.adapts(table.name) for table in job.architecture.embeddings)
 
 
-def _has_sinks(job: Job) -> bool:
-    mixers = (layer.mixer for layer in job.architecture.layers)
-    return any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers)
-
-
 COVERED_FAMILIES = frozenset(
     [
         "bloom",
@@ -184,7 +179,7 @@ def check_covered(job: Job) -> None:
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
-        f"attention {job.attention} with sinks": job.attention != "eager" and _has_sinks(job),
+        f"attention {job.attention} with sinks": job.attention != "eager" and job.architecture.has_sinks,
         "adapters on embeddings": _adapts_embeddings(job),
         **{f"zero.{name}": job.stage == 3 for name in _unusual_gathers(job.zero)},
         f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer.startswith("paged")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.facts.device import Node
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.term import Basis, Term
 from vramplan.search.fit import Fit
 from vramplan.search.plan import Plan
-from vramplan.search.remedy import Remedy
 from vramplan.search.room import why_not
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 from vramplan.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from vramplan.search.remedy import Remedy
 
 _FLAGS = {
     "micro_batch_size": "--micro-batch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vramplan.cost.work import trainable_numel
 from vramplan.facts.architecture import Architecture
@@ -11,9 +12,11 @@ from vramplan.memory.ledger import Estimate
 from vramplan.search.choose import search
 from vramplan.search.plan import Plan
 from vramplan.search.planner import plan_of
-from vramplan.search.remedy import Remedy, remedies
 from vramplan.search.room import MARGIN_FRAC
 from vramplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from vramplan.search.remedy import Remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +54,11 @@ def fit_run(run: RunSpec, node: Node, architecture: Architecture, margin_frac: f
     """
     answer = search(run, node, architecture, margin_frac)
     plan = plan_of(answer, node)
-    ways = remedies(run, node, architecture) if not answer.fits else ()
+    ways = () if answer.fits else _remedies(run, node, architecture)
     return Fit(run, plan, answer.estimate, architecture.num_params, trainable_numel(run, architecture), ways)
+
+
+def _remedies(run: RunSpec, node: Node, architecture: Architecture) -> tuple[Remedy, ...]:
+    from vramplan.search.remedy import remedies
+
+    return remedies(run, node, architecture)

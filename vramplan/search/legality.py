@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vramplan.facts.architecture import Architecture, Attention, MixtureOfExperts
+from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
 from vramplan.spec.run import RunSpec
@@ -107,8 +107,7 @@ def _flash_attention_precision(run: RunSpec, node: Node, architecture: Architect
 
 
 def _sinks_need_eager(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
-    mixers = (layer.mixer for layer in architecture.layers)
-    if run.attention == "eager" or not any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers):
+    if run.attention == "eager" or not architecture.has_sinks:
         return None
     return f"attention {run.attention} has no place for {architecture.family}'s attention sinks: set attention eager"
 
@@ -128,15 +127,7 @@ def _alibi_and_flash_attention(run: RunSpec, node: Node, architecture: Architect
 
 def _adapters_on_linear_routers(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     method = run.method
-    if not isinstance(method, LoraMethod):
-        return None
-    blocks = ((index, layer.feed_forward) for index, layer in enumerate(architecture.layers))
-    routers = (
-        f"{architecture.layer_prefix}.{index}.{block.router.name}"
-        for index, block in blocks
-        if isinstance(block, MixtureOfExperts) and block.router.is_linear
-    )
-    if not any(method.adapts(name) for name in routers):
+    if not isinstance(method, LoraMethod) or not any(method.adapts(name) for name in architecture.linear_routers):
         return None
     return (
         f"method.target_modules {method.target_modules!r} reaches {architecture.family}'s routers, which return two "

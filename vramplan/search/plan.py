@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ class Plan:
     prediction: Prediction
     margin_frac: float
     """Share of the capacity that the plan leaves free."""
-    refused: tuple[Refusal, ...] = ()
+    refused: Sequence[Refusal] = ()
     """The best-looking first."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of vramplan and of what is installed to train with, when the plan was made."""
@@ -153,6 +152,8 @@ _SAYS_LENGTH_ONLY = {
 
 def plan_id(run: RunSpec) -> str:
     """A short name of everything that decides the bytes of a closed run: how long it is and what it prints do not."""
+    import hashlib
+
     text = run.model_dump_json(exclude={"training": _SAYS_LENGTH_ONLY, "hardware": True})
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vramplan.errors import NoPlanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.search.choose import Answer, search
 from vramplan.search.plan import Plan, Prediction
-from vramplan.search.remedy import Remedy, remedies
 from vramplan.search.room import MARGIN_FRAC, why_not
 from vramplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from vramplan.search.remedy import Remedy
 
 
 def make_plan(run: RunSpec, node: Node, architecture: Architecture, margin_frac: float = MARGIN_FRAC) -> Plan:
@@ -21,6 +25,8 @@ def make_plan(run: RunSpec, node: Node, architecture: Architecture, margin_frac:
     """
     answer = search(run, node, architecture, margin_frac)
     if not answer.fits:
+        from vramplan.search.remedy import remedies
+
         raise NoPlanError(_nothing_fits(answer, node, remedies(run, node, architecture)))
     return plan_of(answer, node)
 

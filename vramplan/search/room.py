@@ -10,9 +10,14 @@ MARGIN_FRAC = 0.02
 ASSUMED: twice the estimator's own aim of 1 %."""
 
 
+def limit_bytes(capacity_bytes: int, margin_frac: float) -> int:
+    """Bytes that a run may use of a device's capacity where ``margin_frac`` of it stays free."""
+    return int(capacity_bytes * (1 - margin_frac))
+
+
 def fits_with_margin(found: Estimate, margin_frac: float) -> bool:
     """Whether an estimate leaves ``margin_frac`` of the device's capacity free, and the host's bytes fit."""
-    return found.host_fits and found.used_peak_bytes <= int(found.capacity_bytes * (1 - margin_frac))
+    return found.host_fits and found.used_peak_bytes <= limit_bytes(found.capacity_bytes, margin_frac)
 
 
 def shortfall(found: Estimate) -> tuple[bool, int]:
@@ -23,7 +28,7 @@ def shortfall(found: Estimate) -> tuple[bool, int]:
 def why_not(found: Estimate, margin_frac: float) -> str:
     """One clause: what does not fit in an estimate."""
     used, capacity = found.used_peak_bytes, found.capacity_bytes
-    limit = int(capacity * (1 - margin_frac))
+    limit = limit_bytes(capacity, margin_frac)
     if used > capacity:
         return (
             f"{found.peak.name} needs {format_bytes(used)} of {format_bytes(capacity)}: "

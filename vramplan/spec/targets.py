@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture, MixtureOfExperts
@@ -27,6 +28,7 @@ class Targets:
     ``gate_up_proj:2`` with twice the rank, for gate and up that were targets of their own."""
 
 
+@lru_cache(maxsize=64)
 def resolve_targets(method: LoraMethod, architecture: Architecture) -> Targets:
     """The targets as PEFT converts them (``_convert_peft_config_moe``).
 

@@ -1,0 +1,58 @@
+"""The least that a rank has at its highest, from one micro-batch with whole weights: much of what a search need not try
+is told by it, without a walk of the engine, of which ZeRO-3's takes most of a search's time.
+
+A law (tests/laws/test_floor_laws.py) holds it to be no more than any estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from vramplan.facts.architecture import Architecture
+from vramplan.facts.dtype import Dtype
+from vramplan.memory.job import Job
+from vramplan.memory.model_run import ModelRun
+from vramplan.memory.parameters import parameters
+from vramplan.memory.profile import profile
+from vramplan.memory.size import Size, evaluate, undominated
+from vramplan.spec.trainable import Method
+
+_TWO_MOMENTS = ("adamw", "adamw_torch", "adamw_torch_fused")
+"""Optimizers that keep two fp32 values an element beside the master weights, whatever the stage."""
+
+
+def floor_bytes(job: Job) -> int:
+    """Bytes allocated on any rank at the highest moment, or fewer: what stays from the second step on, and what grows
+    with the batch in its forward, which every stage keeps alike."""
+    # where weights are whole and adapters as narrow as they can be, the least is kept for backward
+    whole = replace(job, stage=0, offload_optimizer=False, offload_param=False).model_run
+    return _states(job) + max(evaluate(size, job.basis) for size in _growing(whole))
+
+
+@lru_cache(maxsize=256)
+def _growing(run: ModelRun) -> tuple[Size, ...]:
+    """Instants of forward and of the loss's backward without what no batch changes, which stages gather and cut."""
+    found = profile(run)
+    points = [*found.forward, *(point for point in found.backward if point.where == "loss")]
+    return undominated((0, *point.total[1:]) for point in points)
+
+
+def _states(job: Job) -> int:
+    """Weights, and the fp32 master weights and moments of AdamW, of one rank."""
+    trained, frozen = _numels(job.architecture, job.method, job.adapted_parameters)
+    width, ranks = job.dtype.nbytes, job.degree
+    weights = trained * width + (frozen * width if not job.quantized else frozen // 2)
+    if job.stage == 3:
+        weights = 0 if job.offload_param else weights // ranks
+    if job.offload_optimizer or job.optimizer not in _TWO_MOMENTS or job.engine == "torch":
+        return weights
+    master = Dtype.FP32.nbytes if job.stage or job.dtype is not Dtype.FP32 else 0
+    return weights + trained * (master + 2 * Dtype.FP32.nbytes) // (ranks if job.stage else 1)
+
+
+@lru_cache(maxsize=64)
+def _numels(architecture: Architecture, method: Method, adapted: frozenset[str]) -> tuple[int, int]:
+    """Elements that are trained, and that are not."""
+    params = parameters(architecture, method, adapted)
+    return tuple(sum(param.numel for param in params if param.trained is trained) for trained in (True, False))
