@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(argv)
     finally:
         gc.set_threshold(*threshold)
+        if arguments is None:  # the process ends here: what it made goes with it, and need not be looked through again
+            gc.freeze()
 
 
 def _run(argv: list[str]) -> None:
