@@ -1,4 +1,4 @@
-"""The command line as typer has it, with the subcommand that is called; imported when arguments are there to be read."""
+"""The command line as typer has it, with the subcommand that is called; imported when arguments are to be read."""
 
 from __future__ import annotations
 

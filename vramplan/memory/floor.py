@@ -55,4 +55,5 @@ def _states(job: Job) -> int:
 def _numels(architecture: Architecture, method: Method, adapted: frozenset[str]) -> tuple[int, int]:
     """Elements that are trained, and that are not."""
     params = parameters(architecture, method, adapted)
-    return tuple(sum(param.numel for param in params if param.trained is trained) for trained in (True, False))
+    trained = sum(param.numel for param in params if param.trained)
+    return trained, sum(param.numel for param in params) - trained
