@@ -144,9 +144,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tmp_path):
     )
     done = train(spec, "-o", tmp_path / "run")
     assert done.returncode == 3
-    assert "the loss is " in done.stderr
-    assert "at step" in done.stderr
+    found = re.search(r"the loss is nan on the run's first samples after the update of step (\d+) \(s", done.stderr)
+    assert found is not None, done.stderr
     assert "builtin:arithmetic line" in done.stderr
+    assert "the last checkpoint is from before it" in done.stderr
+    saved = [path.name for path in RunDir(tmp_path / "run").checkpoints.glob("step-*")]
+    assert max(saved) == f"step-{int(found[1]) - 1:08d}"
 
 
 def test_out_of_memory_is_said_with_its_phase(tiny_model, tmp_path):

@@ -139,9 +139,12 @@ class Reader:
     def samples(self, source: SourceSpec) -> Sequence[Sample]:
         """The source's samples, in memory or on disk."""
         rows = self._with_template(iter_rows(source))
-        samples = keep_samples(iter_samples(rows, self.tokenizer, self._encoding), self.run.data.keep)
+        dropped: list[str] | None = [] if self.run.data.drop_unlearnable else None
+        samples = keep_samples(iter_samples(rows, self.tokenizer, self._encoding, dropped), self.run.data.keep)
         if not len(samples):
-            raise DataError(f"{source.path}: holds nothing to learn (its text is a single token)")
+            why = f"within seq_len {self.run.seq_len}; raise it" if dropped else "(its text is a single token)"
+            raise DataError(f"{source.path}: holds nothing to learn {why}")
+        self._note_dropped(dropped or [], len(samples))
         self._note_cuts(samples)
         return samples
 
@@ -156,6 +159,13 @@ class Reader:
                     "the tokenizer has no chat template: turns are written as <|role|>, content, end of sequence"
                 ] = None
             yield row
+
+    def _note_dropped(self, dropped: list[str], num_kept: int) -> None:
+        if dropped:
+            self._notes[
+                f"{len(dropped)} of {len(dropped) + num_kept} rows were left out, for nothing of them that is learnt "
+                f"lies within seq_len {self.run.seq_len} ({dropped[0]}{' and others' if dropped[1:] else ''})"
+            ] = None
 
     def _note_cuts(self, samples: Sequence[Sample]) -> None:
         cut = [sample.num_tokens + sample.num_cut for sample in samples if sample.num_cut]

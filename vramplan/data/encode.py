@@ -42,11 +42,16 @@ def encode_rows(
     return list(iter_samples(rows, tokenizer, Encoding(seq_len, train_on)))
 
 
-def iter_samples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[Sample]:
+def iter_samples(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, dropped: list[str] | None = None
+) -> Iterator[Sample]:
     """Samples of at most ``seq_len`` tokens: one a conversation or completion; raw text is cut into full sequences.
 
+    ``dropped``: takes the names of rows of which nothing that is learnt lies within ``seq_len`` tokens; None: such a
+    row is an error.
+
     Raises:
-        DataError: a row cannot be rendered, or nothing of it that is learnt lies within ``seq_len`` tokens.
+        DataError: a row cannot be rendered, or holds nothing to learn.
     """
     if not tokenizer.is_fast:
         raise DataError("the tokenizer does not say which characters a token stands for; a fast tokenizer is needed")
@@ -59,10 +64,20 @@ def iter_samples(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, encodi
         yield from _text_samples((row for row in every if isinstance(row, Text)), tokenizer, encoding)
     else:
         for row in every:
-            yield _encode_row(row, tokenizer, encoding)
+            sample, first_learnt = _encode_row(row, tokenizer, encoding)
+            if sample.num_targets:
+                yield sample
+            elif dropped is not None:
+                dropped.append(row.where)
+            else:
+                raise DataError(
+                    f"{row.where}: no token to learn lies within seq_len {encoding.seq_len} (the first is token "
+                    f"{first_learnt}); raise seq_len, drop the row, or set data.drop_unlearnable"
+                )
 
 
-def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Sample:
+def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> tuple[Sample, int]:
+    """(the sample, which token of the whole row is the first that is learnt, counted from 1)."""
     seq_len, template = encoding.seq_len, _template_of(row, encoding)
     if isinstance(row, Conversation):
         rendered = render(_with_first_prompt(row, template), tokenizer, encoding.train_on)
@@ -75,13 +90,7 @@ def _encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
     if encoding.train_on == "all":
         trained = np.ones_like(trained)
     sample = Sample(row.where, ids[:seq_len], trained[:seq_len], max(0, len(ids) - seq_len), row.weight)
-    if not sample.num_targets:
-        needed = int(np.argmax(trained)) + 1 if trained.any() else len(ids)
-        raise DataError(
-            f"{row.where}: no token to learn lies within seq_len {seq_len} (the first is token {needed}); "
-            f"raise seq_len or drop the row"
-        )
-    return sample
+    return sample, int(np.argmax(trained)) + 1 if trained.any() else len(ids)
 
 
 def _template_of(row: Row, encoding: Encoding) -> str:

@@ -17,6 +17,8 @@ def check_run(run: RunSpec) -> None:
         raise LegalityError("retain.kl needs the logits, which loss liger never makes: use loss hf, or l2sp or ewc")
     if retain.interpolate and isinstance(run.method, LoraMethod) and run.method.use_dora:
         raise LegalityError("retain.interpolate cannot scale DoRA's adapters: set method.use_dora false, or drop it")
+    if run.training.patience is not None and run.training.best_on is None:
+        raise SpecError("training.patience needs training.best_on, the held-out set that it watches: name one")
     wanted = {"training.best_on": run.training.best_on}
     if retain.early_stop is not None:
         wanted["retain.early_stop.set"] = retain.early_stop.set

@@ -137,6 +137,9 @@ class DataSpec(UserModel):
     """The most sequences of each held-out set that an evaluation takes: the first ones. None: all."""
     train_on: Literal["assistant", "all", "last"] = "assistant"
     """Which tokens of ``messages`` count in the loss: all assistant turns, every token, or the last assistant turn."""
+    drop_unlearnable: bool = False
+    """Rows of which nothing that is learnt lies within ``seq_len`` tokens (a prompt that fills it) are left out, and
+    counted in a note, instead of being an error."""
     packing: Literal["none", "best_fit"] = "none"
     """``best_fit`` lays several rows into one sequence of up to ``seq_len`` tokens (arXiv:2404.10830); positions
     restart and no row attends to another."""
@@ -156,6 +159,15 @@ class DataSpec(UserModel):
         given = [source.weight is not None for source in self.train_sources]
         if any(given) and not all(given):
             raise ValueError("train: give every source a weight, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _wordings_have_the_same_rows(self) -> Self:
+        if self.drop_unlearnable and len(self.augment.prompt_templates) > 1:
+            raise ValueError(
+                "data.drop_unlearnable and several data.augment.prompt_templates exclude each other: a row could fit "
+                "in one wording alone"
+            )
         return self
 
     @model_validator(mode="after")

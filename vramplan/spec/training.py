@@ -59,7 +59,11 @@ class TrainingSpec(UserModel):
     memory instead of time; one node only. None: none are written."""
     best_on: str | None = None
     """The held-out set (``held_out``, ``replay``, or a name of ``data.eval_sets``) whose lowest loss marks the best
-    checkpoint, which is kept and exported. None: the last is."""
+    checkpoint, which is kept and exported; where ``retain.early_stop`` says how much may be forgotten, a step that
+    forgot more is not the best. None: the last is."""
+    patience: int | None = Field(default=None, ge=1)
+    """Evaluations in a row without a new lowest loss on ``best_on``'s set that end the run. None: it is never ended for
+    that."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     log_every: int = Field(default=1, ge=1)

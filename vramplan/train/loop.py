@@ -84,7 +84,7 @@ class Loop:
         self._in_place = InPlace(engine)
         self._micro_batch_size = engine.run.micro_batch_size or 1
         self.stopped = False
-        """Whether early stopping has ended the run."""
+        """Whether an evaluation has ended the run."""
         every = {**(eval_sets or {}), REPLAY_SET: data.held_out_replay, HELD_OUT: data.held_out}
         most = engine.run.data.eval_max
         self._sets = {name: samples[:most] for name, samples in every.items() if len(samples)}
@@ -106,15 +106,23 @@ class Loop:
         with self.phases.phase(f"{self._last_micro(step)}.optimizer_step", step + 1):
             self.engine.step(lr)
         (loss,) = self.engine.sum_over_ranks(own_loss)
-        if not math.isfinite(loss):
-            raise RunFailedError(
-                f"the loss is {loss} at step {step + 1} (samples {_name_samples(self.data.train, batch.ids)}): "
-                "lower optimizer.lr, or look at these rows; the last checkpoint is from before it"
-            )
+        self._check_finite(loss, f"at step {step + 1}", batch.ids)
         result = StepResult(loss, lr, time.perf_counter() - started)
         self._step_s = result.seconds
         self._report(step, batch, result)
         return result
+
+    def _check_finite(self, loss: float, when: str, ids: Sequence[int]) -> None:
+        """Raises:
+        RunFailedError: the loss is not finite; ``ids`` are the samples that it may be due to.
+        """
+        if math.isfinite(loss):
+            return
+        saved = any(self.run_dir.checkpoints.glob("step-*"))
+        raise RunFailedError(
+            f"the loss is {loss} {when} (samples {_name_samples(self.data.train, ids)}): lower optimizer.lr, or look "
+            f"at these rows; {'the last checkpoint is from before it' if saved else 'there is no checkpoint yet'}"
+        )
 
     def restore_losses(self, first_step: int) -> None:
         """The losses of the steps before ``first_step``, for hard examples; later ones go to the same file.
@@ -148,7 +156,7 @@ class Loop:
         if self._sets and (is_last or _due(steps_done, training.eval_every)):
             self.evaluate(steps_done)
             is_best = self.watch.best_step == steps_done
-            self.stopped = self.watch.must_stop
+            self.stopped = self.watch.stop_reason is not None
         is_due = self.saving.checkpoint_is_due(steps_done, self._step_s)
         if is_last or is_best or self.stopped or is_due:
             self.save(steps_done)
@@ -156,10 +164,7 @@ class Loop:
             with self.phases.phase("save", steps_done):
                 self.saving.snapshot(self._state_to_save(steps_done))
         if self.stopped and not is_last:
-            early = self.run.retain.early_stop
-            self.metrics.event(
-                "note", text=f"stopped after step {steps_done}: retain.early_stop on {early and early.set}"
-            )
+            self.metrics.event("note", text=f"stopped after step {steps_done}: {self.watch.stop_reason}")
 
     def return_to_best(self) -> None:
         """Loads the checkpoint that ``training.best_on`` asks for, if it is not where the run ended."""
@@ -195,7 +200,13 @@ class Loop:
             self.saving.checkpoint(self._state_to_save(steps_done), self._step_s, self.watch.best_step)
 
     def _state_to_save(self, steps_done: int) -> RunState:
-        return replace(self.state(steps_done), pinned_loss=self.pinned_loss())
+        """Raises:
+        RunFailedError: the last update broke the weights, which gradients can do whose loss was still finite.
+        """
+        loss = self.pinned_loss()
+        ids = self.data.stream.batch(steps_done - 1, batch_size(self.run, self.engine.world_size))
+        self._check_finite(loss, f"on the run's first samples after the update of step {steps_done}", ids)
+        return replace(self.state(steps_done), pinned_loss=loss)
 
     def state(self, steps_done: int) -> RunState:
         """What a checkpoint after ``steps_done`` steps says of the run."""
@@ -343,6 +354,6 @@ def _digest(ids: tuple[int, ...]) -> str:
     return hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest()
 
 
-def _name_samples(samples: Sequence[Sample], ids: tuple[int, ...], most: int = 8) -> str:
+def _name_samples(samples: Sequence[Sample], ids: Sequence[int], most: int = 8) -> str:
     names = ", ".join(samples[index].where for index in ids[:most])
     return names if len(ids) <= most else f"{names} and {len(ids) - most} more"

@@ -73,12 +73,13 @@ def check_fit_of_tokenizer(run: RunSpec, config: Any, tokenizer: Any) -> None:
     ConfigError: the tokenizer makes ids that the embedding does not hold.
     SpecError: sequences are longer than the model's positions.
     """
-    if len(tokenizer) > config.vocab_size:
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
         raise ConfigError(
             f"the tokenizer of {run.model} has {len(tokenizer)} tokens but the model's embedding only "
-            f"{config.vocab_size} rows"
+            f"{text.vocab_size} rows: give the tokenizer that belongs to the model, or resize the embedding first"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and run.seq_len > positions:
         raise SpecError(f"seq_len {run.seq_len} is longer than the {positions} positions of {run.model}: lower seq_len")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vramplan.measure.run_dir import read_events
-from vramplan.retain.early_stop import should_stop
+from vramplan.retain.early_stop import rose_too_far, should_stop
 from vramplan.spec.data import HELD_OUT
 from vramplan.spec.run import RunSpec
 
@@ -29,16 +29,30 @@ class Watch:
 
     @property
     def best_step(self) -> int | None:
-        """The step after which ``training.best_on`` was lowest (the earliest of equals); None where none is asked."""
+        """The step after which ``training.best_on`` was lowest (the earliest of equals) among those at which
+        ``retain.early_stop`` allows what was forgotten (among all, where it allows none); None where none is asked."""
         losses = self.losses.get(self.run.training.best_on or "", {})
         after = {step: loss for step, loss in losses.items() if step}
-        return min(after, key=lambda step: (after[step], step)) if after else None
+        allowed = {step: loss for step, loss in after.items() if not self._forgot_too_much(step)} or after
+        return min(allowed, key=lambda step: (allowed[step], step)) if allowed else None
 
     @property
-    def must_stop(self) -> bool:
-        """Whether ``retain.early_stop`` says that enough is forgotten."""
+    def stop_reason(self) -> str | None:
+        """The key that asks for the run's end now, and the set that it watches; None: it goes on."""
+        early, training = self.run.retain.early_stop, self.run.training
+        if early is not None:
+            losses = [loss for _, loss in sorted(self.losses.get(early.set, {}).items())]
+            if should_stop(losses, early.max_rise_frac, early.patience):
+                return f"retain.early_stop on {early.set}"
+        best = self.best_step
+        if training.patience is None or best is None:
+            return None
+        since = sum(step > best for step in self.losses[training.best_on or ""])
+        return f"training.patience on {training.best_on}" if since >= training.patience else None
+
+    def _forgot_too_much(self, step: int) -> bool:
         early = self.run.retain.early_stop
-        if early is None:
+        losses = {} if early is None else self.losses.get(early.set, {})
+        if early is None or not {0, step} <= losses.keys():
             return False
-        losses = [loss for _, loss in sorted(self.losses.get(early.set, {}).items())]
-        return should_stop(losses, early.max_rise_frac, early.patience)
+        return rose_too_far(losses[step], losses[0], early.max_rise_frac)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,26 @@ def test_a_row_whose_answer_lies_beyond_the_sequence_is_refused(tokenizer):
     ):
         encode_rows([row], tokenizer, 20)
     assert encode_rows([row], tokenizer, needed)[0].num_targets == 1
+
+
+def test_rows_without_anything_to_learn_are_left_out_where_that_is_asked_for(tokenizer, tmp_path):
+    rows = [{"prompt": "long " * 50 if number % 3 == 1 else "a", "completion": "b"} for number in range(7)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"train": str(path), "eval_frac": 0.0, "drop_unlearnable": True}
+    data = load_data(run_from_mapping({"model": "x", "seq_len": 32, "data": fields}), tokenizer)
+    assert [sample.where for sample in data.train] == [f"{path} line {number}" for number in (1, 3, 4, 6, 7)]
+    assert data.notes[0] == (
+        "2 of 7 rows were left out, for nothing of them that is learnt lies within seq_len 32 "
+        f"({path} line 2 and others)"
+    )
+    with pytest.raises(DataError, match=r"line 2: no token to learn .* or set data\.drop_unlearnable"):
+        load_data(
+            run_from_mapping({"model": "x", "seq_len": 32, "data": {**fields, "drop_unlearnable": False}}), tokenizer
+        )
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DataError, match=r"holds nothing to learn within seq_len 32; raise it"):
+        load_data(run_from_mapping({"model": "x", "seq_len": 32, "data": fields}), tokenizer)
 
 
 def test_a_cut_answer_is_counted_and_said(tokenizer):

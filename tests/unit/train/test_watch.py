@@ -1,0 +1,50 @@
+"""What evaluations decide: the best step, and the run's early end."""
+
+from __future__ import annotations
+
+import pytest
+
+from vramplan.errors import SpecError
+from vramplan.spec.check import check_run
+from vramplan.spec.load import run_from_mapping
+from vramplan.train.watch import Watch
+
+EARLY = {"early_stop": {"set": "general", "max_rise_frac": 0.1}}
+
+
+def watch(training, retain, **losses) -> Watch:
+    """Losses of each set at steps 0, 10, 20 and so on."""
+    data = {"eval_sets": {"general": "builtin:arithmetic"}}
+    found = Watch(run_from_mapping({"model": "x", "data": data, "training": training, "retain": retain}))
+    for name, values in losses.items():
+        for number, loss in enumerate(values):
+            found.add(name, 10 * number, loss)
+    return found
+
+
+def test_the_best_step_is_the_lowest_after_training_began():
+    assert watch({"best_on": "held_out"}, {}, held_out=[0.5, 3.0, 2.0, 2.0, 2.5]).best_step == 20
+    assert watch({"best_on": "held_out"}, {}, held_out=[0.5]).best_step is None
+    assert watch({}, {}, held_out=[3.0, 2.0]).best_step is None
+
+
+def test_a_step_that_forgot_more_than_is_allowed_is_not_the_best():
+    """log(1.1) is 0.095."""
+    forgot = watch({"best_on": "held_out"}, EARLY, held_out=[4, 3, 2, 1], general=[2, 2.05, 2.09, 2.3])
+    assert forgot.best_step == 20
+    assert forgot.stop_reason == "retain.early_stop on general"
+    none_is_allowed = watch({"best_on": "held_out"}, EARLY, held_out=[4, 3, 2], general=[2, 2.3, 2.3])
+    assert none_is_allowed.best_step == 20
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better():
+    training = {"best_on": "held_out", "patience": 2}
+    assert watch(training, {}, held_out=[4, 3, 2, 2.1]).stop_reason is None
+    assert watch(training, {}, held_out=[4, 3, 2, 2.1, 2.0]).stop_reason == "training.patience on held_out"
+    assert watch(training, {}, held_out=[4, 3, 2, 2.1, 1.9]).stop_reason is None
+    assert watch({"best_on": "held_out"}, {}, held_out=[4, 3, 9, 9, 9]).stop_reason is None
+
+
+def test_patience_without_a_set_is_refused():
+    with pytest.raises(SpecError, match=r"training\.patience needs training\.best_on"):
+        check_run(run_from_mapping({"model": "x", "training": {"patience": 2}}))
