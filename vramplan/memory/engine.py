@@ -10,11 +10,13 @@ from vramplan.memory import labels
 from vramplan.memory.activations import forward_candidates
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
+from vramplan.memory.optimizers import OptimizerBytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK
 from vramplan.memory.retention import kept_bytes, kl_instant_bytes, logits_bytes, passing_bytes, reference_bytes
 from vramplan.memory.term import Phase
+from vramplan.memory.torch_optimizers import Steps
 from vramplan.spec.trainable import LoraMethod
 
 MICROS_SHOWN = 3
@@ -161,6 +163,14 @@ class Engine(ABC):
             stretch.see("KL to the base", end, instant)
             end = merged(end, {labels.KL: logits_bytes(self.job)})
         stretch.close(end)
+
+    @staticmethod
+    def moments(optimizer: OptimizerBytes | Steps, *tensors: int) -> Parts:
+        """The states of tensors of these numbers of elements, or of the parameters that ``Steps`` knows."""
+        if isinstance(optimizer, Steps):
+            return {labels.MOMENTS: optimizer.state_bytes, labels.HOST_PAGED: optimizer.paged_bytes}
+        device, paged = optimizer.state_bytes(*tensors), optimizer.paged_bytes(*tensors)
+        return {labels.MOMENTS: device, labels.HOST_PAGED: paged}
 
     def after_backward(self) -> Bytes:
         """What of the micro-batch outlives its backward: tokens, and the outputs where the loop keeps them."""

@@ -182,8 +182,6 @@ def check_covered(job: Job) -> None:
         f"attention {job.attention} with sinks": job.attention != "eager" and job.architecture.has_sinks,
         "adapters on embeddings": _adapts_embeddings(job),
         **{f"zero.{name}": job.stage == 3 for name in _unusual_gathers(job.zero)},
-        f"the optimizer {job.optimizer} under DeepSpeed": job.optimizer.startswith("paged")
-        and job.engine == "deepspeed",
         f"the optimizer {job.optimizer} on the CPU": job.optimizer in ("lion", "paged_adamw", "paged_adamw_8bit")
         and job.device == "cpu",
         f"liger's kernels, or tiled MLPs, of the {family} family": (job.liger_kernels or job.tile_rows > 0)

@@ -19,12 +19,17 @@ class OptimizerBytes:
     scratch: int
     block: int = 0
     """Elements that share one scale a moment, where moments are kept in 8 bits; 0: they are not."""
+    paged: bool = False
+    """Whether the moments of large tensors lie in memory that the driver may keep on the host."""
 
     def state_bytes(self, *tensors: int) -> int:
-        """What is kept for tensors of these numbers of elements, paged or not."""
-        if not self.block:
-            return self.state * sum(tensors)
-        return sum(self.tensor_bytes(numel) for numel in tensors) + 2 * _TABLE_BYTES
+        """What is kept on the device for tensors of these numbers of elements."""
+        tables = 2 * _TABLE_BYTES if self.block else 0
+        return sum(self.tensor_bytes(numel) for numel in tensors) + tables - self.paged_bytes(*tensors)
+
+    def paged_bytes(self, *tensors: int) -> int:
+        """What is kept in memory that the driver may keep on the host; scales of 8-bit moments are not."""
+        return self.state * sum(numel for numel in tensors if numel >= PAGED_NUMEL) if self.paged else 0
 
     def tensor_bytes(self, numel: int) -> int:
         """What is kept for one tensor (bitsandbytes/optim/optimizer.py, ``Optimizer2State.init_state``: small ones keep
@@ -62,6 +67,8 @@ _ONLY_ON_CUDA = {
     "lion": OptimizerBytes(4, 0),
     # bitsandbytes/optim/adamw.py, AdamW8bit: two moments in uint8, an fp32 scale each for 256 elements; one kernel
     "adamw_8bit": OptimizerBytes(2, 0, block=256),
+    "paged_adamw": OptimizerBytes(8, 0, paged=True),
+    "paged_adamw_8bit": OptimizerBytes(2, 0, block=256, paged=True),
 }
 _ONLY_ON_CPU = {
     # bitsandbytes/backends/cpu/ops.py, _optimizer_update_8bit_blockwise_cpu: both moments and the gradient in fp32, the

@@ -66,6 +66,5 @@ class PlainTorch(Engine):
             alive = {labels.MOMENTS: states, labels.STEP_SCRATCH: scratch, **paged}
             stretch.see("optimizer update", before, self.outputs, alive)
             after = before.without(labels.GRADIENTS)
-            kept = {labels.MOMENTS: self.steps.state_bytes, labels.HOST_PAGED: self.steps.paged_bytes}
-            self.resident = merged(after, kept)
+            self.resident = merged(after, self.moments(self.steps))
         stretch.close(self.resident, self.outputs)

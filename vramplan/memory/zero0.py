@@ -39,12 +39,12 @@ class Zero0(Engine):
             master = {labels.MASTER: self.trained_numel * self.master_bytes}
             zeros = {labels.INIT: self.trained_numel * (self.width + self.master_bytes)}  # of weights and of master
             stretch.see("a first step with zero gradients", self.resident, master, zeros, self._update(1))
-            self.resident = merged(self.resident, master, {labels.MOMENTS: self.steps.state_bytes})
+            self.resident = merged(self.resident, master, self.moments(self.steps))
         elif self.low:
             copies = {labels.INIT: 2 * self.trained_numel * self.width}  # clones, then their flat copy
             stretch.see("weights flattened", self.resident, copies)
             master = {labels.MASTER: self.trained_numel * self.master_bytes}
-            states = {labels.MOMENTS: self.optimizer.state_bytes(self.trained_numel)}
+            states = self.moments(self.optimizer, self.trained_numel)
             trial = {labels.INIT: self.trained_numel * (self.master_bytes + self.optimizer.scratch)}
             stretch.see("a first step with zero gradients", self.resident, master, states, trial)
             self.resident = merged(self.resident, master, states)
@@ -53,7 +53,8 @@ class Zero0(Engine):
     def _update(self, step: int) -> dict[str, int]:
         """States and temporaries at the highest instant of a step of torch's own loop over parameters."""
         states, scratch = self.steps.highest(step == 1)
-        return {labels.MOMENTS: states, labels.STEP_SCRATCH: scratch}
+        paged = {labels.HOST_PAGED: self.steps.paged_bytes}
+        return {labels.MOMENTS: states, labels.STEP_SCRATCH: scratch, **paged}
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
@@ -94,10 +95,10 @@ class Zero0(Engine):
     def _parameters_step(self, stretch: Stretch, micro: Micro) -> None:
         """Every parameter by itself; in low precision each gradient is cast first, and both stay until the end."""
         first = micro.step == 1 and not self.low
-        before = self.resident.without(labels.MOMENTS)
+        before = self.resident.without(labels.MOMENTS, labels.HOST_PAGED)
         wide = {labels.FLAT_GRAD: self.trained_numel * self.master_bytes} if self.low else {}
         stretch.see("optimizer update", before, self.outputs, wide, self._update(1 if first else 2))
-        self.resident = merged(before.without(labels.GRADIENTS), {labels.MOMENTS: self.steps.state_bytes})
+        self.resident = merged(before.without(labels.GRADIENTS), self.moments(self.steps))
 
     def _flat_step(self, stretch: Stretch, micro: Micro) -> None:
         base = merged(self.resident, self.outputs)
@@ -110,7 +111,7 @@ class Zero0(Engine):
             stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
         else:
             if micro.step == 1:
-                states = {labels.MOMENTS: self.optimizer.state_bytes(*(numel for _, numel in self.trained))}
+                states = self.moments(self.optimizer, *(numel for _, numel in self.trained))
                 self.resident = merged(self.resident, states)
             stretch.see("optimizer update", self.resident, self.outputs, scratch)
             self.resident = self.resident.without(labels.GRADIENTS)

@@ -371,7 +371,7 @@ class Zero12(Engine):
             joined = {}
         stretch.see("gradients flattened", base, flat, joined)
         self.resident = self.resident.without(labels.GRAD_PARTITION)
-        states = {labels.MOMENTS: self.optimizer.state_bytes(self.share)}
+        states = self.moments(self.optimizer, self.share)
         if micro.step == 1:
             self.resident = merged(self.resident, states)
         scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}

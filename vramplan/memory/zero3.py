@@ -302,7 +302,7 @@ class Zero3(Engine):
         joined = {labels.REDUCTION: self.sub_group * self.grad_width if cast else 0}
         stretch.see("gradients flattened", base, flat, joined)
         if micro.step == 1:
-            self.resident = merged(self.resident, {labels.MOMENTS: self.optimizer.state_bytes(*self.sub_groups)})
+            self.resident = merged(self.resident, self.moments(self.optimizer, *self.sub_groups))
         scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, kept, flat, scratch)
         if self.job.offload_param:

@@ -56,6 +56,14 @@ def test_layers_with_adapters_keep_more_than_layers_without():
     assert few.allocated_peak_bytes < many.allocated_peak_bytes < every.allocated_peak_bytes
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_paged_moments_lie_in_the_hosts_memory(stage):
+    plain, paged = (ask(optimizer={"kind": kind}, zero={"stage": stage}) for kind in ("adamw_8bit", "paged_adamw_8bit"))
+    moved = plain.phases[-1].end_bytes - paged.phases[-1].end_bytes
+    assert moved > 0
+    assert sum(term.num_bytes for term in paged.host_terms) - sum(term.num_bytes for term in plain.host_terms) == moved
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "bf16-autocast"])
 def test_the_chunked_loss_takes_less_than_whole_logits_in_fp32(precision):
     fields = {"precision": precision, "seq_len": 8192, "zero": {"stage": 0}}
@@ -79,7 +87,7 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
         ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
-        ({"optimizer": {"kind": "paged_adamw"}}, "paged_adamw"),
+        ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
         ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

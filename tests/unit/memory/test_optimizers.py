@@ -22,3 +22,11 @@ def test_8_bit_moments_of_small_tensors_stay_in_fp32():
 def test_an_unknown_optimizer_is_one_sentence():
     with pytest.raises(UnknownNameError, match="adamx"):
         optimizer_bytes("adamx", "cuda")
+
+
+def test_paged_moments_of_large_tensors_lie_apart():
+    paged = optimizer_bytes("paged_adamw", "cuda")
+    assert (paged.state_bytes(99_999, 100_000), paged.paged_bytes(99_999, 100_000)) == (8 * 99_999, 8 * 100_000)
+    in_8_bits = optimizer_bytes("paged_adamw_8bit", "cuda")
+    assert in_8_bits.paged_bytes(100_000) == 2 * 100_000
+    assert in_8_bits.state_bytes(100_000) == 2 * 4 * 391 + 2 * 256 * 4
