@@ -112,13 +112,13 @@ def _check_packing(run: RunSpec) -> None:
         raise DataError("data.packing under flash_attention_2 needs micro_batch_size 1, or attention: sdpa")
 
 
-def read_samples(path: str, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+def read_samples(source: str | SourceSpec, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """One more set, such as a named held-out one, read and masked as the run's own data, unpacked.
 
     Raises:
         DataError: as ``load_data``.
     """
-    return list(Reader(run, tokenizer).samples(SourceSpec(path=path)))
+    return list(Reader(run, tokenizer).samples(as_source(source)))
 
 
 class Reader:

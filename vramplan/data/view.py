@@ -26,7 +26,7 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
         DataError: as ``load_data``, and ``read_samples`` for ``data.eval_sets``.
     """
     data = load_data(run, tokenizer)
-    eval_sets = {name: len(read_samples(path, run, tokenizer)) for name, path in run.data.eval_sets.items()}
+    eval_sets = {name: len(read_samples(source, run, tokenizer)) for name, source in run.data.eval_sets.items()}
     lengths = data.lengths
     return {
         "parts": [
@@ -34,6 +34,7 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
             for part in data.stream.parts
         ],
         "num_held_out": len(data.held_out),
+        "num_held_out_replay": len(data.held_out_replay),
         "eval_sets": eval_sets,
         "lengths": {**asdict(lengths), "planned_seq_len": lengths.planned_seq_len},
         "padding_frac": padding_frac(run, data),

@@ -53,6 +53,8 @@ def _sources(found: dict[str, Any]) -> Table:
         name = f"{part['name']} (replay)" if part["is_replay"] else part["name"]
         table.add_row(name, f"{part['num_sequences']:,}", f"{part['share']:.1%}")
     table.add_row("held out", f"{found['num_held_out']:,}", "")
+    if found["num_held_out_replay"]:
+        table.add_row("replay, held out", f"{found['num_held_out_replay']:,}", "")
     for name, size in found["eval_sets"].items():
         table.add_row(f"{name} (eval set)", f"{size:,}", "")
     return table

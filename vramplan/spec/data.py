@@ -98,6 +98,14 @@ class AugmentSpec(UserModel):
         return self
 
 
+SOURCE_SHAPES = {
+    "[one]": "a source (a mapping with path)",
+    "[several]": "a list of sources",
+    "[path]": "a path",
+}
+"""Tags of the ways in which sources are written, in words."""
+
+
 def _shape(value: object) -> str:
     """Which way of writing sources a value is, so that an error is about that way and no other."""
     if isinstance(value, dict | SourceSpec):
@@ -131,8 +139,9 @@ class DataSpec(UserModel):
     """The same for evaluation. None: ``eval_frac`` of the training data is held out."""
     eval_frac: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the training rows held out for evaluation when ``eval`` is None."""
-    eval_sets: dict[str, str] = Field(default_factory=dict)
-    """More held-out sets by name (such as ``general: other.jsonl``), each evaluated beside the first."""
+    eval_sets: dict[str, Source] = Field(default_factory=dict)
+    """More held-out sets by name (such as ``general: other.jsonl``), each a path or a source with its options, as in
+    ``train``; each is evaluated beside the first."""
     eval_max: int | None = Field(default=None, ge=1)
     """The most sequences of each held-out set that an evaluation takes: the first ones. None: all."""
     train_on: Literal["assistant", "all", "last"] = "assistant"

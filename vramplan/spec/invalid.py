@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from vramplan.errors import nearest_names
+from vramplan.spec.data import SOURCE_SHAPES
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -48,15 +50,29 @@ def _describe(model: type[BaseModel], path: list[str], detail: ErrorDetails) -> 
         return f"{key} is {shown} but must be {context['expected']}{_did_you_mean(value, str(context['expected']))}"
     if kind == "union_tag_not_found":
         return f"{key} needs a 'kind': {_one_of(_tags(model, path))}"
+    if kind == "union_tag_invalid" and context["tag"] in SOURCE_SHAPES:
+        ways = re.findall(r"\[\w+\]", str(context["expected_tags"]))
+        return f"{key} is {shown} but must be {' or '.join(SOURCE_SHAPES[way] for way in ways)}"
     if kind == "union_tag_invalid":
         allowed = str(context["expected_tags"])
         return f"{key}.kind is {context['tag']!r} but must be {_or(allowed)}{_did_you_mean(context['tag'], allowed)}"
+    if kind == "too_short":
+        return f"{key} is {shown} but must have at least {context['min_length']}"
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"{key} is {shown} but must be {words} {context[bound]}"
     if not path:  # what the fields demand of each other; showing all of them would bury it
         return detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return _own_words(key, detail["msg"].removeprefix("Value error, "))
     return f"{key} is {shown}{_demand(detail)}"
+
+
+def _own_words(key: str, message: str) -> str:
+    """What a check of ours says of a key, or of a section's fields, whose names it may begin with."""
+    if message.startswith(f"{key}."):
+        return message
+    return f"{key}.{message}" if re.match(r"\w+: ", message) else f"{key}: {message}"
 
 
 def _describe_unknown(model: type[BaseModel], path: list[str]) -> str:
@@ -71,7 +87,10 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> Iterator[str]:
     """Field names allowed at ``path`` below ``model``, of every member of a union."""
     types: list[Any] = [model]
     for key in path:
-        types = [member for kind in types for member in _members(_annotation(kind, key))]
+        if any(
+            key in _fields(kind) for kind in types
+        ):  # else it is of a mapping, whose values' types are there already
+            types = [member for kind in types for member in _members(_annotation(kind, key))]
     for kind in types:
         yield from _fields(kind)
 
@@ -107,11 +126,17 @@ def _path(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """pydantic's location without what users never wrote: union tags and type names."""
     path: list[str] = []
     types: list[Any] = [model]
+    is_free = False
     for part in loc:
         key = str(part)
+        if is_free:  # a key of a mapping, which the user chose
+            path.append(key)
+            is_free = False
+            continue
         fields = [kind for kind in types if key in _fields(kind)]
         if fields:
             path.append(key)
+            is_free = any(get_origin(_annotation(kind, key)) is dict for kind in fields)
             types = [member for kind in fields for member in _members(_annotation(kind, key))]
         elif part == loc[-1] and any(map(_fields, types)) and not _is_type_label(key):
             path.append(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from vramplan.spec.base import UserModel
+from vramplan.spec.data import Source
 
 
 class EwcSpec(UserModel):
@@ -13,8 +14,8 @@ class EwcSpec(UserModel):
 
     weight: float = Field(default=0.01, gt=0)
     """Strength. The Fisher diagonal is scaled to a mean of 1, so that this compares with ``l2sp.weight``."""
-    data: str
-    """A general sample, in any form that ``data.train`` may have."""
+    data: Source
+    """A general sample: a path, or a source with its options, as in ``data.train``."""
     max_stiffness: float = Field(default=10.0, ge=1)
     """The most that an element of the Fisher diagonal may be, in units of its mean. Without a cut a few weights hold
     nearly all of it, and springs as stiff as that fill the clipped gradient instead of the task."""

@@ -20,7 +20,7 @@ from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import has_saved_state, remove_forgotten
 from vramplan.search.plan import Plan
 from vramplan.spec.check import check_run
-from vramplan.spec.data import SourceSpec
+from vramplan.spec.data import SourceSpec, as_source
 from vramplan.spec.run import RunSpec
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
@@ -60,17 +60,17 @@ def check_before_launch(plan: Plan) -> None:
         raise SpecError("training.snapshot_every: snapshots in shared memory are of one node; leave it out on several")
     for source in plan.run.data.sources:
         check_rows(source)
-    for key, path in _general_texts(plan.run).items():
+    for key, source in _general_texts(plan.run).items():
         try:
-            check_rows(SourceSpec(path=path))
+            check_rows(source)
         except (DataError, UnknownNameError) as error:
             raise DataError(f"{key}: {error}") from error
 
 
-def _general_texts(run: RunSpec) -> dict[str, str]:
+def _general_texts(run: RunSpec) -> dict[str, SourceSpec]:
     """What is read beside the training data, by the key that names it."""
-    named = {f"data.eval_sets.{name}": path for name, path in run.data.eval_sets.items()}
-    return named if run.retain.ewc is None else {**named, "retain.ewc.data": run.retain.ewc.data}
+    named = {f"data.eval_sets.{name}": as_source(source) for name, source in run.data.eval_sets.items()}
+    return named if run.retain.ewc is None else {**named, "retain.ewc.data": as_source(run.retain.ewc.data)}
 
 
 def run_plan(

@@ -84,12 +84,14 @@ def test_a_visit_is_shown_another_wording_with_the_same_answer(tokenizer, tmp_pa
     assert packed.worded == ()
 
 
-def test_description_and_report(tokenizer):
+def test_description_and_report(tokenizer, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"asked": "1 + 1 =", "said": "2"}\n' * 3, encoding="utf-8")
     spec = run(
         data={
             "packing": "best_fit",
-            "replay": {"path": "builtin:python-reference", "share": 0.25, "name": "general"},
-            "eval_sets": {"sums": "builtin:arithmetic"},
+            "replay": {"path": "builtin:python-reference", "share": 0.25, "name": "general", "eval_frac": 0.1},
+            "eval_sets": {"sums": {"path": str(rows), "fields": {"prompt": "asked", "completion": "said"}}},
         }
     )
     found = describe_data(spec, tokenizer, 2)
@@ -104,7 +106,9 @@ def test_description_and_report(tokenizer):
     printed = console.export_text()
     assert "general (replay)" in printed
     assert "25.0%" in printed
-    assert found["eval_sets"]["sums"] > 0
+    assert found["eval_sets"]["sums"] == 3
+    (held_out,) = [line for line in printed.splitlines() if line.startswith("replay, held out")]
+    assert held_out.split()[-1] == f"{found['num_held_out_replay']:,}" != "0"
     assert "sums (eval set)" in printed
 
 

@@ -69,6 +69,35 @@ def test_each_mistake_is_one_sentence_with_file_and_key(fields, said):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"data": {"train": [{"path": "a", "weight": 1}, {"path": "b"}]}},
+            "data.train: give every source a weight, or none",
+        ),
+        ({"data": {"train": []}}, "data.train is [] but must have at least 1"),
+        (
+            {"data": {"eval": ["a", "b"]}},
+            "data.eval is ['a', 'b'] but must be a path or a source (a mapping with path)",
+        ),
+        (
+            {"data": {"eval_sets": {"general": {"path": "a", "wieght": 1}}}},
+            "unknown key 'wieght' in data.eval_sets.general; did you mean weight",
+        ),
+        (
+            {"data": {"augment": {"prompt_templates": ["no place"]}}},
+            "data.augment.prompt_templates: 'no place' must hold {prompt} exactly once",
+        ),
+        ({"method": {"kind": "full", "freeze": ["("]}}, "method.freeze: '(' is no regular expression"),
+    ],
+)
+def test_what_fields_demand_of_each_other_is_said_with_their_key(fields, said):
+    with pytest.raises(SpecError) as caught:
+        run_from_mapping({"model": "m", **fields})
+    assert said in str(caught.value)
+
+
 def test_a_missing_model_is_said():
     with pytest.raises(SpecError, match="model is missing"):
         run_from_mapping({"seq_len": 8})
