@@ -18,7 +18,7 @@ def run(
     output: Annotated[Path, typer.Option("-o", "--output", help="Records file; what it holds is not run again.")],
     only: Annotated[list[str] | None, typer.Option("--only", help="Run the job of this id; repeatable.")] = None,
     parallel: Annotated[
-        int | None, typer.Option("--parallel", min=1, help="Jobs at once, if memory allows [default: cores / 2].")
+        int | None, typer.Option("--parallel", min=1, help="Jobs at once, if memory allows (default: cores / 2).")
     ] = None,
     trace: Annotated[
         bool,
@@ -83,8 +83,8 @@ def boundary(
 @bench.command()
 def live(
     records: Annotated[Path, typer.Argument(help="Records written by `vramplan bench run --trace`.")],
-    record_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Which record [default: the first].")] = None,
-    phase: Annotated[str | None, typer.Option(help="Which phase [default: the one with the highest peak].")] = None,
+    record_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Which record (default: the first).")] = None,
+    phase: Annotated[str | None, typer.Option(help="Which phase (default: the one with the highest peak).")] = None,
     rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="How many rows.")] = 30,
 ) -> None:
     """List the tensors alive at a phase's peak, largest first, with where they were born."""

@@ -48,7 +48,7 @@ def select(
         str | None, typer.Option(help="Raw text that the chosen should resemble.", show_default=False)
     ] = None,
     count: Annotated[
-        int | None, typer.Option("-n", "--count", min=1, help="Documents to choose [default: a tenth].")
+        int | None, typer.Option("-n", "--count", min=1, help="Documents to choose (default: a tenth).")
     ] = None,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="Any filter, as KEY=VALUE (min_chars=500); may be repeated.")
