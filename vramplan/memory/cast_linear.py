@@ -50,6 +50,6 @@ def linear_cast_zero3(
         if grad_w is not None:
             grad_w = to(grad_w, w_dtype, WEIGHT_GRADIENT)
         del held
-        return [grad_x, grad_b, grad_w]
+        return [grad_x, grad_w, grad_b]
 
-    return tape.attach("linear", out, [x, bias, weight], saved, backward)
+    return tape.attach("linear", out, [x, weight, bias], saved, backward)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from vramplan.memory.labels import HOST, term
 from vramplan.memory.ledger import PhaseBytes
-from vramplan.memory.size import ZERO, Size, add, const, dominates, evaluate, sub
+from vramplan.memory.size import ZERO, Size, add, const, dominates, evaluate
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Moment, Phase
 
@@ -75,19 +75,6 @@ def merged(*many: Parts) -> Bytes:
 def at_point(point: Point) -> Bytes:
     """What is alive at a point of the tape."""
     return Bytes(point.by_label, (point.total, ZERO))
-
-
-def without_gradient(alive: Bytes, num_bytes: int) -> Bytes:
-    """What is left when the gradient in hand has been moved into the bucket."""
-    name = "gradient of the weight in hand"
-    held = min(alive.get(name, ZERO)[0], num_bytes)
-    rest = dict(alive)
-    rest[name] = sub(alive.get(name, ZERO), const(held))
-    if held < num_bytes:  # a tied weight's gradients were summed under another heading
-        other = "activation gradients"
-        left = alive.get(other, ZERO)
-        rest[other] = sub(left, const(min(left[0], num_bytes - held)))
-    return Bytes(rest)
 
 
 @dataclass(slots=True)

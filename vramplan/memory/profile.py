@@ -56,6 +56,9 @@ class Profile:
     forward: tuple[Point, ...]
     forward_end: Point
     backward: tuple[Point, ...]
+    graph_done: Point
+    """Autograd has ended: DeepSpeed reduces what is left in its buckets, and only then releases gathered weights
+    (runtime/engine.py, ``_backward_epilogue``)."""
     backward_end: Point
     gradients: tuple[Gradient, ...]
     """Each parameter gradient in the order of backward."""
@@ -119,10 +122,11 @@ class _Runner:
         grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
         tape.backward(result, grad)
         del grad, result
+        done = self._snapshot("after backward")
         if self.gathers is not None:
             self.gathers.end_backward()
         last = self._snapshot("after backward")
-        return Profile(forward, end, tuple(tape.points), last, tuple(self.gradients))
+        return Profile(forward, end, tuple(tape.points), done, last, tuple(self.gradients))
 
     def optimizer_step(self, skipped: bool) -> None:
         """What the step does to gathered weights."""

@@ -9,7 +9,7 @@ from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, undominated
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
-from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged, without_gradient
+from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.partition import Flush, Reduces, flat_of, flushes
 from vramplan.memory.size import add, const
@@ -223,13 +223,10 @@ class Zero12(Engine):
         start = held_from = lingering = 0
         order = tuple(gradient.name for gradient in gradients)
         for flush in self._flushes(order):
-            last = len(gradients) - 1 if flush.before is None else flush.before
-            until = len(found.backward) if flush.before is None else gradients[last].at.index
+            until = len(found.backward) if flush.before is None else gradients[flush.before].at.index
             self._see_held(stretch, start, until, owned + lingering - held_from, left)
             kept = owned + flush.numel
-            alive = at_point(gradients[last].at)
-            if flush.before is None:
-                alive = without_gradient(alive, gradients[last].numel * self.width)
+            alive = at_point(found.graph_done if flush.before is None else gradients[flush.before].at)
             held = self.trained_numel if left else kept
             parts = {labels.GRADIENTS: held * self.width, labels.REDUCTION: self._copy_bytes(flush)}
             stretch.see("gradient reduction", self.resident, alive, parts)
@@ -258,14 +255,11 @@ class Zero12(Engine):
         filled: dict[str, int] = {}
         filled_from: int | None = None
         for flush in self._flushes(order):
-            last = len(gradients) - 1 if flush.before is None else flush.before
-            gradient = gradients[last]
-            alive = self._alive(gradient.at, left)
+            at = self.profile.graph_done if flush.before is None else gradients[flush.before].at
+            alive = self._alive(at, left)
             oversized = flush.numel > job.zero.reduce_bucket_size
             if oversized:
                 alive = self._with_oversized(stretch, flush, filled, alive, left)
-            elif flush.before is None:  # the last gradient has moved into the bucket
-                alive = without_gradient(alive, gradient.numel * self.width)
             before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
             if self.rank in flush.ranks and self.offloads:
                 filled = self._sent_away(filled, flush, fresh, stays=oversized and not normed)
@@ -274,7 +268,7 @@ class Zero12(Engine):
                 self._see_until_next(stretch, flush, filled, left)
             elif self.rank in flush.ranks and filled_from is None:
                 filled = {**filled, **self._partition()}
-                filled_from = gradient.at.index
+                filled_from = at.index
             elif oversized and job.stage == 1 and self.rank not in flush.ranks:  # nobody lets go of it before the end
                 filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + flush.numel * self.width}
             if not self.offloads and labels.GRADIENTS in filled:
@@ -306,8 +300,6 @@ class Zero12(Engine):
         if self.offloads:
             clone = {labels.REDUCTION: flush.numel * self.width}
             stretch.see("a large gradient copied", extra, clone, self._alive(gradients[position].at, left))
-        if position == len(gradients) - 1:
-            return alive
         waiting = {labels.GRADIENTS: flush.numel * self.width}
         since = gradients[position].at.index
         until = len(self.profile.backward) if flush.before is None else gradients[flush.before].at.index

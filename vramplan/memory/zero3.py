@@ -9,7 +9,7 @@ from vramplan.memory.activations import undominated
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.gathers import second_part
 from vramplan.memory.job import Job
-from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged, without_gradient
+from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
@@ -244,15 +244,10 @@ class Zero3(Engine):
 
         ``held``: elements of gradients that wait where there is no bucket; None where there is one.
         """
-        gradients, width = found.gradients, self.trained_width
-        final = len(gradients) - 1
-        alive = at_point(gradients[final if flush.before is None else flush.before].at)
-        moved = gradients[-1].numel <= self.job.zero.reduce_bucket_size or held is not None
-        if flush.before is None and moved:  # it is in the bucket, or counted as held
-            alive = without_gradient(alive, gradients[-1].numel * width)
-        in_hand = flush.before is None and flush.last == final
+        width = self.trained_width
+        alive = at_point(found.graph_done if flush.before is None else found.gradients[flush.before].at)
         outside = flush.oversized if held is None else flush.numel
-        waiting = {labels.GRADIENTS: width * (held if held is not None else 0 if in_hand else outside)}
+        waiting = {labels.GRADIENTS: width * (held if held is not None else outside)}
         travels = self.job.autocast.nbytes if flush.lowered and self.job.autocast is not None else self.travels
         # what lies in the bucket has its format already; what does not is cast
         cast = outside * travels if travels != width else 0

@@ -210,17 +210,22 @@ def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, 
     spread = k.numel != q.numel
     numbers = ctx.tape.new(per_mask(1), Dtype.FP32, MASK) if mask is None else _numbers(ctx, mask, source)
     wide_q, wide_k, wide_v = (ops.to(part, Dtype.FP32, CORE) for part in (q, k, v))
+    apart = not isinstance(block, LatentAttention)
+    if spread and isinstance(block, Attention) and block.core != "falcon":  # told of (``enable_gqa``): repeated first
+        wide_k, wide_v = to_all_heads(wide_k, block), to_all_heads(wide_v, block)
+        spread, between = False, False
+    else:
+        between = apart
     scaled_q = ops.scaled(wide_q, CORE)
     scaled_k = ops.scaled(wide_k, CORE)
-    apart = not isinstance(block, LatentAttention)
-    keys = one_to_all(ctx, scaled_k, wide) if spread else whole_heads(ctx, scaled_k, apart)
+    keys = one_to_all(ctx, scaled_k, wide) if spread else whole_heads(ctx, scaled_k, between)
     del scaled_k
     weights = ops.matmul(whole_heads(ctx, scaled_q, apart), keys, scores, CORE)  # the numbers are added in place
     del keys
     weights = _safe_softmax(ctx, weights, scores)
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     low = ops.to(weights, source, CORE)
-    values = one_to_all(ctx, wide_v, wide) if spread else whole_heads(ctx, wide_v, apart or wide_v is v)
+    values = one_to_all(ctx, wide_v, wide) if spread else whole_heads(ctx, wide_v, between or wide_v is v)
     out = ops.matmul(weights, values, wide, CORE)
     del low, numbers, values
     return ops.clone(ops.to(out, source, CORE), CORE)

@@ -49,6 +49,8 @@ def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     weight, bias = ctx.linear_parameters(linear)
     if linear.by_matmul:
         return ctx.call(linear.name, (weight, bias), lambda x: _matmul(ctx, x, weight, bias, linear, label), x)
+    if linear.conv1d and ctx.hooks is not None:
+        return ctx.call(linear.name, (weight, bias), lambda x: _conv1d(ctx, x, weight, bias, linear, label), x)
     return ctx.call(
         linear.name, (weight, bias), lambda x: product(ctx, x, weight, bias, tokens(linear.out_features), label), x
     )
@@ -86,6 +88,16 @@ def _matmul(
     whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and cast is weight else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
     return out if bias is None else ops.add_vector(out, bias, label)
+
+
+def _conv1d(
+    ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, linear: Linear, label: str
+) -> Tensor:
+    """``Conv1D.forward`` under ZeRO-3: ``torch.addmm``, which DeepSpeed does not replace as it does ``F.linear``."""
+    low, cast = ctx.low(x, label), cast_of_weight(ctx, weight)
+    cast_bias = cast_of_weight(ctx, bias) if bias is not None else None
+    whole = recomputed(ctx, weight) if cast is weight else None
+    return ops.linear(low, cast, cast_bias, tokens(linear.out_features), label, whole=whole)
 
 
 def recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
