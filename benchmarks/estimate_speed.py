@@ -1,10 +1,15 @@
-"""How long one estimate takes, and a sweep over a million layouts of a 70B model. Prints; asserts nothing.
+"""How long `vramplan fit` takes from a cold start, one estimate, and a sweep over a million layouts of a 70B model.
+Processor time, which a busy machine stretches less than the clock's. Prints; asserts nothing.
 
 python benchmarks/estimate_speed.py
 """
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -16,6 +21,13 @@ from vramplan.memory.job import job_from_run
 from vramplan.memory.sweep import Candidates, allocated_peaks
 from vramplan.spec.run import RunSpec
 
+COLD = (
+    "fit meta-llama/Llama-3.1-8B --method full --gpu h100-80gb --gpus 8 --seq-len 4096",
+    "fit meta-llama/Llama-3.1-70B --gpu h100-80gb --gpus 8 --nodes 4 --seq-len 4096",
+    "fit Qwen/Qwen2.5-7B-Instruct --method lora --gpu rtx4090 --seq-len 2048",
+    "fit mistralai/Mixtral-8x7B-v0.1 --gpu h100-80gb --gpus 8",
+)
+COLD_RUNS = 7
 NUM_CANDIDATES = 1_000_000
 REPEATS = 200
 
@@ -34,7 +46,22 @@ def closed(stage: int, micro_batch_size: int) -> RunSpec:
     )
 
 
+def processor_s(command: list[str]) -> float:
+    """The least processor time of several processes of a command; the first may write bytecode, as an install does."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    seconds = []
+    for _ in range(COLD_RUNS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+        _, _, usage = os.wait4(process.pid, 0)
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    return min(seconds)
+
+
 def main() -> None:
+    libraries = "import pydantic.main, pydantic.types, typer.main, rich.console"
+    print(f"{processor_s([sys.executable, '-c', libraries]):.3f} s  the import of pydantic, typer and rich alone")
+    for command in COLD:
+        print(f"{processor_s([sys.executable, '-m', 'vramplan', *shlex.split(command)]):.3f} s  vramplan {command}")
     run = closed(2, 1)
     node, architecture = resolve_node(run.hardware), resolve_architecture(run)
     for stage in range(4):

@@ -60,7 +60,7 @@ class Engine(ABC):
         self.steps_skipped = False
         """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
         params = job.parameters
-        self.trained = tuple((param.name, param.numel) for param in params if param.trained)
+        self.trained = job.trained
         self.trained_numel = sum(numel for _, numel in self.trained)
         self.frozen_bytes = sum(job.bytes_of(param) for param in params if not param.trained)
         self.adapter_numel = sum(param.numel for param in params if param.adapter)

@@ -12,7 +12,7 @@ from vramplan.memory.blocks.chunked_loss import block_rows
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
-from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter, parameters
+from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter, counted_numels, parameters, trained_tensors
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
@@ -186,6 +186,15 @@ class Job:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return parameters(self.architecture, self.method, self.adapted_parameters)
+
+    @property
+    def trained(self) -> tuple[tuple[str, int], ...]:
+        """Name and elements of every parameter that is trained."""
+        return trained_tensors(self.architecture, self.method, self.adapted_parameters)
+
+    def numels(self, trained: bool) -> tuple[tuple[int, int], ...]:
+        """Elements of a parameter that is trained, or that is not, and how many parameters have as many."""
+        return counted_numels(self.architecture, self.method, self.adapted_parameters, trained)
 
 
 def job_from_run(

@@ -43,13 +43,16 @@ class Bytes(dict[str, Size]):
 
 def _sums(parts: Parts) -> tuple[Size, Size]:
     device = host = ZERO
+    device_bytes = host_bytes = 0  # plain bytes are added up by themselves: most are
     for name, each in parts.items():
-        size = const(each) if isinstance(each, int) else each
-        if name.startswith(HOST):
-            host = add(host, size)
+        on_host = name.startswith(HOST)
+        if isinstance(each, int):
+            host_bytes, device_bytes = host_bytes + each * on_host, device_bytes + each * (not on_host)
+        elif on_host:
+            host = add(host, each)
         else:
-            device = add(device, size)
-    return device, host
+            device = add(device, each)
+    return add(device, const(device_bytes)), add(host, const(host_bytes)) if host_bytes else host
 
 
 def _sum(many: tuple[Parts, ...]) -> tuple[Size, Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,6 +48,21 @@ def parameters(
 ) -> tuple[Parameter, ...]:
     """Every unique parameter of the model, adapters where PEFT puts them: after their own base layer's."""
     return tuple(_parameters(architecture, method, adapted))
+
+
+@lru_cache(maxsize=256)
+def trained_tensors(architecture: Architecture, method: Method, adapted: frozenset[str]) -> tuple[tuple[str, int], ...]:
+    """Name and elements of every parameter that is trained."""
+    return tuple((param.name, param.numel) for param in parameters(architecture, method, adapted) if param.trained)
+
+
+@lru_cache(maxsize=256)
+def counted_numels(
+    architecture: Architecture, method: Method, adapted: frozenset[str], trained: bool
+) -> tuple[tuple[int, int], ...]:
+    """Elements of a parameter that is trained, or that is not, and how many parameters have as many."""
+    params = parameters(architecture, method, adapted)
+    return tuple(Counter(param.numel for param in params if param.trained is trained).items())
 
 
 def _parameters(architecture: Architecture, method: Method, adapted: frozenset[str]) -> Iterator[Parameter]:

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from vramplan.facts.architecture import Architecture
 from vramplan.memory.job import Job
+from vramplan.memory.parameters import trained_tensors
 from vramplan.spec.layout import shard
+from vramplan.spec.trainable import Method
 
 START_ALIGNMENT = 2
 """``nccl_start_alignment_factor``: all-gather buffers start at multiples of 4 bytes."""
@@ -52,8 +55,15 @@ class Flat:
 def flat_of(job: Job) -> Flat:
     """The flat buffer of a job's trained parameters."""
     alignment = 16 // job.dtype.nbytes if job.zero.parameter_alignment else 1
-    trained = tuple((param.name, param.numel) for param in job.parameters if param.trained)
-    return flat_group(trained, job.degree, alignment, job.zero.round_robin_gradients)
+    round_robin = job.zero.round_robin_gradients
+    return _flat_of(job.architecture, job.method, job.adapted_parameters, job.degree, alignment, round_robin)
+
+
+@lru_cache(maxsize=256)
+def _flat_of(
+    architecture: Architecture, method: Method, adapted: frozenset[str], degree: int, alignment: int, round_robin: bool
+) -> Flat:
+    return flat_group(trained_tensors(architecture, method, adapted), degree, alignment, round_robin)
 
 
 @lru_cache(maxsize=256)
@@ -173,17 +183,22 @@ def ranks_that_differ(job: Job) -> list[int]:
     larger and whose gradients come no earlier cannot exceed the other."""
     if job.stage not in (1, 2) or job.degree == 1:
         return [0]
-    trained = tuple((param.name, param.numel) for param in job.parameters if param.trained)
     # stage 1 reduces in the order of the parameters, stage 2 in that of backward, about its reverse
     oversized = job.zero.reduce_bucket_size if job.stage == 1 else None
-    return _ranks_that_differ(trained, flat_of(job), job.stage == 2, oversized)
+    model = job.architecture, job.method, job.adapted_parameters
+    return _ranks_that_differ(*model, flat_of(job), job.stage == 2, oversized)
 
 
 @lru_cache(maxsize=256)
 def _ranks_that_differ(
-    trained: tuple[tuple[str, int], ...], flat: Flat, backwards: bool, bucket_numel: int | None
+    architecture: Architecture,
+    method: Method,
+    adapted: frozenset[str],
+    flat: Flat,
+    backwards: bool,
+    bucket_numel: int | None,
 ) -> list[int]:
-    degree = flat.degree
+    degree, trained = flat.degree, trained_tensors(architecture, method, adapted)
     touched, slices, early = [0] * degree, [0] * degree, [-len(trained)] * degree
     freed = [0] * degree  # stage 1 lets go of a gradient larger than the bucket only where it is the rank's own
     for position, (name, numel) in enumerate(trained):

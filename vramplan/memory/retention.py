@@ -20,8 +20,8 @@ _PULL_TEMPORARIES = 5
 def kept_bytes(job: Job) -> Bytes:
     """What methods keep on one rank from before the first step to the end (``state_bytes`` of their hooks)."""
     kept: dict[str, Size | int] = {}
-    shares = _trained_shares(job)
-    if job.retain.ewc is not None or job.retain.l2sp is not None:
+    shares = _trained_shares(job) if job.retain.ewc is not None or job.retain.l2sp is not None else []
+    if shares:
         kept[labels.ANCHORS] = sum(share * width for share, width in shares)
     if job.retain.ewc is not None:
         kept[labels.FISHER] = sum(share for share, _ in shares) * Dtype.FP32.nbytes

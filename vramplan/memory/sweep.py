@@ -52,58 +52,61 @@ def allocated_peaks(job: Job, candidates: Candidates) -> Ints:
     ``job`` gives everything else: model, method, precision, optimizer, buckets, offload. Layouts of one stage, number
     of ranks, checkpointing and kind of accumulation share their instants.
     """
-    kinds = np.stack(
-        [
-            candidates.stage,
-            candidates.dp,
-            candidates.checkpointing,
-            np.minimum(candidates.grad_accum_steps, _TOLD_APART),
-            *_shapes(job, candidates),
-        ],
-        axis=1,
-    )
-    weights = np.concatenate([[1], np.cumprod(kinds.max(axis=0)[:-1] + 1)])
-    _, first, which = np.unique(kinds @ weights, return_index=True, return_inverse=True)
-    order = np.argsort(which, kind="stable")
+    chunks = _chunks(job, candidates)
+    columns = [
+        candidates.stage,
+        candidates.dp,
+        candidates.checkpointing,
+        np.minimum(candidates.grad_accum_steps, _TOLD_APART),
+        *_shapes(job, candidates),
+        *chunks,
+    ]
+    _, first, which = np.unique(_numbered(columns), return_index=True, return_inverse=True)
+    order = np.argsort(which.astype(np.min_scalar_type(len(first))), kind="stable")
     bounds = np.searchsorted(which[order], np.arange(len(first) + 1))
     peaks = np.empty(len(candidates), dtype=np.int64)
     for kind, row in enumerate(first):
         members = order[bounds[kind] : bounds[kind + 1]]
-        sizes = _peak_sizes(_job_of(job, candidates, int(row)))
+        sizes = _peak_sizes(_job_of(job, candidates, chunks, int(row)))
         basis = basis_at(candidates.micro_batch_size[members], candidates.seq_len[members])  # type: ignore[arg-type]
         peaks[members] = _highest(sizes, basis)
     return peaks
 
 
+def _numbered(columns: list[Ints]) -> Ints:
+    """A number for each row, the same for equal rows alone, (N,)."""
+    number = np.zeros_like(columns[0])
+    for column in columns:
+        if column.any():  # most jobs have no chunks and no windows
+            number = number * (int(column.max()) + 1) + column
+    return number.astype(np.min_scalar_type(int(number.max(initial=0))))  # numpy sorts short numbers by radix
+
+
 def _shapes(job: Job, candidates: Candidates) -> list[Ints]:
-    """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, the windows reached, and
-    the chunks of a fused loss and of the KL term."""
+    """What of the batch decides more than sizes (``Job.shapeless``): one sequence or more, and the windows reached."""
     lone = (candidates.micro_batch_size == 1) & replace(job, micro_batch_size=1).lone_sequence
     windows = np.array(sorted(job.architecture.windows), dtype=np.int64)
-    reached = np.searchsorted(windows, candidates.seq_len, side="right")
-    return [lone.astype(np.int64), reached, *_chunks(job, candidates)]
+    return [lone.astype(np.int64), np.searchsorted(windows, candidates.seq_len, side="right")]
 
 
 def _chunks(job: Job, candidates: Candidates) -> tuple[Ints, ...]:
     """Tokens of a chunk of the loss, of the KL term, of a tiled MLP, and of the chunked loss's two blocks, for each
     layout."""
-    num_tokens = candidates.micro_batch_size * candidates.seq_len
-    different, which = np.unique(num_tokens, return_inverse=True)
+    none = np.zeros(len(candidates), dtype=np.int64)
+    batches, lengths = candidates.micro_batch_size, candidates.seq_len
+    tiles = tile_rows(batches, lengths, job.architecture) if job.tile_rows else none  # type: ignore[arg-type]
+    if job.loss == "hf" and job.retain.kl is None:
+        return none, none, tiles, none, none  # type: ignore[return-value]
+    different, which = np.unique(batches * lengths, return_inverse=True)
     rows = [fused_loss_rows(job.loss, int(each), job.architecture) for each in different]
     kl = [kl_chunk_tokens(job.retain, int(each)) for each in different]
-    batches, lengths = candidates.micro_batch_size, candidates.seq_len
-    tiles = [
-        tile_rows(int(batch), int(length), job.architecture) if job.tile_rows else 0
-        for batch, length in zip(batches, lengths, strict=True)
-    ]
     on_cpu = job.device == "cpu"
     blocks = np.array([chunk_rows(job.loss, int(each), job.architecture) if on_cpu else (0, 0) for each in different])
-    columns = np.array(rows)[which], np.array(kl)[which], np.array(tiles, dtype=np.int64)
-    return *columns, blocks[which, 0], blocks[which, 1]
+    return np.array(rows)[which], np.array(kl)[which], tiles, blocks[which, 0], blocks[which, 1]  # type: ignore[return-value]
 
 
-def _job_of(job: Job, candidates: Candidates, row: int) -> Job:
-    rows, tokens, tiles, first, second = _chunks(job, candidates)
+def _job_of(job: Job, candidates: Candidates, chunks: tuple[Ints, ...], row: int) -> Job:
+    rows, tokens, tiles, first, second = chunks
     return replace(
         job,
         stage=int(candidates.stage[row]),

@@ -30,10 +30,10 @@ class Zero3(Engine):
         super().__init__(job, rank)
         self.steps_skipped = steps_skipped
         degree, params = job.degree, job.parameters
-        self.trained_share = sum(shard(param.numel, degree) for param in params if param.trained)
-        self.frozen_share = sum(shard(param.numel, degree) for param in params if not param.trained)
-        self.largest_share = max((shard(param.numel, degree) for param in params if param.trained), default=0)
-        self.largest_trained = max((param.numel for param in params if param.trained), default=0)
+        self.trained_share = sum(count * shard(numel, degree) for numel, count in job.numels(trained=True))
+        self.frozen_share = sum(count * shard(numel, degree) for numel, count in job.numels(trained=False))
+        self.largest_trained = max((numel for numel, _ in job.numels(trained=True)), default=0)
+        self.largest_share = shard(self.largest_trained, degree)
         self.sub_groups = self._sub_groups()
         self.sub_group = max(self.sub_groups, default=0)
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
@@ -97,20 +97,22 @@ class Zero3(Engine):
 
     def _see_modules(self, stretch: Stretch, built: list[tuple[str, int]]) -> None:
         """Each module's own tensors are whole together, then cut one by one."""
-        cut = 0
+        cut, width = 0, self.width
+        highest = (0, "", 0, 0)  # plain bytes: the highest is highest for every batch
         for _, group in groupby(built, key=lambda each: each[0].rpartition(".")[0]):
             numels = [numel for _, numel in group]
             whole = 0
             for numel in numels:
                 if self.job.grad_dtype is not self.job.dtype:  # built in the asked format, then cast (weights_halved)
-                    both = whole * self.width + numel * (self.job.grad_dtype.nbytes + self.width)
-                    stretch.see("a tensor cast", {labels.WEIGHTS: cut * self.width}, {labels.LOADING: both})
+                    both = whole * width + numel * (self.job.grad_dtype.nbytes + width)
+                    highest = _higher(highest, "a tensor cast", cut * width, both)
                 whole += numel
             for numel in numels:
                 cut += self._stays(numel)
-                both = whole * self.width
-                stretch.see("a tensor before it is cut", {labels.WEIGHTS: cut * self.width}, {labels.LOADING: both})
+                highest = _higher(highest, "a tensor before it is cut", cut * width, whole * width)
                 whole -= numel
+        _, name, weights, loading = highest
+        stretch.see(name, {labels.WEIGHTS: weights}, {labels.LOADING: loading})
 
     def init(self) -> None:
         stretch, job = self.open("engine_init", Phase.ENGINE_INIT), self.job
@@ -327,6 +329,11 @@ class Zero3(Engine):
         frozen = {labels.SECONDARY: self.frozen_second} if self.job.hpz else {}
         self.resident = merged(self.resident.without(labels.SECONDARY), frozen)
         stretch.close(self.resident, kept.without(labels.SECONDARY), whole)
+
+
+def _higher(highest: tuple[int, str, int, int], name: str, weights: int, loading: int) -> tuple[int, str, int, int]:
+    """The first of the highest instants so far, as bytes, name, weights and what is loaded."""
+    return (weights + loading, name, weights, loading) if weights + loading > highest[0] else highest
 
 
 def _gathered(parts: Bytes) -> Bytes:
