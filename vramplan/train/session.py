@@ -33,6 +33,7 @@ from vramplan.train.probe_run import ProbeLoop, run_probe
 from vramplan.train.record import highest_of_ranks, versions, write_record
 from vramplan.train.retention import general_samples, reference_model, start_penalties
 from vramplan.train.status import RankStatus
+from vramplan.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,9 @@ def _announce(loop: Loop, data: RunData, first_step: int) -> None:
     total, trained = count_parameters(loop.engine.module)
     for text in data.notes:
         loop.metrics.event("note", text=text)
+    kept = loop.engine.retention_bytes()
+    if kept:
+        loop.metrics.event("note", text=f"methods against forgetting keep {format_bytes(kept)} on this rank")
     loop.metrics.event(
         "start",
         step=first_step,

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
+import torch
 
 import vramplan
 from vramplan.facts.device import Device, Node
 from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory import labels
 from vramplan.memory.estimate import estimate
+from vramplan.retain.base_model import BaseModel
 from vramplan.retain.registry import METHODS
 from vramplan.spec.load import merge, run_from_mapping
+from vramplan.train.model import load_model
+from vramplan.train.retention import anchored_penalties, reference_model
+
+from support.tiny_model import save_tiny_model
 
 RETENTION = {term for method in METHODS for term in method.terms}
 BASE = {
@@ -36,6 +44,29 @@ def test_every_method_has_its_paper_and_its_terms(method):
     module = importlib.import_module(f"vramplan.retain.{method.module}")
     assert "arXiv" in module.__doc__ or "Prechelt" in module.__doc__
     assert shown(method.fields) & RETENTION == set(method.terms)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("method", [each for each in METHODS if each.terms], ids=lambda method: method.module)
+def test_what_a_method_keeps_is_what_the_ledger_says(method, kind, ranks, tmp_path):
+    """``state_bytes()`` of the real hooks on a real model, to the byte."""
+    directory = save_tiny_model(tmp_path, hidden_size=40, intermediate_size=63)
+    asked = merge(BASE, {"model": str(directory), "precision": "fp32", "method": {"kind": kind}})
+    run = run_from_mapping(merge(asked, method.fields))
+    found = estimate(run, replace(NODE, gpus_per_node=ranks), resolve_architecture(run))
+    terms = {term.name: term.num_bytes for moment in found.moments for term in moment.terms}
+    kept = sum(terms.get(name, 0) for name in (labels.ANCHORS, labels.FISHER, labels.REFERENCE))
+    module = load_model(run, directory, {}).module
+    springs = anchored_penalties(run, module, 0, ranks)
+    if springs is None:
+        reference = reference_model(run, directory, {}, torch.device("cpu"))
+        assert BaseModel(None, reference).state_bytes() == kept
+        return
+    springs.anchor()
+    if run.retain.ewc is not None:
+        springs.begin_sample(1.0, counts=True)
+    assert springs.state_bytes() == kept > 0
 
 
 def test_methods_combine():
