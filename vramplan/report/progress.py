@@ -20,6 +20,7 @@ _PHASES = {
     "join": "meeting the other ranks",
     "model_load": "loading the model",
     "engine_init": "building DeepSpeed's engine (its first use on a machine compiles for a minute)",
+    "retention": "learning what must be kept (retain)",
     "resume": "reading the checkpoint",
     "evaluation": "evaluating",
     "save": "saving a checkpoint",
@@ -42,6 +43,8 @@ class TrainingView:
             TimeRemainingColumn(),
             console=self._console,
         )
+        self._before: dict[str, float] = {}
+        """Perplexities before training, by set; a resumed run knows none."""
         self._task: TaskID = self._progress.add_task("", total=None, doing="starting")
         self._figures = Text()
         self._screen = Live(self._lines(), console=self._console, refresh_per_second=4)
@@ -111,7 +114,10 @@ class TrainingView:
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         name = event.get("set", HELD_OUT)
         shown = "held-out" if name == HELD_OUT else name
-        self._say(f"after step {event['step']}: {shown} loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f}")
+        before = self._before.setdefault(name, event["perplexity"]) if event["step"] == 0 else self._before.get(name)
+        change = "" if before is None or not event["step"] else f" ({event['perplexity'] / before - 1:+.1%})"
+        when = f"after step {event['step']}" if event["step"] else "before training"
+        self._say(f"{when}: {shown} loss {event['loss']:.4f}, perplexity {event['perplexity']:.2f}{change}")
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self._say(f"after step {event['step']}: checkpoint {event['path']} ({format_seconds(event['seconds'])})")

@@ -105,13 +105,15 @@ def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
         view.on_event({"event": "note", "text": "[39] rows were cut"})
         view.on_event({**STEP, "step": 1})
         view.on_event({"event": "evaluation", "step": 1, "loss": 1.0, "perplexity": 2.718})
-        view.on_event({"event": "evaluation", "step": 1, "set": "replay", "loss": 1.0, "perplexity": 2.718})
+        for step, perplexity in ((0, 2.5), (1, 2.75)):
+            view.on_event({"event": "evaluation", "step": step, "set": "replay", "loss": 1.0, "perplexity": perplexity})
         view.on_event({"event": "something new"})
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "note: [39] rows were cut"
     assert lines[1].startswith("step 1/9  loss 1.2500")
     assert lines[2] == "after step 1: held-out loss 1.0000, perplexity 2.72"
-    assert lines[3] == "after step 1: replay loss 1.0000, perplexity 2.72"
+    assert lines[3] == "before training: replay loss 1.0000, perplexity 2.50"
+    assert lines[4] == "after step 1: replay loss 1.0000, perplexity 2.75 (+10.0%)"
 
 
 def test_the_view_is_one_live_line_on_a_terminal(small_plan):
