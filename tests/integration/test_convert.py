@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from vramplan.measure.run_dir import RunDir
-from vramplan.supervise.child import free_port
 
-from support.training import ROOT, losses, train, write_spec
+from support.ranks import run_workers
+from support.training import losses, train, write_spec
 
 pytestmark = pytest.mark.ranks
 
 SAVED = ["0", "2", "3"]
 LOADED_BY_TWO = ["0", "3", "2+optimizer"]
 LOADED_BY_ONE = ["0", "2"]
-WORKER_TIMEOUT_S = 600
-
-
-def run_workers(world_size: int, *arguments: str | Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.convert_worker", *map(str, arguments)],
-            cwd=ROOT / "tests",
-            env=os.environ | _environment(rank, world_size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for port in [free_port()]
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=WORKER_TIMEOUT_S)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
-
-
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
-    numbers |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    return {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)} | {
-        name: str(number) for name, number in numbers.items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +24,8 @@ def seen(tiny_model, tmp_path_factory):
     """A directory with what each layout saved, and what each other made of it."""
     root = tmp_path_factory.mktemp("converted")
     given = (root, tiny_model, "full", "fp32")
-    run_workers(2, *given, f"save:{','.join(SAVED)}", f"load:{','.join(LOADED_BY_TWO)}", "damage:3")
-    run_workers(1, *given, f"load:{','.join(LOADED_BY_ONE)}")
+    run_workers("convert_worker", 2, *given, f"save:{','.join(SAVED)}", f"load:{','.join(LOADED_BY_TWO)}", "damage:3")
+    run_workers("convert_worker", 1, *given, f"load:{','.join(LOADED_BY_ONE)}")
     return root
 
 
@@ -83,7 +49,8 @@ def test_the_state_is_the_same_to_the_bit(seen, saved, loaded, num_ranks):
 @pytest.mark.slow
 def test_momentum_of_sgd_is_the_same_to_the_bit(tiny_model, tmp_path):
     layouts = ["0+sgd", "2+sgd", "3+sgd"]
-    run_workers(2, tmp_path, tiny_model, "full", "fp32", f"save:{','.join(layouts)}", f"load:{','.join(layouts)}")
+    tasks = [f"{task}:{','.join(layouts)}" for task in ("save", "load")]
+    run_workers("convert_worker", 2, tmp_path, tiny_model, "full", "fp32", *tasks)
     _assert_all_same(tmp_path, layouts)
 
 

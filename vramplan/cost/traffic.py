@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from vramplan.cost.work import trainable_numel
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, Attention
 from vramplan.spec.layout import Layout, shard
 from vramplan.spec.run import RunSpec
 
@@ -40,11 +40,13 @@ def step_traffic(run: RunSpec, architecture: Architecture) -> Traffic:
     Stages 1 and 2 all-reduce whole buckets although each rank keeps a part (``allreduce_and_scatter`` with
     ``use_multi_rank_bucket_allreduce``, stage_1_and_2.py). Stage 2 does so in every micro-batch, stages 0 and 1 once a
     step. Stage 3 gathers weights in forward and in backward of every micro-batch and reduce-scatters gradients; with
-    checkpointing the weights gathered to recompute a layer serve its backward (``max_reuse_distance``).
+    checkpointing the weights gathered to recompute a layer serve its backward (``max_reuse_distance``). Under sequence
+    parallelism gradients travel in fp32 (runtime/config.py, ``seq_parallel_communication_data_type``).
     """
     layout, accum = run.layout or Layout(), run.grad_accum_steps or 1
     ring = (layout.zero_degree - 1) / layout.zero_degree
-    gradients = trainable_numel(run, architecture) / layout.tp * _GRADIENT_BYTES[run.precision] * ring
+    gradient_bytes = 4 if layout.sp > 1 else _GRADIENT_BYTES[run.precision]
+    gradients = trainable_numel(run, architecture) / layout.tp * gradient_bytes * ring
     updated = trainable_numel(run, architecture) / layout.tp * _WEIGHT_BYTES[run.precision] * ring
     weights = architecture.num_params / layout.tp * _WEIGHT_BYTES[run.precision] * ring
     stage = run.zero.stage or 0
@@ -55,13 +57,30 @@ def step_traffic(run: RunSpec, architecture: Architecture) -> Traffic:
         step = updated if stage else 0.0
     hooks = accum * 2 * _num_modules(architecture) if stage == 3 else 0
     buckets = max(1, round((backward + step) / (2 * run.zero.reduce_bucket_size)))
+    exchanged, exchanges = _exchanges(run, architecture, layout)
     return Traffic(
-        backward_bytes=backward,
+        backward_bytes=backward + accum * exchanged,
         step_bytes=step,
-        num_collectives=0 if layout.zero_degree == 1 else (hooks + buckets),
+        num_collectives=0 if layout.zero_degree == 1 else (hooks + buckets + accum * exchanges),
         num_hooks=hooks,
         host_bytes=_host_bytes(run, architecture, layout, accum),
     )
+
+
+def _exchanges(run: RunSpec, architecture: Architecture, layout: Layout) -> tuple[float, int]:
+    """(bytes, collectives) of one micro-batch under sequence parallelism: queries, keys, values and outputs change
+    hands in each layer's forward, recomputation and backward, and positions are gathered but in backward
+    (deepspeed/runtime/sequence_parallel/ulysses_sp.py, ``UlyssesSPAttentionHF.forward``)."""
+    if layout.sp == 1:
+        return 0.0, 0
+    tokens = (run.micro_batch_size or 1) * shard(run.seq_len, layout.sp)
+    width = 2 if run.precision != "fp32" else 4
+    mixers = [layer.mixer for layer in architecture.layers if isinstance(layer.mixer, Attention)]
+    # key/value heads are repeated where the ranks are more
+    elements = sum(2 * each.head_dim * (each.num_heads + max(each.num_kv_heads, layout.sp)) for each in mixers)
+    passes = 2 + (run.activation_checkpointing == "full")
+    sent = tokens * elements * width * passes * (layout.sp - 1) / layout.sp
+    return sent, len(mixers) * (4 * passes + passes - 1)
 
 
 def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum: int) -> float:

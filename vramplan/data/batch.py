@@ -30,6 +30,17 @@ class Batch:
     another (masking_utils.py, ``find_packed_sequence_indices``; flash attention reads lengths from them)."""
     weights: torch.Tensor | None = None
     """(batch, length), fp32: what each target counts in the loss; None: 1."""
+    next_labels: torch.Tensor | None = None
+    """(batch, length), int64: the label that each place predicts, where this is a stretch of sequences: that of the
+    last place lies in the next stretch. ``weights`` then lie at the places that predict too. None: whole sequences."""
+    targets_of_rows: torch.Tensor | None = None
+    """(batch,), int64: targets of each whole sequence; given with ``next_labels``."""
+
+    def predicted(self) -> torch.Tensor:
+        """(batch, length): the label that each place predicts, ``IGNORED`` where that is not in the loss."""
+        if self.next_labels is not None:
+            return self.next_labels
+        return _shifted(self.labels, IGNORED)
 
     def inputs(self) -> dict[str, Any]:
         """What the model's forward is given besides the labels."""
@@ -50,7 +61,36 @@ class Batch:
             moved(self.attention_mask),
             moved(self.position_ids),
             moved(self.weights),
+            moved(self.next_labels),
+            moved(self.targets_of_rows),
         )
+
+    def stretch(self, index: int, count: int) -> Batch:
+        """The ``index``-th of ``count`` equal stretches of every sequence, with its places in the whole ones; the batch
+        itself where there is one. The length has to be a multiple of ``count``."""
+        if count == 1:
+            return self
+        length = self.labels.shape[1]
+        positions = torch.arange(length).repeat(len(self.labels), 1) if self.position_ids is None else self.position_ids
+        own = slice(index * length // count, (index + 1) * length // count)
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:, own].contiguous()
+
+        return Batch(
+            cut(self.input_ids),
+            cut(self.labels),
+            None if self.attention_mask is None else cut(self.attention_mask),
+            cut(positions),
+            None if self.weights is None else cut(_shifted(self.weights, 0.0)),
+            cut(self.predicted()),
+            (self.labels != IGNORED).sum(1),
+        )
+
+
+def _shifted(tensor: torch.Tensor, fill: float) -> torch.Tensor:
+    """What lies one place further on."""
+    return torch.nn.functional.pad(tensor, (0, 1), value=fill)[:, 1:]
 
 
 def collate(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,15 +43,41 @@ def join_fake_group(world_size: int) -> None:
 
 
 def sequence_parallel_group(layout: Layout, model: torch.nn.Module, attention: str, micro_batch_size: int) -> object:
-    """Ulysses' parallel state (``mpu``), with the model's attention routed through it; None where ``sp`` is 1."""
+    """Ulysses' parallel state (``mpu``), with the model's attention routed through it; None where ``sp`` is 1.
+
+    A process registers once. Batches may have any size: ``micro_batch_size`` is but the first.
+    """
     if layout.sp == 1:
         return None
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-    return UlyssesSPAttentionHF.register_with_transformers(
+    text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if getattr(text_config, "head_dim", 0) is None:  # Mixtral's; Ulysses takes the field as it is
+        text_config.head_dim = text_config.hidden_size // text_config.num_attention_heads
+    state: object = UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,
         core_attn_implementation=attention,
         sequence_parallel_size=layout.sp,
         micro_batch_size=micro_batch_size,
         seq_length_is_variable=True,
     )
+    _take_any_batch(attention)
+    return state
+
+
+def _take_any_batch(attention: str) -> None:
+    """Ulysses holds every call to the batch size of its registration (ulysses_sp.py, ``UlyssesSPAttentionHF.forward``),
+    but the last micro-batch may be smaller and an evaluation's differ: it is told each call's."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    registered = ALL_ATTENTION_FUNCTIONS[attention]
+    ulysses = inspect.getclosurevars(registered).nonlocals["uattn"]
+
+    def of_this_batch(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        ulysses.batch_size = query.shape[0]
+        for name in ("required_query_shape", "required_key_value_shape", "required_context_shape"):
+            length, _, *rest = getattr(ulysses, name)
+            setattr(ulysses, name, torch.Size([length, query.shape[0], *rest]))
+        return registered(module, query, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[attention] = of_this_batch

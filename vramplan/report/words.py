@@ -89,7 +89,7 @@ def describe_node(node: Node) -> str:
 
 def describe_layout(run: RunSpec) -> str:
     """What the planner decided, e.g. ``micro-batch 2 x 4 accumulated x 8 ranks = 64 sequences, ZeRO 2, ...``."""
-    dp = run.layout.dp if run.layout is not None else 1
+    dp, sp = (run.layout.dp, run.layout.sp) if run.layout is not None else (1, 1)
     moved = (("optimizer", run.zero.offload_optimizer), ("weights", run.zero.offload_param))
     places = {"cpu": [what for what, where in moved if where == "cpu"], "nvme": []}
     places["nvme"] = [what for what, where in moved if where == "nvme"]
@@ -97,7 +97,7 @@ def describe_layout(run: RunSpec) -> str:
     said = [f"{' and '.join(whats)} on {named[place]}" for place, whats in places.items() if whats]
     offload = ", ".join(said) if said else "no offload"
     return (
-        f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {_plural(dp, 'rank')} = "
+        f"micro-batch {run.micro_batch_size} x {run.grad_accum_steps} accumulated x {_sharers(dp, sp)} = "
         f"{_plural(run.global_batch_size or 0, 'sequence')} a step, {_engine(run)}, "
         f"checkpointing {run.activation_checkpointing}{_every(run)}, {offload}"
     )
@@ -107,6 +107,11 @@ def _every(run: RunSpec) -> str:
     if run.activation_checkpointing != "full" or run.checkpoint_every == 1:
         return ""
     return f" (1 layer of {run.checkpoint_every})"
+
+
+def _sharers(dp: int, sp: int) -> str:
+    """Who share a global batch."""
+    return _plural(dp, "rank") if sp == 1 else f"{_plural(dp, 'group')} of {sp} ranks that share each sequence"
 
 
 def _engine(run: RunSpec) -> str:

@@ -178,6 +178,47 @@ def _sequence_parallel_attention(run: RunSpec, node: Node, architecture: Archite
     return "layout.sp needs attention sdpa or flash_attention_2: eager's mask of all pairs is not split"
 
 
+def _sequence_parallel_family(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    """Seen by training a small model of each family on two ranks, with whole sequences and with halves of them."""
+    if run.layout is None or run.layout.sp == 1:
+        return None
+    family = architecture.family
+    if architecture.has_latent_attention:
+        return f"layout.sp needs queries as wide as values, which {family}'s latent attention has not: set sp 1"
+    if family in _NO_KV_HEADS:
+        return f"layout.sp needs num_key_value_heads in the config, which the {family} family has not: set sp 1"
+    if family == "llama4":
+        return "layout.sp needs positions in every layer's attention, which llama4 does not pass on: set sp 1"
+    return None
+
+
+_NO_KV_HEADS = ("bloom", "falcon", "gpt2", "gpt_neox", "opt")
+
+
+def _sequence_parallel_window(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.sp == 1 or run.attention == "flash_attention_2":
+        return None
+    shortest = min(architecture.windows, default=run.seq_len)
+    if shortest >= run.seq_len:
+        return None
+    return (
+        f"layout.sp drops the masks of sdpa, which keep {architecture.family}'s sliding windows of {shortest} tokens: "
+        "set attention flash_attention_2, or sp 1"
+    )
+
+
+def _sequence_parallel_methods(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.sp == 1:
+        return None
+    if run.retain.ewc is not None:
+        return "layout.sp spreads a sample's gradient over ranks before retain.ewc could square it: set sp 1"
+    if run.data.augment.neftune_alpha is not None:
+        return "layout.sp shortens the sequences by whose length data.augment.neftune_alpha is scaled: set sp 1"
+    if run.zero.stage == 3 and not run.zero.reduce_scatter:
+        return "layout.sp under ZeRO-3 needs zero.reduce_scatter true: else some gradients are summed, others averaged"
+    return None
+
+
 def _sequence_parallel_length(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.layout is None or run.seq_len % run.layout.sp == 0:
         return None
@@ -230,6 +271,9 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),
     (_sequence_parallel_attention, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, register_with_transformers"),
+    (_sequence_parallel_family, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.forward"),
+    (_sequence_parallel_window, "transformers/integrations/sdpa_attention.py, sdpa_attention_forward"),
+    (_sequence_parallel_methods, "deepspeed/runtime/zero/stage3.py, __reduce_and_partition_ipg_grads"),
     (_sequence_parallel_length, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPDataLoaderAdapter.refill"),
     (_packing_is_seen, "transformers/models/falcon/modeling_falcon.py, FalconModel; ulysses_sp.py, uattn_wrapper"),
     (_tensor_and_sequence_parallel, "deepspeed/runtime/engine.py, _configure_tensor_parallel_states (self.mpu)"),

@@ -1,8 +1,7 @@
 """Plans below one that met a wall: what a user or the planner fixed is opened again, and the training stays as it is.
 
-The allocator's setting, the micro-batch, the loss's kernel, checkpointing, buckets, ZeRO's stage and offload may
-change. The global batch and the sequences do not, nor does the layout of the ranks: the trainer runs data-parallel
-ranks only (``train/engine.py``, ``join_group``), so more sequence parallelism is no step here.
+The allocator's setting, the micro-batch, the loss's kernel, checkpointing, buckets, ZeRO's stage, offload and how many
+ranks share a sequence may change. The global batch, the sequences and the number of ranks do not.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from vramplan.memory.ledger import Estimate
 from vramplan.search.plan import Plan, Prediction, plan_id
 from vramplan.search.price import TIE_FRAC, Priced, priced
 from vramplan.search.remedy import get_field, with_field, with_open
+from vramplan.search.space import divisors
+from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 
 RUNGS = (
@@ -34,6 +35,8 @@ RUNGS = (
     "zero.overlap_comm",
     "zero.offload_optimizer",
     "zero.offload_param",
+    "layout.dp",
+    "layout.sp",
 )
 """Fields that may change, in the order in which they are changed where that costs about the same time."""
 _BUCKETS = ("zero.reduce_bucket_size", "zero.stage3_prefetch_bucket_size")
@@ -64,7 +67,8 @@ class Below:
     def __init__(self, plan: Plan, architecture: Architecture, *, keep_stage: bool) -> None:
         self._plan, self._architecture = plan, architecture
         every: dict[str, Priced] = {}
-        for run in _variants(_opened(plan.run, keep_stage)):
+        opened = _opened(plan.run, keep_stage)
+        for run in (each for layout in more_sequence_parallel(opened) for each in _variants(layout)):
             for each in self._priced(run):
                 every.setdefault(plan_id(each.run), each)
         self._ranked = sorted(every.values(), key=lambda each: each.seconds_per_sequence)
@@ -154,6 +158,15 @@ def _opened(run: RunSpec, keep_stage: bool) -> RunSpec:
     if run.zero.overlap_comm == (run.zero.stage == 3):  # DeepSpeed's default for the stage, which goes with it
         free = with_field(free, "zero.overlap_comm", None)
     return with_open(free, ("zero.stage", "zero.offload_optimizer", "zero.offload_param"))
+
+
+def more_sequence_parallel(run: RunSpec) -> Iterator[RunSpec]:
+    """``run``, and the same with each larger number of ranks that share a sequence: the states are cut over as many
+    ranks (``Layout.zero_degree``), the global batch among fewer groups."""
+    yield run
+    layout = run.layout or Layout()
+    for factor in divisors(layout.dp)[1:]:
+        yield with_field(with_field(run, "layout.dp", layout.dp // factor), "layout.sp", layout.sp * factor)
 
 
 def _variants(run: RunSpec) -> Iterator[RunSpec]:

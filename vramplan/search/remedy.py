@@ -17,6 +17,7 @@ from vramplan.facts.devices import all_devices
 from vramplan.memory.ledger import Estimate
 from vramplan.search.choose import search
 from vramplan.search.lean import fewest_bytes, leanest_fit
+from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 from vramplan.units import MIB, format_bytes
@@ -75,6 +76,8 @@ def with_field(run: RunSpec, name: str, value: Any) -> RunSpec:
     section, dot, key = name.partition(".")
     if not dot:
         return run.model_copy(update={section: value})
+    if section == "layout":
+        return run.model_copy(update={section: replace(run.layout or Layout(), **{key: value})})
     return run.model_copy(update={section: getattr(run, section).model_copy(update={key: value})})
 
 

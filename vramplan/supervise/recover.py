@@ -227,10 +227,16 @@ def _is_tied(plan: Plan, run_dir: RunDir) -> bool:
     return not optimizer.is_elementwise or (has_saved_state(run_dir) and not optimizer.state_can_be_cut_anew)
 
 
+def _label(plan: Plan) -> str:
+    """The plan's decisions, in words."""
+    label, layout = Candidate.of(plan.run).label(), plan.run.layout
+    return label if layout is None or layout.sp == 1 else f"{label}, each sequence on {layout.sp} ranks"
+
+
 def _ended(plan: Plan, progress: Progress) -> Attempt:
     return Attempt(
         plan=plan_id(plan.run),
-        layout=Candidate.of(plan.run).label(),
+        layout=_label(plan),
         cause=ledger.INTERRUPTED,
         first_step=progress.first_step,
         last_saved_step=progress.saved_step,
@@ -273,7 +279,7 @@ def _announce(
         "steps_repeated": max(0, attempt.last_step - kept),
         "seconds_lost": attempt.seconds_lost,
         "changes": dict(attempt.changes),
-        "layout": attempt.layout if decided is None else Candidate.of(decided.plan.run).label(),
+        "layout": attempt.layout if decided is None else _label(decided.plan),
     }
     if decided is not None:
         fields["predicted_bytes"] = decided.plan.prediction.allocated_peak_bytes

@@ -13,10 +13,13 @@ import torch.distributed as dist
 from vramplan.data.batch import IGNORED, Batch
 from vramplan.emit.deepspeed import managed_accumulation
 from vramplan.errors import LegalityError
+from vramplan.rank.group import sequence_parallel_group
 from vramplan.rank.optimizer import client_optimizer
 from vramplan.retain.base_model import BaseModel
 from vramplan.retain.kl import kl_to_base
+from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
+from vramplan.train.layout import check_layout
 from vramplan.train.loss import batch_loss, takes_num_targets
 from vramplan.train.retention import anchored_penalties, trained_groups
 
@@ -25,18 +28,13 @@ def join_group(run: RunSpec) -> torch.device:
     """Joins the ranks that the launcher started; gives this rank's device.
 
     Raises:
-        LegalityError: the layout is more than data parallel, or states are to lie in files.
+        LegalityError: what the trainer does not run: tensor or pipeline parallel layouts, states in files.
     """
-    layout = run.layout
+    check_layout(run)
     if "nvme" in (run.zero.offload_optimizer, run.zero.offload_param):
         raise LegalityError(
             "zero.offload_*: nvme is counted but not trained: checkpoints here do not read states out of DeepSpeed's "
             "swap files; set cpu"
-        )
-    if layout is not None and layout.dp != layout.world_size:
-        raise LegalityError(
-            f"layout: the trainer runs data-parallel ranks only, but this plan has tp {layout.tp}, sp {layout.sp}, "
-            f"pp {layout.pp}: set them to 1"
         )
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -52,7 +50,11 @@ def join_group(run: RunSpec) -> torch.device:
 
 
 class TrainEngine:
-    """One rank's engine. Every rank makes the same calls in the same order."""
+    """One rank's engine. Every rank makes the same calls in the same order.
+
+    Ranks in a row, as many as ``layout.sp``, hold stretches of the same sequences: rank ``r`` is the ``r % sp``-th of
+    data-parallel group ``r // sp`` (deepspeed's parallel_state_sp.py, ``initialize_sequence_parallel``).
+    """
 
     def __init__(
         self, run: RunSpec, module: Any, config: dict[str, Any], device: torch.device, reference: Any | None = None
@@ -63,12 +65,24 @@ class TrainEngine:
         self.device = device
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        layout = run.layout or Layout(dp=self.world_size)
+        self.sp_degree = layout.sp
+        self.dp_degree = self.world_size // self.sp_degree
+        """Parts that a global batch is cut into."""
+        self.dp_rank = self.rank // self.sp_degree
+        # Summed within a group and averaged over groups (stage_1_and_2.py:1508 and 1688, engine.py:3884), but stage 3's
+        # reduce-scatter averages over all ranks (runtime/comm/coalesced_collectives.py:124).
+        self._averaged_over = self.world_size if run.zero.stage == 3 else self.dp_degree
         self.penalties = anchored_penalties(run, module, self.rank, self.world_size)
         trained = trained_groups(run, module)
         # Built before initialize, which may cast the module: the loss reads no dtype.
         self._divides_sum = takes_num_targets(module)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=module, model_parameters=trained, optimizer=client_optimizer(run, trained), config=config
+            model=module,
+            model_parameters=trained,
+            optimizer=client_optimizer(run, trained),
+            config=config,
+            mpu=sequence_parallel_group(layout, module, run.attention, run.micro_batch_size or 1),
         )
         self.deepspeed.train()  # from_pretrained gives a model that evaluates: no dropout, no checkpointing
         self.base = BaseModel(self.deepspeed, reference) if run.retain.kl is not None else None
@@ -82,6 +96,15 @@ class TrainEngine:
     def module(self) -> Any:
         """The model inside (PEFT's wrapper where adapters are trained)."""
         return self.deepspeed.module
+
+    def own_stretch(self, batch: Batch) -> Batch:
+        """What this rank holds of its group's sequences, on its device: all of them without sequence parallelism."""
+        return batch.stretch(self.rank % self.sp_degree, self.sp_degree).to(self.device)
+
+    @property
+    def length_multiple(self) -> int:
+        """Of what padded sequences' lengths are multiples: stretches of 8 tokens, which matrix units like."""
+        return 8 * self.sp_degree
 
     def forward(
         self,
@@ -97,7 +120,7 @@ class TrainEngine:
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
         training = self.module.training
         if self.penalties is not None and training and not self._sampling:
-            self.penalties.gradient_scale = self.world_size * self.loss_scale() if is_last else 0.0
+            self.penalties.gradient_scale = self._averaged_over * self.loss_scale() if is_last else 0.0
             self.penalties.penalty = 0.0
         if self.base is None or not training or self._sampling:
             return batch_loss(
@@ -116,8 +139,7 @@ class TrainEngine:
 
     def _kl(self, logits: torch.Tensor, base_logits: torch.Tensor, batch: Batch, target_weight: float) -> torch.Tensor:
         assert self.run.retain.kl is not None
-        counted = torch.zeros_like(batch.labels, dtype=torch.bool)
-        counted[:, :-1] = batch.labels[:, 1:] != IGNORED  # a token's logits predict the next one
+        counted = batch.predicted() != IGNORED  # a token's logits predict the next one
         return kl_to_base(logits, base_logits, counted) * (self.run.retain.kl.weight / target_weight)
 
     @contextmanager
@@ -135,8 +157,8 @@ class TrainEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of one part of the loss."""
-        # DeepSpeed averages over the ranks what must be a sum: the parts are divided by all tokens already
-        self.deepspeed.backward(loss * self.world_size * self._missing_loss_scale(), scale_wrt_gas=False)
+        # DeepSpeed averages what must be a sum: the parts are divided by all tokens already
+        self.deepspeed.backward(loss * self._averaged_over * self._missing_loss_scale(), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
         """Reduces, clips and applies the gradients at rate ``lr``."""
@@ -171,10 +193,11 @@ class TrainEngine:
         return [float(value) for value in stacked]
 
     def gather(self, values: torch.Tensor) -> list[float]:
-        """The vectors of all ranks, of equal length, laid end to end."""
+        """The vectors of all data-parallel groups, of equal length, laid end to end; within a group they are summed."""
         shares = [torch.zeros_like(values) for _ in range(self.world_size)]
         dist.all_gather(shares, values)
-        return [float(value) for share in shares for value in share]
+        groups = torch.stack(shares).view(self.dp_degree, self.sp_degree, -1).sum(1)
+        return [float(value) for value in groups.flatten()]
 
     def wait_for_all(self) -> None:
         """Returns when every rank has come here."""

@@ -36,7 +36,7 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with engine.evaluating():
         for batch, counts in _batches(engine, samples, pad_id, size):
-            summed_nll = engine.forward(batch.to(engine.device), target_weight=1)
+            summed_nll = engine.forward(engine.own_stretch(batch), target_weight=1)
             if counts:
                 total += summed_nll
     num_targets = sum(sample.num_targets for sample in samples)
@@ -47,12 +47,13 @@ def evaluate(
 def _batches(
     engine: TrainEngine, samples: Sequence[Sample], pad_id: int, micro_batch_size: int
 ) -> Iterator[tuple[Batch, bool]]:
-    """This rank's batches, and whether each counts. All ranks have as many, for ZeRO-3 gathers weights in each
-    forward: a rank that has run out of samples computes one along."""
+    """The batches of this rank's group, and whether each counts. All ranks have as many, for ZeRO-3 gathers weights in
+    each forward: a group that has run out of samples computes one along."""
     run = engine.run
-    rounds = -(-len(samples) // engine.world_size)
-    mine = [index * engine.world_size + engine.rank for index in range(rounds)]
+    rounds = -(-len(samples) // engine.dp_degree)
+    mine = [index * engine.dp_degree + engine.dp_rank for index in range(rounds)]
     for chunk in micro_batches(mine, micro_batch_size):
         present = [samples[index] for index in chunk if index < len(samples)]
         shown = present or [samples[-1]]
-        yield collate(shown, padded_length(shown, run.seq_len), pad_id, with_mask=run.attention_mask), bool(present)
+        length = padded_length(shown, run.seq_len, engine.length_multiple)
+        yield collate(shown, length, pad_id, with_mask=run.attention_mask), bool(present)

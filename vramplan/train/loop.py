@@ -133,7 +133,7 @@ class Loop:
         if self.mining is None:
             return
         path = self.run_dir.sample_losses
-        self.mining.history = LossHistory.read(path, first_step, batch_size(self.run, self.engine.world_size))
+        self.mining.history = LossHistory.read(path, first_step, batch_size(self.run, self.engine.dp_degree))
         self.engine.wait_for_all()
         if self.engine.rank == 0:
             self.mining.history.write_to(path)
@@ -272,28 +272,30 @@ class Loop:
         return total
 
     def _tensors(self, step: int, chunk: tuple[int, ...], length: int) -> Batch:
-        return collate(
+        batch = collate(
             [self.data.shown(step, index) for index in chunk],
             length,
             self._pad_id,
             with_mask=self.run.attention_mask,
             with_weights=self.data.is_weighted or self.mining is not None,
-        ).to(self.engine.device)
+        )
+        return self.engine.own_stretch(batch)
 
     def _micro_batches(self, batch: GlobalBatch) -> list[tuple[int, ...]]:
-        mine = rank_slice(batch.ids, self.engine.rank, self.engine.world_size)
+        mine = rank_slice(batch.ids, self.engine.dp_rank, self.engine.dp_degree)
         return list(micro_batches(mine, self._micro_batch_size))
 
     def _last_micro(self, step: int) -> str:
-        share = batch_size(self.run, self.engine.world_size) // self.engine.world_size
+        share = batch_size(self.run, self.engine.dp_degree) // self.engine.dp_degree
         return f"step{step + 1}.micro{-(-share // self._micro_batch_size)}"
 
     def _global_batch(self, step: int) -> GlobalBatch:
         train = self.data.train
-        ids = self.data.stream.batch(step, batch_size(self.run, self.engine.world_size))
+        ids = self.data.stream.batch(step, batch_size(self.run, self.engine.dp_degree))
         samples = [self.data.shown(step, index) for index in ids] if self.data.worded else [train[i] for i in ids]
         # The measured steps are as long as the plan says, so memory's peak is met at once and not by a late long batch.
-        length = self.run.seq_len if step < PROBED_STEPS else padded_length(samples, self.run.seq_len)
+        padded = padded_length(samples, self.run.seq_len, self.engine.length_multiple)
+        length = self.run.seq_len if step < PROBED_STEPS else padded
         num_tokens = sum(sample.num_tokens for sample in samples)
         num_targets = sum(sample.num_targets for sample in samples)
         target_weight = sum(sample.target_weight for sample in samples) if self.data.is_weighted else num_targets
@@ -334,8 +336,8 @@ def total_steps(run: RunSpec, stream: Stream) -> int:
     """Optimizer steps of the whole run."""
     if run.training.max_steps is not None:
         return run.training.max_steps
-    world_size = run.layout.world_size if run.layout is not None else 1
-    return stream.steps_of_epochs(run.training.epochs, batch_size(run, world_size))
+    dp_degree = run.layout.dp if run.layout is not None else 1
+    return stream.steps_of_epochs(run.training.epochs, batch_size(run, dp_degree))
 
 
 def batch_size(run: RunSpec, dp_degree: int) -> int:

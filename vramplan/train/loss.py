@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vramplan.data.batch import IGNORED, Batch
+from vramplan.errors import LegalityError
 
 
 def batch_loss(
@@ -31,31 +32,48 @@ def batch_loss(
     inputs = batch.inputs()
     if batch.weights is not None:
         output = model(**inputs)
-        nll = token_nll(output.logits, batch.labels)
+        nll = token_nll(output.logits, batch)
         loss: torch.Tensor = (nll * batch.weights).sum() / target_weight
         if row_losses is not None:
-            row_losses.copy_(nll.detach().sum(1) / (batch.labels[:, 1:] != IGNORED).sum(1).clamp(min=1))
+            row_losses.copy_(nll.detach().sum(1) / _targets_of_rows(batch).clamp(min=1))
     elif divides_sum:
         # transformers divides the sum by this instead of taking a mean (loss/loss_utils.py, fixed_cross_entropy)
-        output = model(**inputs, labels=batch.labels, num_items_in_batch=target_weight)
+        output = model(**inputs, labels=batch.labels, num_items_in_batch=target_weight, **_next_labels(batch))
         loss = output.loss
+    elif batch.next_labels is not None:
+        raise LegalityError(
+            f"layout.sp: the loss of {type(model).__name__} shifts labels by itself and so cannot take stretches of "
+            "sequences: set sp 1"
+        )
     else:
         output = model(**inputs, labels=batch.labels)
         loss = output.loss * (batch.labels[:, 1:] != IGNORED).sum() / target_weight
     return loss if extra is None else loss + extra(output.logits)
 
 
-def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target (batch, length), fp32, at the target's own place; 0 where there is none.
+def token_nll(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Negative log-likelihood of each target (batch, length), fp32, where the batch's weights lie (at the target's own
+    place, in a stretch of sequences at that which predicts it); 0 where there is none.
 
     In fp32 and with the labels shifted instead of the logits, as transformers' loss (loss/loss_utils.py), so it takes
     the same memory.
     """
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     nll = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(labels.shape)
-    return torch.nn.functional.pad(nll, (1, 0))[:, :-1]
+        logits.float().flatten(0, 1), batch.predicted().flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(batch.labels.shape)
+    return nll if batch.next_labels is not None else torch.nn.functional.pad(nll, (1, 0))[:, :-1]
+
+
+def _next_labels(batch: Batch) -> dict[str, torch.Tensor]:
+    """What keeps transformers' loss (and liger's) from shifting the labels of a stretch."""
+    return {} if batch.next_labels is None else {"shift_labels": batch.next_labels}
+
+
+def _targets_of_rows(batch: Batch) -> torch.Tensor:
+    """(batch,): the sum over a sequence's stretches of what is divided by them is its mean."""
+    if batch.targets_of_rows is not None:
+        return batch.targets_of_rows
+    return (batch.labels[:, 1:] != IGNORED).sum(1)
 
 
 def takes_num_targets(module: Any) -> bool:

@@ -27,7 +27,7 @@ class ProbeLoop(Loop):
 
     def _global_batch(self, step: int) -> GlobalBatch:
         micro_batches = min(_MICRO_BATCHES, self.run.grad_accum_steps or 1)
-        ids = _longest(self.data.train, micro_batches * (self.run.micro_batch_size or 1) * self.engine.world_size)
+        ids = _longest(self.data.train, micro_batches * (self.run.micro_batch_size or 1) * self.engine.dp_degree)
         samples = [self.data.train[index] for index in ids]
         num_targets = sum(sample.num_targets for sample in samples)
         num_tokens = sum(sample.num_tokens for sample in samples)
@@ -39,7 +39,7 @@ class ProbeLoop(Loop):
     def evaluate_longest(self) -> None:
         """A forward on every rank of the longest held-out samples."""
         held_out = [sample for samples in self._sets.values() for sample in samples]
-        chosen = [held_out[index] for index in _longest(held_out, eval_batch(self.run) * self.engine.world_size)]
+        chosen = [held_out[index] for index in _longest(held_out, eval_batch(self.run) * self.engine.dp_degree)]
         with self.phases.phase("evaluation", PROBED_STEPS):
             evaluate(self.engine, chosen, self._pad_id)
 

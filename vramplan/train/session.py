@@ -23,6 +23,7 @@ from vramplan.train.card import write_model_card
 from vramplan.train.checkpoint import Resumed, resume
 from vramplan.train.engine import TrainEngine, join_group
 from vramplan.train.export import export
+from vramplan.train.layout import check_sequence_parallel
 from vramplan.train.loop import Loop
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_model, start_directory
@@ -64,6 +65,7 @@ def train(
     _quieten_transformers()
     status.mark("data")
     run = plan.run
+    check_sequence_parallel(plan)
     inputs = _read_inputs(plan)
     status.mark("join")
     device = join_group(run)
