@@ -84,6 +84,8 @@ class JobSpec(UserModel):
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     checkpoint_every: int = Field(default=1, ge=1)
     """Its ``every_n_layers``."""
+    checkpoint_reentrant: bool = False
+    """Its ``use_reentrant``."""
     loss: Loss = "hf"
     """hf: the model's own; chunked: DeepSpeed's; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"

@@ -49,6 +49,8 @@ class Job:
     checkpointing: bool
     checkpoint_every: int
     """Layers of which checkpointing recomputes the first."""
+    reentrant: bool
+    """Whether checkpointing is torch's reentrant one."""
     attention: str
     optimizer: str
     momentum: float
@@ -97,6 +99,7 @@ class Job:
             attention=self.attention,
             checkpointing=self.checkpointing,
             checkpoint_every=self.checkpoint_every,
+            reentrant=self.reentrant,
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
             loss=self.loss,
@@ -270,6 +273,7 @@ def job_from_run(
         grad_accum_steps=run.grad_accum_steps,
         checkpointing=run.activation_checkpointing == "full",
         checkpoint_every=run.checkpoint_every,
+        reentrant=run.checkpoint_reentrant,
         attention=run.attention,
         optimizer=run.optimizer.kind,
         momentum=run.optimizer.momentum,

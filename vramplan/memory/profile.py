@@ -7,9 +7,7 @@ or fall linearly, so the highest instant is in the first or the last of them.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -26,14 +24,16 @@ from vramplan.memory.blocks.layer import RESIDUAL, run_layer
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
+from vramplan.memory.garbage import uncollected
 from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
 from vramplan.memory.kinds import layer_kind, layers_near_turn, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.model_run import ModelRun
+from vramplan.memory.reentrant import checkpoint_reentrant
 from vramplan.memory.size import ZERO, Size, add
 from vramplan.memory.skipped import difference, held_by_graph, hold_output_of_skipped, less
-from vramplan.memory.tape import Node, Point, Tape, Tensor
+from vramplan.memory.tape import RANDOM_STATE, Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
 
 CPU_RANDOM_STATE_BYTES = 5056
@@ -293,7 +293,16 @@ class _Runner:
         with self.tape.at(f"layer {index}"):
             if not self.run.recomputes(index):
                 return forward(x)
-            return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
+            if not self.run.reentrant:
+                return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
+            kept = self._kept_by_nodes()
+            kept += tables.tensors()
+            return checkpoint_reentrant(self.tape, forward, x, kept, on_host=self.run.host_checkpoints)
+
+    def _kept_by_nodes(self) -> list[Tensor]:
+        """What nodes of reentrant checkpoints hold beside saved tensors: the loop's, where it keeps the outputs and
+        with them the graph."""
+        return self.kept if self.run.keep_outputs else []
 
     def _skip(
         self, x: Tensor, skipped: list[int], keys: list[Hashable], costs: dict[Hashable, dict[str, Size]]
@@ -318,6 +327,8 @@ class _Runner:
             self.ctx.casts[f"layers {skipped[0]} to {skipped[-1]}"] = copies
             del copies
         held = [tape.new(size, Dtype.UINT8, label) for label, size in total.items() if size != ZERO]
+        if self.run.reentrant:
+            self._kept_by_nodes().extend(each for each in held if each.storage.label == RANDOM_STATE)
         out = Tensor(x.storage, x.numel, x.dtype)
 
         def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -353,24 +364,10 @@ class _Runner:
                 freed[label] = add(freed.get(label, ZERO), size)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles, which a walk's many small objects set off again and again to find none: a
-    tensor of the tape is freed by its count of references. A third of a walk's time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 @lru_cache(maxsize=256)
 def profile(run: ModelRun) -> Profile:
     """The profile of one micro-batch where weights stay whole: every one is like the first."""
-    with _uncollected():
+    with uncollected():
         return _Runner(run).micro_batch()
 
 
@@ -389,7 +386,7 @@ class GatheredProfiles:
 @lru_cache(maxsize=256)
 def gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
     """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
-    with _uncollected():
+    with uncollected():
         return _gathered_profiles(run, accumulates, steps_skipped)
 
 

@@ -89,6 +89,7 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
         ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
         ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
+        ({"checkpoint_reentrant": True, "zero": {"stage": 3}}, "reentrant checkpointing under ZeRO-3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
