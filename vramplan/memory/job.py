@@ -12,7 +12,15 @@ from vramplan.memory.blocks.chunked_loss import block_rows
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
-from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter, counted_numels, parameters, trained_tensors
+from vramplan.memory.parameters import (
+    ADAPTER_DTYPE,
+    Groups,
+    Parameter,
+    counted_numels,
+    parameter_groups,
+    parameters,
+    trained_tensors,
+)
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
@@ -185,6 +193,17 @@ class Job:
             ranks=self.degree if self.hpz else 0,
             from_host=from_host,
         )
+
+    @property
+    def groups(self) -> Groups:
+        """The optimizer's groups of trained parameters: one, or one for each rate, the highest first
+        (``retain/layer_lr.py``)."""
+        return parameter_groups(*self.grouping)
+
+    @property
+    def grouping(self) -> tuple[Architecture, Method, frozenset[str], float]:
+        """What decides the groups."""
+        return self.architecture, self.method, self.adapted_parameters, self.retain.layer_lr_decay
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -64,7 +64,9 @@ class Profile:
     """Each parameter gradient in the order of backward."""
 
 
-class _Runner:
+class Runner:
+    """Runs micro-batches one after another; gathered weights stay from one to the next."""
+
     def __init__(self, run: ModelRun) -> None:
         self.run = run
         self.tape = Tape()
@@ -106,7 +108,7 @@ class _Runner:
         self.shown = layers_shown(self.keys, near_turn)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
-        self.gradients.append(Gradient(param.name, param.grad_numel, self._snapshot(self.tape.where)))
+        self.gradients.append(Gradient(param.name, param.grad_numel, self.snapshot(self.tape.where)))
 
     def micro_batch(self) -> Profile:
         """Run one micro-batch; what outlives it stays alive until the next."""
@@ -115,25 +117,26 @@ class _Runner:
         self.gradients = []
         tape.points.clear()
         tape.grad_numel = 0
-        result = self._forward()
-        end = self._snapshot("after forward")
+        result = self.forward()
+        end = self.snapshot("after forward")
         forward = tuple(tape.points)
         tape.points.clear()
         grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
         tape.backward(result, grad)
         del grad, result
-        done = self._snapshot("after backward")
+        done = self.snapshot("after backward")
         if self.gathers is not None:
             self.gathers.end_backward()
-        last = self._snapshot("after backward")
+        last = self.snapshot("after backward")
         return Profile(forward, end, tuple(tape.points), done, last, tuple(self.gradients))
 
     def optimizer_step(self, skipped: bool) -> None:
         """What the step does to gathered weights."""
         self.persistent_between = None
-        if self.gathers is not None:
-            self.gathers.release_all()
-        if self.gathers is not None and not skipped:
+        if self.gathers is None:
+            return
+        self.gathers.release_all()
+        if not skipped:
             self.gathers.let_go_of_secondary()
             self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
             numel = sum(self._persistent_numel(index) for index in range(len(self.keys)) if index not in self.shown)
@@ -165,12 +168,12 @@ class _Runner:
     def _trained_dtype(self) -> Dtype:
         return self.run.adapter_dtype or self.run.dtype
 
-    def _snapshot(self, where: str) -> Point:
+    def snapshot(self, where: str) -> Point:
         tape = self.tape
         tape.settle()
         return Point(where, len(tape.points), tape.total, dict(tape.by_label), tape.grad_numel)
 
-    def _forward(self) -> Tensor:
+    def forward(self) -> Tensor:
         ctx = self.ctx
         hooks, model = ctx.hooks, Module("model", ())
         wrappers = [Module("", ())]
@@ -318,7 +321,8 @@ class _Runner:
         cached = ZERO
         for index in skipped:
             for label, size in costs[keys[index]].items():
-                if label == AUTOCAST_COPIES and self.run.recomputes(index):  # autocast's cache holds it, not the graph
+                # autocast's cache holds it, not the graph
+                if label == AUTOCAST_COPIES and (self.run.recomputes(index) or not tape.training):
                     cached = add(cached, size)
                 else:
                     total[label] = add(total.get(label, ZERO), size)
@@ -368,35 +372,4 @@ class _Runner:
 def profile(run: ModelRun) -> Profile:
     """The profile of one micro-batch where weights stay whole: every one is like the first."""
     with uncollected():
-        return _Runner(run).micro_batch()
-
-
-@dataclass(frozen=True)
-class GatheredProfiles:
-    """Micro-batches under ZeRO-3: the first one ever, one that follows another in a step, one that follows a step."""
-
-    first: Profile
-    following: Profile
-    after_step: Profile
-    following_later: Profile
-    between_steps: dict[str, Size]
-    """What is gathered after an optimizer step."""
-
-
-@lru_cache(maxsize=256)
-def gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
-    """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
-    with uncollected():
-        return _gathered_profiles(run, accumulates, steps_skipped)
-
-
-def _gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool) -> GatheredProfiles:
-    runner = _Runner(run)
-    first = runner.micro_batch()
-    following = runner.micro_batch() if accumulates else first
-    runner.kept.clear()
-    runner.optimizer_step(steps_skipped)
-    between = dict(runner.tape.by_label)
-    after_step = runner.micro_batch()
-    later = runner.micro_batch() if accumulates else after_step
-    return GatheredProfiles(first, following, after_step, later, between)
+        return Runner(run).micro_batch()

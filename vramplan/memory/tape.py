@@ -211,6 +211,8 @@ class Tape:
         """What a checkpointed region keeps of the device's random state (``preserve_rng_state``)."""
         self.in_first_forward = True
         """False while backward runs, and what it recomputes."""
+        self.training = True
+        """False in an evaluation: nothing is dropped (``Module.eval``)."""
         self.waiting: dict[str, Tensor] = {}
         """Gradients of parameters whose owner takes them together (``Parameter.waits``)."""
         self._rising: str | None = None

@@ -181,6 +181,7 @@ class Loop:
     def _evaluate(self, steps_done: int, name: str, samples: Sequence[Sample]) -> None:
         with self.phases.phase("evaluation", steps_done):
             evaluation = evaluate(self.engine, samples, self._pad_id)
+        self.phases.evaluated("evaluation", self.engine.take_largest_evaluated())
         perplexity = evaluation.perplexity
         self.watch.add(name, steps_done, evaluation.loss)
         self.metrics.event(
@@ -198,6 +199,7 @@ class Loop:
         """Writes a checkpoint."""
         with self.phases.phase("save", steps_done):
             self.saving.checkpoint(self._state_to_save(steps_done), self._step_s, self.watch.best_step)
+        self.phases.evaluated("save", self.engine.take_largest_evaluated())
 
     def _state_to_save(self, steps_done: int) -> RunState:
         """Raises:
