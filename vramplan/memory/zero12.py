@@ -78,10 +78,10 @@ class Zero12(Engine):
 
     def files(self) -> Files:
         """Weights as views of the flat buffer, which is written once; each rank's master and states."""
-        weights, master = self.flat.padded_numel * self.width, self.share * self.master_bytes
-        states = self.optimizer.state_bytes(*self.flat.partitions)
+        weights = self.flat.padded_numel * self.width
+        own = self.share * self.master_bytes + self.optimizer.state_bytes(*self.flat.partitions)
         largest = max(self.flat.partitions) * max(self.flat.degree * self.width, self.master_bytes)
-        return Files(weights, master + states, largest)
+        return Files(weights, own, largest)
 
     def _offloaded(self) -> Bytes:
         """Master, gradients and staging in the host's memory, and one buffer on the device (``__init__``)."""
@@ -350,37 +350,34 @@ class Zero12(Engine):
             self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
             self._reduce_all(stretch, merged(self.resident, self.outputs), {labels.BUCKET: self.bucket_bytes})
             self.resident = merged(self.resident, self._partition())
-        base = merged(self.resident, self.outputs)
         if self.offloads:
             if self.job.stage == 2 and not self.job.managed:
-                self._see_finalised(stretch, base)
+                self._see_finalised(stretch, merged(self.resident, self.outputs))
             if micro.step == 1:
-                states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(*self.flat.partitions)}
-                self.resident = merged(self.resident, states)
+                moments = self.optimizer.state_bytes(*self.flat.partitions)
+                self.resident = merged(self.resident, {labels.HOST_MOMENTS: moments})
             scratch = {labels.HOST_SCRATCH: max(self.flat.partitions) * self.optimizer.scratch}
             stretch.see("optimizer update", self.resident, self.outputs, scratch)
             stretch.close(self.resident, self.outputs)
             return
-        stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_owned})
+        stretch.see("gradient norm", self.resident, self.outputs, {labels.NORM: 8 * self.largest_owned})
         for index in range(len(self.flat.partitions)):
             self._update(stretch, index, micro.step == 1)
         stretch.close(self.resident, self.outputs)
 
     def _update(self, stretch: Stretch, index: int, first: bool) -> None:
         """One group's step: its gradients are flattened and cast, and let go of with its update."""
-        partitions = self.flat.partitions
-        share, is_last = partitions[index], index + 1 == len(partitions)
+        share, is_last = self.flat.partitions[index], index + 1 == len(self.flat.partitions)
         names = [name for name, _ in self.job.groups[index] if name in self.owned]
         flat = {labels.FLAT_GRAD: share * self.master_bytes}
-        casts = len(names) > 1 and self.width != self.master_bytes
-        joined = {labels.REDUCTION: share * self.width if casts else 0}
+        joined = {labels.REDUCTION: share * self.width if len(names) > 1 and self.width != self.master_bytes else 0}
         stretch.see("gradients flattened", self.resident, self.outputs, flat, joined)
         # one buffer for all groups goes with the last (grads_in_partition)
-        gone = 0 if self.contiguous else self._whole_bytes(names)
-        left = 0 if is_last else self.resident.get(labels.GRAD_PARTITION, ZERO)[0] - gone
-        self.resident = merged(self.resident.without(labels.GRAD_PARTITION), {labels.GRAD_PARTITION: left})
+        held = self.resident.get(labels.GRAD_PARTITION, ZERO)[0] - (0 if self.contiguous else self._whole_bytes(names))
+        left = {labels.GRAD_PARTITION: 0 if is_last else held}
+        self.resident = merged(self.resident.without(labels.GRAD_PARTITION), left)
         if first:
-            states = self.moments(self.optimizer, *partitions[: index + 1])
+            states = self.moments(self.optimizer, *self.flat.partitions[: index + 1])
             self.resident = merged(self.resident.without(labels.MOMENTS, labels.HOST_PAGED), states)
         scratch = {labels.STEP_SCRATCH: share * self.optimizer.scratch}
         stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
