@@ -169,6 +169,8 @@ class Loop:
     def return_to_best(self) -> None:
         """Loads the checkpoint that ``training.best_on`` asks for, if it is not where the run ended."""
         best = self.watch.best_step
+        if best is not None:
+            self.metrics.event("best", step=best)
         if best is not None and best != self.steps_done:
             path = load_step(self.engine, self.run_dir.checkpoints, best)
             self.metrics.event("note", text=f"the best checkpoint, of step {best}, is exported ({path})")
