@@ -84,7 +84,7 @@ def _job(draw: random.Random, entry: ModelEntry, most_bytes: int, narrow: bool) 
         "model": {"name": f"{entry.name}@{layers}L", "config": _shallow(draw, entry, layers, narrow)},
         "precision": draw.choice(("bf16", "bf16", "fp32", "bf16-autocast")),
         "micro_batch_size": draw.choice((1, 1, 2, 3)),
-        "seq_len": draw.choice((48, 100, 128, 200, 255, 256, 384)),
+        "seq_len": draw.choice((48, 100, 128, 200, 255, 256, 384, 640)),
         "grad_accum_steps": draw.choice((1, 1, 2, 3)),
         "attention": draw.choice(("sdpa", "sdpa", "eager")),
         "attention_mask": draw.choice((False, False, True)),
@@ -94,7 +94,7 @@ def _job(draw: random.Random, entry: ModelEntry, most_bytes: int, narrow: bool) 
             ("adamw", "adamw", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd", "adafactor")
         ),
         "zero": {"stage": stage, **_zero_keys(draw, stage)},
-        "world": {"dp": draw.choice((1, 2, 4, 8, 16))},
+        "world": {"dp": draw.choice((1, 2, 4, 8, 16)), "sp": draw.choice((1, 1, 1, 1, 2))},
         "steps": 2,
     }
     return job if _is_possible(job, most_bytes) else None
@@ -148,6 +148,8 @@ def _zero_keys(draw: random.Random, stage: int) -> dict[str, Any]:
         "reduce_bucket_size": SMALL_BUCKETS,
         "allgather_bucket_size": SMALL_BUCKETS,
         "allgather_partitions": (False,),
+        "use_multi_rank_bucket_allreduce": (False,),
+        "parameter_alignment": (True,),
         "round_robin_gradients": (True,),
         "ignore_unused_parameters": (False,),
         "elastic_checkpoint": (True,),
@@ -162,6 +164,8 @@ def _zero_keys(draw: random.Random, stage: int) -> dict[str, Any]:
             "stage3_max_live_parameters": (0, 10_000_000, 50_000_000),
             "stage3_max_reuse_distance": (0, 10_000_000),
             "stage3_gather_16bit_weights_on_model_save": (True,),
+            "stage3_allgather_sequential": (True,),
+            "memory_efficient_linear": (False,),
             "sub_group_size": (1_000_000, 30_000_000),
             "offload_param": ("cpu",),
         }

@@ -30,6 +30,10 @@ _STAGE3_UNLESS_DEFAULT = (
     "stage3_use_all_reduce_for_fetch_params",
     "stage3_module_granularity_threshold",
     "memory_efficient_linear",
+    "override_module_apply",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+    "pipeline_loading_checkpoint",
 )
 CLIENT_OPTIMIZERS = frozenset({"adamw_torch_fused", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"})
 """Optimizers that DeepSpeed cannot build by name: the trainer builds them and hands them over."""

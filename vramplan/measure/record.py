@@ -33,6 +33,26 @@ from vramplan.spec.trainable import FullMethod, Method
 Outcome = Literal["ok", "oom", "error", "died"]
 
 
+_OTHER_NAMES = {
+    "zero_hpz_partition_size": "hpz_partition_size",
+    **{
+        name: f"stage3_{name}"
+        for name in (
+            "prefetch_bucket_size",
+            "param_persistence_threshold",
+            "model_persistence_threshold",
+            "max_live_parameters",
+            "max_reuse_distance",
+            "gather_16bit_weights_on_model_save",
+            "module_granularity_threshold",
+            "use_all_reduce_for_fetch_params",
+            "allgather_sequential",
+        )
+    },
+}
+"""DeepSpeed's names of its keys (deepspeed/runtime/zero/config.py) where they are not those of ``ZeroSpec``."""
+
+
 class JobModel(UserModel):
     """The model of a job: a label, and the fields of its ``config.json``, which decide."""
 
@@ -53,31 +73,6 @@ class World(UserModel):
     """Sequence-parallel ranks (Ulysses)."""
     pp: int = Field(default=1, ge=1)
     """Pipeline stages."""
-
-
-class ForwardShape(UserModel):
-    """Sequences of one rank's forward, and tokens of each."""
-
-    size: int = Field(ge=1)
-    """Sequences."""
-    length: int = Field(ge=1)
-    """Tokens of each, padding included."""
-
-
-class PassedMoments(UserModel):
-    """What of a training run was measured besides its steps (``bench`` measures steps alone)."""
-
-    evaluation: ForwardShape | None = None
-    """The largest forward of the evaluations that were measured. None: none was."""
-    pinned: ForwardShape | None = None
-    """The largest forward of the loss that is stored with a checkpoint, and met again at a resume. None: neither was
-    measured."""
-    saved_after_evaluation: bool = False
-    """Whether an evaluation came right before the save that was measured."""
-    resumed: bool = False
-    """Whether a resume was measured."""
-    exported: bool = False
-    """Whether the export was."""
 
 
 class JobSpec(UserModel):
@@ -109,8 +104,6 @@ class JobSpec(UserModel):
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     checkpoint_every: int = Field(default=1, ge=1)
     """Its ``every_n_layers``."""
-    checkpoint_reentrant: bool = False
-    """Its ``use_reentrant``."""
     loss: Loss = "hf"
     """hf: the model's own; chunked: DeepSpeed's; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"
@@ -143,8 +136,6 @@ class JobSpec(UserModel):
     """Whether the loop held the model's output until after the step, as the measuring program of records does."""
     retain: RetainSpec = RetainSpec()
     """Methods against forgetting that the run was trained with."""
-    passes: PassedMoments | None = None
-    """What was measured besides steps. None: nothing."""
     hardware: HardwareSpec = HardwareSpec()
     """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
 
@@ -157,12 +148,15 @@ class JobSpec(UserModel):
     @field_validator("zero", mode="before")
     @classmethod
     def _as_deepspeed_spells(cls, value: Any) -> Any:
-        """Records have DeepSpeed's names."""
-        if isinstance(value, dict) and "zero_hpz_partition_size" in value:
-            size = value["zero_hpz_partition_size"]
-            rest = {name: each for name, each in value.items() if name != "zero_hpz_partition_size"}
-            return rest | {"hpz_partition_size": size}
-        return value
+        """Records have DeepSpeed's names; some have two, and offload can be a section of its own."""
+        if not isinstance(value, dict):
+            return value
+        renamed = {_OTHER_NAMES.get(name, name): each for name, each in value.items()}
+        for name in ("offload_optimizer", "offload_param"):
+            section = renamed.get(name)
+            if isinstance(section, dict) and not section.keys() - {"device", "pin_memory"}:
+                renamed[name] = section.get("device", "none")
+        return renamed
 
     @property
     def layout(self) -> Layout:

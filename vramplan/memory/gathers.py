@@ -46,6 +46,10 @@ class GatherLimits:
     """Ranks that keep whole weights among them in second parts (hpZ); 0: none do."""
     ranks: int = 0
     """Those that a second part's padding is for."""
+    one_by_one: bool = False
+    """Whether each weight has a buffer of its own (``stage3_allgather_sequential``)."""
+    by_all_reduce: bool = False
+    """Whether weights gathered together stay views of one buffer (``stage3_use_all_reduce_for_fetch_params``)."""
     from_host: bool = False
     """Whether every part lies in the host's memory and is copied to the device to be gathered."""
 
@@ -60,8 +64,8 @@ class _Handle:
         """Whether each parameter has a tensor of its own already."""
         self.complete = False
         self.buffers: list[Tensor] = []
-        self.lone = len(params) == 1
-        """Whether it is a view of its buffer, or a cast of it (``AllGatherHandle``)."""
+        self.lone = len(params) == 1 or gathers.limits.one_by_one
+        """Whether each is a view of a buffer of its own, or a cast of it (``AllGatherHandle``)."""
         tape = gathers.tape
         if gathers.limits.alone:
             for param in params:
@@ -69,11 +73,17 @@ class _Handle:
                 gathers.data[param.name] = tape.new(const(numel), param.dtype, labels.GATHERED)
             self.split = True
             return
-        only = params[0] if len(params) == 1 else None
-        if only is not None and gathers.travels_in(only) is only.dtype:
-            gathers.data[only.name] = tape.new(const(only.grad_numel), only.dtype, labels.GATHERED)
+        if gathers.limits.by_all_reduce and not self.lone:
+            flat = tape.new(const(sum(param.grad_numel for param in params)), params[0].dtype, labels.GATHERED)
+            for param in params:
+                gathers.data[param.name] = Tensor(flat.storage, const(param.grad_numel), param.dtype)
             self.split = True
-            _bring(gathers, params)
+            return
+        if self.lone and all(gathers.travels_in(param) is param.dtype for param in params):
+            for param in params:
+                gathers.data[param.name] = tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
+                _bring(gathers, [param])
+            self.split = True
             return
         for dtype in {gathers.travels_in(param): None for param in params}:
             together = [param for param in params if gathers.travels_in(param) is dtype]

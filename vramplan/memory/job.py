@@ -12,15 +12,7 @@ from vramplan.memory.blocks.chunked_loss import block_rows
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
-from vramplan.memory.parameters import (
-    ADAPTER_DTYPE,
-    Groups,
-    Parameter,
-    counted_numels,
-    parameter_groups,
-    parameters,
-    trained_tensors,
-)
+from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter, counted_numels, parameters, trained_tensors
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
@@ -57,8 +49,6 @@ class Job:
     checkpointing: bool
     checkpoint_every: int
     """Layers of which checkpointing recomputes the first."""
-    reentrant: bool
-    """Whether checkpointing is torch's reentrant one."""
     attention: str
     optimizer: str
     momentum: float
@@ -107,7 +97,6 @@ class Job:
             attention=self.attention,
             checkpointing=self.checkpointing,
             checkpoint_every=self.checkpoint_every,
-            reentrant=self.reentrant,
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
             loss=self.loss,
@@ -123,6 +112,7 @@ class Job:
             masked=self.masked,
             given_positions=self.given_positions,
             adapted_parameters=self.adapted_parameters,
+            own_linears=self.zero.memory_efficient_linear,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
 
@@ -181,7 +171,10 @@ class Job:
         zero = self.zero
         from_host = self.offload_param and self.device != "cpu"
         return GatherLimits(
-            prefetch_bucket_numel=zero.stage3_prefetch_bucket_size,
+            # one by one nothing is gathered ahead (runtime/engine.py, _configure_zero_optimizer)
+            prefetch_bucket_numel=1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size,
+            one_by_one=zero.stage3_allgather_sequential,
+            by_all_reduce=zero.stage3_use_all_reduce_for_fetch_params,
             max_live_numel=zero.stage3_max_live_parameters,
             max_reuse_numel=zero.stage3_max_reuse_distance,
             persistence_numel=zero.stage3_param_persistence_threshold,
@@ -193,17 +186,6 @@ class Job:
             ranks=self.degree if self.hpz else 0,
             from_host=from_host,
         )
-
-    @property
-    def groups(self) -> Groups:
-        """The optimizer's groups of trained parameters: one, or one for each rate, the highest first
-        (``retain/layer_lr.py``)."""
-        return parameter_groups(*self.grouping)
-
-    @property
-    def grouping(self) -> tuple[Architecture, Method, frozenset[str], float]:
-        """What decides the groups."""
-        return self.architecture, self.method, self.adapted_parameters, self.retain.layer_lr_decay
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -292,7 +274,6 @@ def job_from_run(
         grad_accum_steps=run.grad_accum_steps,
         checkpointing=run.activation_checkpointing == "full",
         checkpoint_every=run.checkpoint_every,
-        reentrant=run.checkpoint_reentrant,
         attention=run.attention,
         optimizer=run.optimizer.kind,
         momentum=run.optimizer.momentum,

@@ -15,7 +15,7 @@ TEMPORARY = "temporary of an operator"
 WEIGHT_GRADIENT = "gradient of the weight in hand"
 
 
-def embedding(tape: Tape, weight: Parameter, out_numel: Size, dtype: Dtype, label: str) -> Tensor:
+def embedding(tape: Tape, weight: Tensor, out_numel: Size, dtype: Dtype, label: str) -> Tensor:
     """``F.embedding``: its backward makes a dense gradient of the whole table (``embedding_dense_backward``)."""
     out = tape.new(out_numel, dtype, label)
 
@@ -50,9 +50,8 @@ def layer_norm(
 
 
 def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
-    """``F.dropout``: nothing at p = 0 or in evaluation; else a result and a mask (bool on CUDA, x's dtype on the
-    CPU)."""
-    if probability == 0.0 or not x.storage.tape.training:
+    """``F.dropout`` in training: nothing at p = 0; else a result and a mask (bool on CUDA, x's dtype on the CPU)."""
+    if probability == 0.0:
         return x
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     mask = tape.new(numel, Dtype.BOOL if device == "cuda" else dtype, label)

@@ -25,8 +25,6 @@ class ModelRun:
     keep_outputs: bool
     checkpoint_every: int = 1
     """Layers of which the first is recomputed, the rest not."""
-    reentrant: bool = False
-    """Whether a recomputed layer runs without a graph first, and its backward inside another."""
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them."""
     loss: str = "hf"
@@ -52,6 +50,8 @@ class ModelRun:
     """Whether the batch brings positions of every token, so that nothing made of them is shared by its sequences."""
     adapted_parameters: frozenset[str] = frozenset()
     """Parameters of experts and routers that get adapters as they are."""
+    own_linears: bool = True
+    """Whether linears are DeepSpeed's own under ZeRO-3 (``memory_efficient_linear``)."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
 

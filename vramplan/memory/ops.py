@@ -312,22 +312,30 @@ def linear(
     return tape.attach("linear", out, order, saved, backward)
 
 
-def linear_4bit(x: Tensor, w_numel: int, out_numel: Size, label: str) -> Tensor:
+def linear_4bit(x: Tensor, w_numel: int, out_numel: Size, label: str, stored: Dtype, device: str) -> Tensor:
     """``bitsandbytes.matmul_4bit`` of a frozen weight: saves no activation.
 
-    Each pass writes the weight out in the compute format; forward also makes its scales twice in fp32
+    Forward makes the weight's scales in fp32, on CUDA twice, and writes the weight out in x's format
     (bitsandbytes/backends/cuda/ops.py, ``_dequant_linear_fallback``, which takes more than 1,536 rows; fewer rows may
-    take a fused kernel), backward once (autograd/_functions.py, ``MatMul4Bit.backward``).
+    take a fused kernel; backends/default/ops.py, ``_gemm_4bit_default_impl``). Backward makes the scales once and lets
+    go of them, and writes the weight out in the format that it was ``stored`` from, then in the gradient's
+    (autograd/_functions.py, ``MatMul4Bit.backward``).
     """
     tape, x_numel, dtype = x.storage.tape, x.numel, x.dtype
-    scales = (w_numel // BLOCK, 0, 0, 0, 0)
+    scales, weight = (w_numel // BLOCK, 0, 0, 0, 0), (w_numel, 0, 0, 0, 0)
     temporary = [tape.new(scales, Dtype.FP32, TEMPORARY) for _ in range(2)]
-    temporary.append(tape.new((w_numel, 0, 0, 0, 0), dtype, TEMPORARY))
+    if device == "cpu":
+        del temporary[0]
+    temporary.append(tape.new(weight, dtype, TEMPORARY))
     out = tape.new(out_numel, dtype, label)
     del temporary
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        written = [tape.new(scales, Dtype.FP32, TEMPORARY), tape.new((w_numel, 0, 0, 0, 0), dtype, TEMPORARY)]
+        scale = tape.new(scales, Dtype.FP32, TEMPORARY)
+        written = tape.new(weight, stored, TEMPORARY)
+        del scale
+        if stored is not dtype:
+            written = tape.new(weight, dtype, TEMPORARY)
         grad_x = tape.new(x_numel, dtype, GRADIENTS)
         grad_x.is_view = True
         del written

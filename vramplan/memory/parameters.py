@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
 from vramplan.facts.dtype import Dtype
-from vramplan.spec.rates import rate_share
 from vramplan.spec.targets import fused_adapters
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
@@ -36,10 +35,6 @@ class Parameter:
     """Elements of a row and a column of each of its matrices; of a vector all."""
 
 
-Groups = tuple[tuple[tuple[str, int], ...], ...]
-"""The optimizer's groups of parameters ``(name, numel)``, in its order."""
-
-
 def factored_numel(shape: tuple[int, ...]) -> int:
     """What an optimizer keeps that factors matrices (Adafactor), one element each."""
     if len(shape) < 2:
@@ -59,19 +54,6 @@ def parameters(
 def trained_tensors(architecture: Architecture, method: Method, adapted: frozenset[str]) -> tuple[tuple[str, int], ...]:
     """Name and elements of every parameter that is trained."""
     return tuple((param.name, param.numel) for param in parameters(architecture, method, adapted) if param.trained)
-
-
-@lru_cache(maxsize=256)
-def parameter_groups(architecture: Architecture, method: Method, adapted: frozenset[str], decay: float) -> Groups:
-    """Trained parameters by the share of the learning rate that they have, the highest first; one group where all have
-    the same (``decay`` 1)."""
-    trained = trained_tensors(architecture, method, adapted)
-    if decay == 1.0:
-        return (trained,)
-    by_share: dict[float, list[tuple[str, int]]] = {}
-    for name, numel in trained:
-        by_share.setdefault(rate_share(name, architecture.num_layers, decay), []).append((name, numel))
-    return tuple(tuple(group) for _, group in sorted(by_share.items(), reverse=True))
 
 
 @lru_cache(maxsize=256)
@@ -98,6 +80,7 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
             yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored)
         return
     fused = _fused_adapters(architecture, method, adapted) if adapted else {}
+    tables = _table_adapters(architecture, method)
     pending: tuple[str, list[Parameter]] | None = None
     for tensor in architecture.named_tensors():
         module = tensor.name.rpartition(".")[0]
@@ -109,6 +92,8 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
             pending = module, _adapters(architecture, method, module, linears[module])
         elif module in fused and pending is None:
             pending = module, fused[module]
+        elif module in tables and pending is None:
+            pending = module, tables[module]
     if pending is not None:
         yield from pending[1]
     if architecture.tied_embeddings:  # a tied head has no weight of its own, but it can have an adapter
@@ -144,6 +129,18 @@ def _adapters(architecture: Architecture, method: LoraMethod, module: str, linea
             Parameter(f"{module}.lora_magnitude_vector.weight", width, True, False, adapter=True, factored_numel=width)
         )
     return made
+
+
+def _table_adapters(architecture: Architecture, method: LoraMethod) -> dict[str, list[Parameter]]:
+    """The adapters of embeddings by the name of the table: parameters of no linear."""
+    return {
+        table.name: [
+            replace(_factor(f"{table.name}.lora_embedding_A", method.r, table.num_embeddings), in_linear=False),
+            replace(_factor(f"{table.name}.lora_embedding_B", table.width, method.r), in_linear=False),
+        ]
+        for table in architecture.embeddings
+        if method.adapts_table(table.name)
+    }
 
 
 def _factor(name: str, rows: int, columns: int) -> Parameter:

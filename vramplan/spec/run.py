@@ -82,6 +82,14 @@ class ZeroSpec(UserModel):
     """Gather whole weights by an all-reduce over zeros."""
     stage3_module_granularity_threshold: int = Field(default=0, ge=0)
     """Modules with fewer parameters a submodule are gathered as one. 0: none but some families' experts."""
+    override_module_apply: bool = True
+    """Whether ``Module.apply`` gathers weights under stage 3."""
+    log_trace_cache_warnings: bool = False
+    """Log when the order of modules changes under stage 3."""
+    enable_sanity_checks: bool = False
+    """Check among ranks that they gather and reduce the same tensors under stage 3."""
+    pipeline_loading_checkpoint: bool = False
+    """Read checkpoints a rank at a time under stage 3."""
     memory_efficient_linear: bool = True
     """Whether linears are DeepSpeed's own under stage 3, which save no whole weights."""
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
@@ -197,9 +205,6 @@ class RunSpec(UserModel):
     checkpoint_every: int = Field(default=1, ge=1)
     """Of checkpointing full: layers of which one is recomputed, the first of each so many (transformers'
     ``every_n_layers``); the rest keep what their backward needs. 1: every layer is."""
-    checkpoint_reentrant: bool = False
-    """Whether checkpointing is torch's older, reentrant one (``use_reentrant``): a layer's whole forward is run again
-    before any of its backward."""
     loss: Loss = "hf"
     """hf: transformers' own loss over full logits in fp32; chunked: DeepSpeed's, which leaves them in their own format;
     liger: fused linear cross-entropy, which never makes them."""

@@ -103,6 +103,10 @@ class LoraMethod(UserModel):
             return re.fullmatch(targets, module_name) is not None
         return any(module_name == name or module_name.endswith(f".{name}") for name in targets)
 
+    def adapts_table(self, module_name: str) -> bool:
+        """Whether PEFT puts an adapter on an embedding of that full name, which ``all-linear`` does not mean."""
+        return self.target_modules != "all-linear" and self.adapts(module_name)
+
     @property
     def scale_alpha(self) -> int:
         """alpha as given, or PEFT users' habit of 2 r."""

@@ -83,13 +83,14 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"zero": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}}, "use_all_reduce"),
         ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
         ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
         ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
-        ({"method": {"kind": "lora", "target_modules": ["q_proj", "embed_tokens"]}}, "embeddings"),
-        ({"checkpoint_reentrant": True, "zero": {"stage": 3}}, "reentrant checkpointing under ZeRO-3"),
+        (
+            {"method": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}},
+            "DoRA on embeddings",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

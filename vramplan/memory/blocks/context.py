@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vramplan.facts.architecture import Attention, LatentAttention, Linear, Norm, Role
+from vramplan.facts.architecture import Attention, Embedding, LatentAttention, Linear, Norm, Role
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.leaf import Parameter
@@ -51,11 +51,6 @@ class Tables:
     mask: Tensor | None = None
     window_mask: Tensor | None = None
     """None where the kernel is told that the mask is causal."""
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        masks = [each for each in (self.mask, self.window_mask) if each is not None]
-        return [*(self.rotary or ()), *(self.window_rotary or ()), *masks]
 
     def of(self, mixer: Attention | LatentAttention) -> Tables:
         """What of them a layer is given."""
@@ -109,6 +104,8 @@ class BlockContext:
     """Parameters of experts and routers that get adapters as they are."""
     leaf_mixtures: bool = False
     """Whether ZeRO-3 takes each block with experts as one module (``gathers.LEAF_FAMILIES``)."""
+    own_linears: bool = False
+    """Whether linears are DeepSpeed's own, as ZeRO-3 replaces them."""
     in_leaf: bool = False
     """Whether a module runs whose own modules nobody listens to."""
 
@@ -168,6 +165,13 @@ class BlockContext:
         if method.target_modules == "all-linear" and linear.role is Role.HEAD:
             return None
         return method if method.adapts(f"{self.prefix}{linear.name}") else None
+
+    def adapts_table(self, table: Embedding) -> LoraMethod | None:
+        """The adapter settings if the token table gets an adapter: ``all-linear`` takes none."""
+        method = self.method
+        if not isinstance(method, LoraMethod) or not method.adapts_table(table.name):
+            return None
+        return method
 
     def call(
         self,

@@ -19,7 +19,7 @@ def scores_fp32(ctx: BlockContext, x: Tensor, weight: Parameter, block: MixtureO
     if ctx.dtype is Dtype.FP32:
         return product(ctx, x, weight, None, numel, ROUTER)
     wide, wide_weight = ops.to(x, Dtype.FP32, ROUTER), ops.to(weight, Dtype.FP32, ROUTER)
-    return ops.linear(wide, wide_weight, None, numel, ROUTER, ctx.hooks is not None, flat=ctx.flat)
+    return ops.linear(wide, wide_weight, None, numel, ROUTER, ctx.own_linears, flat=ctx.flat)
 
 
 def sigmoid_of_groups(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from vramplan.facts.architecture import Architecture, Embedding
 from vramplan.facts.dtype import Dtype
@@ -14,10 +15,12 @@ from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
 from vramplan.memory.tape import Tensor
+from vramplan.spec.trainable import LoraMethod
 
 LOGITS = "logits"
 LOSS = "loss"
 TOKENS = "token ids and labels"
+ADAPTERS = "adapters"
 
 
 def embed(
@@ -38,7 +41,11 @@ def embed(
         out = ops.scaled(out, RESIDUAL) if scaled_inside else out
         return on_tokens(out) if on_tokens is not None else out
 
-    x = _look_up(ctx, first, tokens(first.width), ids, finish)
+    method = ctx.adapts_table(first)
+    if method is None:
+        x = _look_up(ctx, first, tokens(first.width), ids, finish)
+    else:
+        x = _adapted_table(ctx, first, ids, method, scaled_inside, on_tokens)
     if architecture.scaled_outside:
         x = ops.scaled(x, RESIDUAL)
     for table in positions:
@@ -56,6 +63,44 @@ def embed(
     return ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
 
 
+def _adapted_table(
+    ctx: BlockContext,
+    table: Embedding,
+    ids: Tensor,
+    method: LoraMethod,
+    scaled: bool,
+    on_tokens: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The token table with PEFT's adapter (tuners/lora/layer.py, ``Embedding.forward``): a narrow table, its rows
+    widened and added. ``scaled``: the table's module multiplies what it finds, and so the adapter does too."""
+    down, up = table_factors(ctx, table, method)
+    base = replace(table, name=f"{table.name}.base_layer")
+
+    def run(ids: Tensor) -> Tensor:
+        result = _look_up(ctx, base, tokens(table.width), ids, lambda out: ops.scaled(out, RESIDUAL) if scaled else out)
+        given = result.dtype
+        # the dense gradient of the narrow table lies the other way round than the factor, so it is copied
+        found = ops.embedding(ctx.tape, ops.to_heads(down), tokens(method.r), down.dtype, ADAPTERS)
+        narrow, wide = ctx.low(found, ADAPTERS), ctx.low(ops.view(up), ADAPTERS)
+        added = ops.scaled(ops.linear(narrow, wide, None, tokens(table.width), ADAPTERS), ADAPTERS)
+        if scaled:
+            added = ops.scaled(added, ADAPTERS)
+        result = ops.to(ops.add(result, added, RESIDUAL), given, RESIDUAL)
+        del found, added  # named until the function returns
+        return on_tokens(result) if on_tokens is not None else result
+
+    # the wrapper reads its factors, by which ZeRO-3 takes them for its own (ZeROOrderedDict)
+    return ctx.call(table.name, (down, up), run, ids)
+
+
+def table_factors(ctx: BlockContext, table: Embedding, method: LoraMethod) -> tuple[Parameter, Parameter]:
+    """The narrow table and the matrix that widens its rows."""
+    return (
+        ctx.parameter(f"{table.name}.lora_embedding_A", method.r * table.num_embeddings, True, ctx.adapter_dtype),
+        ctx.parameter(f"{table.name}.lora_embedding_B", method.r * table.width, True, ctx.adapter_dtype),
+    )
+
+
 def _positions(ctx: BlockContext, table: Embedding, ids: Tensor) -> Tensor:
     """Learned positions; OPT counts them along a mask of ones."""
     if table.each_sequence:
@@ -67,7 +112,8 @@ def _positions(ctx: BlockContext, table: Embedding, ids: Tensor) -> Tensor:
 def _look_up(
     ctx: BlockContext, table: Embedding, numel: Size, ids: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    weight = ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
+    name = table.name.removesuffix(".base_layer")  # a tied head shares it
+    weight = ctx.parameter(f"{name}.weight", table.num_embeddings * table.width)
     return ctx.call(
         table.name, (weight,), lambda _: finish(ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL)), ids
     )

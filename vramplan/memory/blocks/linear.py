@@ -59,9 +59,9 @@ def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
 def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     """``Linear4bit.forward``: the input in the compute format, and the result back in the input's."""
     given = x.dtype
-    out = ops.linear_4bit(
-        ops.to(x, ctx.autocast or ctx.dtype, label), linear.weight_numel, tokens(linear.out_features), label
-    )
+    low, out_numel = ops.to(x, ctx.autocast or ctx.dtype, label), tokens(linear.out_features)
+    out = ops.linear_4bit(low, linear.weight_numel, out_numel, label, ctx.dtype, ctx.device)
+    del low
     return ops.to(out, given, label)
 
 
@@ -69,8 +69,8 @@ def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | N
     """``F.linear(x, weight, bias)``, cast as autocast says."""
     if ctx.autocast is None:
         whole = recomputed(ctx, weight)
-        return ops.linear(x, weight, bias, out, label, ctx.hooks is not None, whole, ctx.flat)
-    if ctx.hooks is not None:
+        return ops.linear(x, weight, bias, out, label, ctx.own_linears, whole, ctx.flat)
+    if ctx.own_linears:
         return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=recomputed(ctx, weight))
     low = ops.to(x, ctx.autocast, label)
     cast_weight = cast_of_weight(ctx, weight)
@@ -134,7 +134,7 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     if method.use_dora:
         dropped = _dropped(ctx, x, linear, method)
-        given = result if method.dropout == 0 or not ctx.tape.training else None
+        given = result if method.dropout == 0 else None
         magnitude = ctx.parameter(f"{linear.name}.lora_magnitude_vector.weight", linear.out_features, True)
         added = dora(ctx, dropped, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given)
         del given, dropped

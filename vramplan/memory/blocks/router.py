@@ -68,7 +68,7 @@ def _with_adapter(
     folded = fold(ctx, weight, hang(ctx, weight, factors))
     if block.scores_in_fp32:
         x, folded = ops.to(x, Dtype.FP32, ROUTER), ops.to(folded, Dtype.FP32, ROUTER)
-    low, zero3 = ctx.low(x, ROUTER), ctx.hooks is not None
+    low, zero3 = ctx.low(x, ROUTER), ctx.own_linears
     return ops.linear(low, ctx.low(folded, ROUTER), bias, tokens(block.num_experts), ROUTER, zero3, flat=ctx.flat)
 
 
