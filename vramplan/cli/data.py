@@ -51,7 +51,12 @@ def select(
         int | None, typer.Option("-n", "--count", min=1, help="Documents to choose (default: a tenth).")
     ] = None,
     assign: Annotated[
-        list[str] | None, typer.Option("--set", help="Any filter, as KEY=VALUE (min_chars=500); may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A filter, as KEY=VALUE: min_chars, max_chars, min_word_frac, max_repeated_line_frac, "
+            "min_compressed_frac, near_duplicate or seed; may be repeated.",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

@@ -79,6 +79,7 @@ def train(
     from vramplan.facts.resolve import resolve_architecture
     from vramplan.measure.snapshots import put_away
     from vramplan.report.progress import TrainingView
+    from vramplan.report.words import describe_layout
     from vramplan.supervise.recover import Terms, train_to_the_end
     from vramplan.supervise.supervisor import (
         answer_sample,
@@ -98,7 +99,7 @@ def train(
     if verify or (verify is None and not resume and plan.node.device.kind != "cpu"):
         show(_verified(plan))
     _prepare(run_dir, plan, resume)
-    show(f"run directory: {run_dir.root}")
+    show(f"run directory: {run_dir.root}\nplan: {describe_layout(plan.run)}")
     with TrainingView(plan, utilisation=utilisation(plan.run, plan.node, resolve_architecture(plan.run))) as view:
         if probe:
             plan = _probed(plan, run_dir, view.on_event, terms)

@@ -12,6 +12,16 @@ _WORD_CATEGORIES = frozenset("LNMZ")
 """Unicode's letters, numbers, marks (of Indic scripts and others) and separators."""
 
 
+FILTERS = {
+    "too short": "min_chars",
+    "too long": "max_chars",
+    "few letters": "min_word_frac",
+    "repeated lines": "max_repeated_line_frac",
+    "repeats itself": "min_compressed_frac",
+}
+"""What ``fault_of`` says, and the key that is to be changed if that is too strict."""
+
+
 def fault_of(text: str, spec: SelectSpec) -> str | None:
     """The first filter that the document does not pass; None if it passes all."""
     if len(text) < spec.min_chars:

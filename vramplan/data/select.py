@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vramplan.data.quality import fault_of
+from vramplan.data.quality import FILTERS, fault_of
 from vramplan.data.row import Text
 from vramplan.data.tables import iter_rows
 from vramplan.errors import DataError, VramplanError
@@ -57,7 +57,10 @@ def select(spec: SelectSpec, output: Path) -> dict[str, Any]:
     kept = _without_duplicates(_good(spec, report), spec, report)
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        raise DataError(f"{spec.pool}: no document of {report.num_pool} passes the filters ({reasons}); loosen them")
+        keys = " and ".join(FILTERS[reason] for reason in report.dropped)
+        raise DataError(
+            f"{spec.pool}: no document of {report.num_pool} passes the filters ({reasons}); loosen {keys} with --set"
+        )
     chosen, likeness = kept, None
     if spec.target is not None:
         target = [row.text for row in _texts(spec.target)]

@@ -29,6 +29,13 @@ class LiveBlocks:
         """The allocation of each live block, by address."""
         self._addresses: list[int] = []
 
+    @classmethod
+    def starting_with(cls, num_bytes: int) -> LiveBlocks:
+        """With bytes that stay, whose blocks are not known."""
+        live = cls()
+        live.num_bytes = live.peak_bytes = num_bytes
+        return live
+
     def reset_peak(self) -> None:
         self.peak_bytes = self.num_bytes
 

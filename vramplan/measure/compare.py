@@ -11,7 +11,9 @@ from vramplan.facts.device import Device, Node
 from vramplan.facts.devices import find_device
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.record import (
+    ForwardShape,
     Measured,
+    PassedMoments,
     Record,
     UnreadRecord,
     read_records_leniently,
@@ -21,6 +23,7 @@ from vramplan.measure.record import (
 from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.memory.estimate import estimate
 from vramplan.memory.ledger import Estimate
+from vramplan.memory.passes import STEPS_ONLY, Batch, Passes
 from vramplan.units import TIB
 
 
@@ -168,7 +171,25 @@ def estimate_record(record: Record) -> Estimate:
         steps_skipped=steps_were_skipped(record),
         weights_halved=weights_were_halved(record),
         managed=record.env.get("backend") == "fake",
+        passes=_passes_of(record.spec.passes),
     )
+
+
+def _passes_of(measured: PassedMoments | None) -> Passes:
+    """Only what was measured, with the forwards that came."""
+    if measured is None:
+        return STEPS_ONLY
+    return Passes(
+        _batch(measured.evaluation),
+        _batch(measured.pinned),
+        resumes=measured.resumed,
+        exports=measured.exported,
+        saves_after_evaluation=measured.saved_after_evaluation,
+    )
+
+
+def _batch(shape: ForwardShape | None) -> Batch | None:
+    return None if shape is None else Batch(shape.size, shape.length)
 
 
 def measured_peak(measured: Measured) -> int | None:

@@ -38,6 +38,8 @@ class _Meter(Protocol):
 
     def end(self, phase: str) -> PhaseReading: ...
 
+    def pause(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -83,6 +85,11 @@ class PhaseProbe:
                 self.live_at_peak[name] = self._meter.live_at_peak
             self._open = None
 
+    def pause(self) -> None:
+        """Stops counting until the next phase, which is taken to begin with what is alive now. What was alive before
+        and dies after is not seen to die on the CPU."""
+        self._meter.pause()
+
     def close(self) -> None:
         """Stops counting; readings stay."""
         self._meter.close()
@@ -116,6 +123,9 @@ class _CudaMeter:
             used_peak_bytes=total - free - reserved_end + reserved_peak,
         )
 
+    def pause(self) -> None:
+        """Costs nothing between phases."""
+
     def close(self) -> None:
         pass
 
@@ -134,8 +144,12 @@ class _CpuMeter:
         self._start()
 
     def begin(self) -> None:
-        for event in self._harvest():
-            self._live.apply(event)
+        if self._running:
+            for event in self._harvest():
+                self._live.apply(event)
+        else:
+            self._live = LiveBlocks.starting_with(self._live.num_bytes)
+            self._start()
         self._live.reset_peak()
 
     def end(self, phase: str) -> PhaseReading:
@@ -146,6 +160,11 @@ class _CpuMeter:
         else:
             self.live_at_peak = self._live.apply_to_peak(_in_phase(events, phase))
         return PhaseReading(phase, self._live.peak_bytes, self._live.num_bytes)
+
+    def pause(self) -> None:
+        if self._running:
+            for event in self._stop():
+                self._live.apply(event)
 
     def close(self) -> None:
         if self._running:

@@ -75,6 +75,31 @@ class World(UserModel):
     """Pipeline stages."""
 
 
+class ForwardShape(UserModel):
+    """Sequences of one rank's forward, and tokens of each."""
+
+    size: int = Field(ge=1)
+    """Sequences."""
+    length: int = Field(ge=1)
+    """Tokens of each, padding included."""
+
+
+class PassedMoments(UserModel):
+    """What of a training run was measured besides its steps (``bench`` measures steps alone)."""
+
+    evaluation: ForwardShape | None = None
+    """The largest forward of the evaluations that were measured. None: none was."""
+    pinned: ForwardShape | None = None
+    """The largest forward of the loss that is stored with a checkpoint, and met again at a resume. None: neither was
+    measured."""
+    saved_after_evaluation: bool = False
+    """Whether an evaluation came right before the save that was measured."""
+    resumed: bool = False
+    """Whether a resume was measured."""
+    exported: bool = False
+    """Whether the export was."""
+
+
 class JobSpec(UserModel):
     """One measuring job. A field left out has the default of the records' table.
 
@@ -104,6 +129,8 @@ class JobSpec(UserModel):
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     checkpoint_every: int = Field(default=1, ge=1)
     """Its ``every_n_layers``."""
+    checkpoint_reentrant: bool = False
+    """Its ``use_reentrant``."""
     loss: Loss = "hf"
     """hf: the model's own; chunked: DeepSpeed's; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"
@@ -136,6 +163,8 @@ class JobSpec(UserModel):
     """Whether the loop held the model's output until after the step, as the measuring program of records does."""
     retain: RetainSpec = RetainSpec()
     """Methods against forgetting that the run was trained with."""
+    passes: PassedMoments | None = None
+    """What was measured besides steps. None: nothing."""
     hardware: HardwareSpec = HardwareSpec()
     """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import forward_candidates
+from vramplan.memory.between import Files, Standing
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import OptimizerBytes
-from vramplan.memory.parameters import ADAPTER_DTYPE
+from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK
 from vramplan.memory.retention import kept_bytes, kl_instant_bytes, logits_bytes, passing_bytes, reference_bytes
@@ -56,6 +57,8 @@ class Engine(ABC):
         self.resident = Bytes()
         self.stretches: list[Stretch] = []
         self.outputs = Bytes()
+        self.started = Bytes()
+        """What is resident when the engine is made."""
         self.kept, self.reference = kept_bytes(job), reference_bytes(job)
         self.steps_skipped = False
         """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
@@ -76,6 +79,7 @@ class Engine(ABC):
     def walk(self) -> list[Stretch]:
         self.load()
         self.init()
+        self.started = self.resident
         count = self.job.grad_accum_steps
         shown = sorted({1, min(2, count), count}) if count > MICROS_SHOWN else range(1, count + 1)
         for step in (1, 2):
@@ -85,6 +89,43 @@ class Engine(ABC):
                 self.backward(micro)
                 self.step(micro)
         return self.stretches
+
+    def standing(self) -> Standing:
+        """What stays from phase to phase, after ``walk``."""
+        job = self.job
+        trained = [param.numel * self._width_of(param) for param in job.parameters if param.trained]
+        every = trained if isinstance(job.method, LoraMethod) else [*trained, self.frozen_bytes]
+        return Standing(
+            started=self.started,
+            between=self.resident,
+            gathered=self.gathered(),
+            kept=self.kept,
+            files=self.files(),
+            states=self.states(),
+            exported=sum(every),
+            largest_whole=self.largest_whole(),
+        )
+
+    def gathered(self) -> Parts:
+        """Small tensors that are whole after a step."""
+        return {}
+
+    def files(self) -> Files:
+        """What a checkpoint's files hold."""
+        return Files()
+
+    def states(self) -> Parts:
+        """The optimizer's states as they are after a step."""
+        names = (labels.MOMENTS, labels.HOST_MOMENTS, labels.HOST_PAGED)
+        return Bytes({name: self.resident[name] for name in names if name in self.resident})
+
+    def largest_whole(self) -> int:
+        """Bytes of the largest tensor that is gathered to be exported."""
+        return 0
+
+    def _width_of(self, param: Parameter) -> int:
+        kept = self.job.adapter_dtype if param.adapter else None
+        return (kept or self.job.dtype).nbytes
 
     def open(self, record_phase: str, phase: Phase, step: int = 1) -> Stretch:
         loading = phase in (Phase.MODEL_LOAD, Phase.ENGINE_INIT)

@@ -6,16 +6,17 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
+from vramplan.memory.between import Passed, moments_between
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
 from vramplan.memory.blocks.liger import FAMILIES as LIGER_FAMILIES
 from vramplan.memory.job import Job, job_from_run
 from vramplan.memory.labels import HOST_ACTIVATIONS, term
 from vramplan.memory.ledger import Estimate
-from vramplan.memory.moments import Stretch
 from vramplan.memory.nvme import disk_terms, on_disk, why_uncovered
 from vramplan.memory.overhead import WORKSPACES, overhead
 from vramplan.memory.partition import ranks_that_differ
-from vramplan.memory.size import Size, evaluate
+from vramplan.memory.passes import STEPS_ONLY, Passes
+from vramplan.memory.size import evaluate
 from vramplan.memory.snapshot import snapshot_terms
 from vramplan.memory.term import Place, Term
 from vramplan.memory.walked import Moments, walk
@@ -35,6 +36,7 @@ def estimate(
     steps_skipped: bool = False,
     weights_halved: bool = False,
     managed: bool = False,
+    passes: Passes = STEPS_ONLY,
 ) -> Estimate:
     """Bytes of one rank at every moment of a closed run.
 
@@ -43,6 +45,7 @@ def estimate(
     ``steps_skipped``: whether every optimizer step is discarded as an overflow (measurements with undefined weights).
     ``weights_halved``: whether ``zero.Init`` made bf16 weights for an fp32 run (``memory/job.py``).
     ``managed``: whether DeepSpeed counts micro-batches, as in measurement records (``memory/job.py``).
+    ``passes``: what the run passes besides its steps (``Passes.of`` says what a spec asks of the trainer).
 
     Raises:
         SpecError: a field that the planner decides is None, or the combination is not covered.
@@ -53,14 +56,16 @@ def estimate(
     ranks = [rank] if rank is not None else ranks_that_differ(shapeless)
     walks = [walk(shapeless, each, steps_skipped) for each in ranks]
     worst = walks[0] if len(walks) == 1 else max(walks, key=lambda walked: walked.peak_bytes(basis))
-    phases = tuple(stretch.phase_bytes(basis) for stretch in worst.stretches)
+    passed: tuple[Passed, ...] = tuple((stretch, basis) for stretch in worst.stretches)
+    passed += tuple(moments_between(job, worst.standing, passes))
+    phases = tuple(stretch.phase_bytes(at) for stretch, at in passed)
     snapshots = snapshot_terms(job, node.gpus_per_node) if run.training.snapshot_every is not None else ()
     beyond = overhead(node, job.layout, run.alloc_conf, max(phase.peak_bytes for phase in phases))
     return Estimate(
-        moments=Moments(worst.stretches, basis),
+        moments=Moments(passed),
         phases=phases,
         overhead=beyond.terms,
-        host_terms=(*_host_terms(worst.stretches, basis), *_host_checkpoints(job), *snapshots),
+        host_terms=(*_host_terms(passed), *_host_checkpoints(job), *snapshots),
         disk_terms=disk_terms(job),
         capacity_bytes=node.capacity_bytes - _bytes_on_device(node, snapshots),
         ranks_per_node=node.gpus_per_node,
@@ -69,6 +74,15 @@ def estimate(
         reserved_band=beyond.reserved_band,
         used_band=beyond.used_band,
     )
+
+
+def estimate_run(run: RunSpec, node: Node, architecture: Architecture, rank: int | None = None) -> Estimate:
+    """As ``estimate``, with every moment that the trainer passes in a run as its spec asks.
+
+    Raises:
+        SpecError: as ``estimate``.
+    """
+    return estimate(run, node, architecture, rank=rank, passes=Passes.of(run))
 
 
 def _bytes_on_device(node: Node, host_terms: tuple[Term, ...]) -> int:
@@ -86,12 +100,12 @@ def _host_checkpoints(job: Job) -> tuple[Term, ...]:
     return (term(HOST_ACTIVATIONS, num_layers * each, Place.HOST),)
 
 
-def _host_terms(stretches: tuple[Stretch, ...], basis: Size) -> tuple[Term, ...]:
+def _host_terms(passed: tuple[Passed, ...]) -> tuple[Term, ...]:
     """The host's bytes of one rank at their highest."""
-    states = [state for stretch in stretches for state in stretch.host]
+    states = [(state, basis) for stretch, basis in passed for state in stretch.host]
     if not states:
         return ()
-    most = max(states, key=lambda state: evaluate(state.size, basis))
+    most, basis = max(states, key=lambda each: evaluate(each[0].size, each[1]))
     sizes = {name: evaluate(size, basis) for name, size in most.parts.items()}
     return tuple(term(name, size, Place.HOST) for name, size in sizes.items() if size)
 
@@ -167,6 +181,10 @@ def check_covered(job: Job) -> None:
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
         "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
         **why_uncovered(job),
+        "reentrant checkpointing under ZeRO-3": job.checkpointing and job.reentrant and job.stage == 3,
+        f"reentrant checkpointing of the {family} family": job.checkpointing
+        and job.reentrant
+        and job.architecture.has_own_core,
         "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,

@@ -12,7 +12,15 @@ from vramplan.memory.blocks.chunked_loss import block_rows
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
-from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter, counted_numels, parameters, trained_tensors
+from vramplan.memory.parameters import (
+    ADAPTER_DTYPE,
+    Groups,
+    Parameter,
+    counted_numels,
+    parameter_groups,
+    parameters,
+    trained_tensors,
+)
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.memory.size import Size, basis_at
 from vramplan.spec.layout import Layout
@@ -49,6 +57,8 @@ class Job:
     checkpointing: bool
     checkpoint_every: int
     """Layers of which checkpointing recomputes the first."""
+    reentrant: bool
+    """Whether checkpointing is torch's reentrant one."""
     attention: str
     optimizer: str
     momentum: float
@@ -97,6 +107,7 @@ class Job:
             attention=self.attention,
             checkpointing=self.checkpointing,
             checkpoint_every=self.checkpoint_every,
+            reentrant=self.reentrant,
             keep_outputs=self.keep_outputs,
             shifted_logits=self.shifted_logits,
             loss=self.loss,
@@ -188,6 +199,17 @@ class Job:
         )
 
     @property
+    def groups(self) -> Groups:
+        """The optimizer's groups of trained parameters: one, or one for each rate, the highest first
+        (``retain/layer_lr.py``)."""
+        return parameter_groups(*self.grouping)
+
+    @property
+    def grouping(self) -> tuple[Architecture, Method, frozenset[str], float]:
+        """What decides the groups."""
+        return self.architecture, self.method, self.adapted_parameters, self.retain.layer_lr_decay
+
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
         return parameters(self.architecture, self.method, self.adapted_parameters)
 
@@ -274,6 +296,7 @@ def job_from_run(
         grad_accum_steps=run.grad_accum_steps,
         checkpointing=run.activation_checkpointing == "full",
         checkpoint_every=run.checkpoint_every,
+        reentrant=run.checkpoint_reentrant,
         attention=run.attention,
         optimizer=run.optimizer.kind,
         momentum=run.optimizer.momentum,

@@ -50,8 +50,9 @@ def layer_norm(
 
 
 def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
-    """``F.dropout`` in training: nothing at p = 0; else a result and a mask (bool on CUDA, x's dtype on the CPU)."""
-    if probability == 0.0:
+    """``F.dropout``: nothing at p = 0 or in evaluation; else a result and a mask (bool on CUDA, x's dtype on the
+    CPU)."""
+    if probability == 0.0 or not x.storage.tape.training:
         return x
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     mask = tape.new(numel, Dtype.BOOL if device == "cuda" else dtype, label)

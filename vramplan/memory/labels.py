@@ -56,6 +56,9 @@ DISK_GRADS = "disk: gradients"
 DISK_WEIGHTS = "disk: weights"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
 HOST_ACTIVATIONS = f"{HOST}inputs of layers"
+HOST_READ = f"{HOST}checkpoint as it was read"
+HOST_WRITTEN = f"{HOST}storage on its way to a checkpoint"
+HOST_EXPORT = f"{HOST}weights to be exported"
 VIEWED = "gathered weights kept by views"
 GATHER_BUFFER = "gather buffer"
 SECONDARY = "second parts of weights"
@@ -123,6 +126,15 @@ LABELS: dict[str, Label] = {
     ),
     HOST_SNAPSHOT: Label(
         Category.OPTIMIZER, "2 x one rank's share of a checkpoint: the last one stays until the next is whole"
+    ),
+    HOST_READ: Label(
+        Category.TEMPORARY,
+        "a whole file of a checkpoint: trained weights (none under ZeRO-3), or master and states of the rank's part; "
+        "both without ZeRO (torch.load)",
+    ),
+    HOST_WRITTEN: Label(Category.TEMPORARY, "the largest storage of a checkpoint: one is copied at once (torch.save)"),
+    HOST_EXPORT: Label(
+        Category.PARAMETER, "whole weights, or adapters, on rank 0 until they are written (train/export.py)"
     ),
     FROZEN: Label(Category.PARAMETER, "elements x width; under ZeRO-3 each tensor / ranks, rounded up", Basis.EXACT),
     WEIGHTS: Label(

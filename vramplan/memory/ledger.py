@@ -40,7 +40,8 @@ class Estimate:
     moments: Sequence[Moment]
     """The highest instant of each phase, in the order of ``phases``."""
     phases: tuple[PhaseBytes, ...]
-    """In order: model_load, engine_init, then forward, backward, optimizer_step of each micro-batch of two steps."""
+    """In order: model_load, engine_init, then forward, backward, optimizer_step of each micro-batch of two steps, then
+    evaluation, save, resume and export, where the run passes them."""
     overhead: tuple[Term, ...]
     """What the driver counts beyond tensors: context, communicators, workspaces, fragmentation."""
     host_terms: tuple[Term, ...]
@@ -75,6 +76,11 @@ class Estimate:
     def train_allocated_peak_bytes(self) -> int:
         """The highest peak of the step phases (a record's figure of that name)."""
         return max(phase.peak_bytes for phase in self.phases if phase.phase.startswith("step"))
+
+    @property
+    def between_steps_bytes(self) -> int:
+        """What is allocated after the last step."""
+        return [phase for phase in self.phases if phase.phase.startswith("step")][-1].end_bytes
 
     @property
     def host_bytes_per_node(self) -> int:

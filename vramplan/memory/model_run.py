@@ -25,6 +25,8 @@ class ModelRun:
     keep_outputs: bool
     checkpoint_every: int = 1
     """Layers of which the first is recomputed, the rest not."""
+    reentrant: bool = False
+    """Whether a recomputed layer runs without a graph first, and its backward inside another."""
     shifted_logits: bool = False
     """Whether the loss copies the fp32 logits to shift them."""
     loss: str = "hf"

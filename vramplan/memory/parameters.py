@@ -10,6 +10,7 @@ from math import prod
 
 from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
 from vramplan.facts.dtype import Dtype
+from vramplan.spec.rates import rate_share
 from vramplan.spec.targets import fused_adapters
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
@@ -35,6 +36,10 @@ class Parameter:
     """Elements of a row and a column of each of its matrices; of a vector all."""
 
 
+Groups = tuple[tuple[tuple[str, int], ...], ...]
+"""The optimizer's groups of parameters ``(name, numel)``, in its order."""
+
+
 def factored_numel(shape: tuple[int, ...]) -> int:
     """What an optimizer keeps that factors matrices (Adafactor), one element each."""
     if len(shape) < 2:
@@ -54,6 +59,19 @@ def parameters(
 def trained_tensors(architecture: Architecture, method: Method, adapted: frozenset[str]) -> tuple[tuple[str, int], ...]:
     """Name and elements of every parameter that is trained."""
     return tuple((param.name, param.numel) for param in parameters(architecture, method, adapted) if param.trained)
+
+
+@lru_cache(maxsize=256)
+def parameter_groups(architecture: Architecture, method: Method, adapted: frozenset[str], decay: float) -> Groups:
+    """Trained parameters by the share of the learning rate that they have, the highest first; one group where all have
+    the same (``decay`` 1)."""
+    trained = trained_tensors(architecture, method, adapted)
+    if decay == 1.0:
+        return (trained,)
+    by_share: dict[float, list[tuple[str, int]]] = {}
+    for name, numel in trained:
+        by_share.setdefault(rate_share(name, architecture.num_layers, decay), []).append((name, numel))
+    return tuple(tuple(group) for _, group in sorted(by_share.items(), reverse=True))
 
 
 @lru_cache(maxsize=256)

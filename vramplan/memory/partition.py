@@ -1,7 +1,8 @@
 """ZeRO-1 and ZeRO-2's flat partitioning: which elements a rank owns, and when gradient buckets are reduced.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py. All trainable parameters of a group are laid end to end,
-padded to a multiple of ``2 * degree`` (``nccl_start_alignment_factor``), and cut into equal partitions.
+padded to a multiple of ``2 * degree`` (``nccl_start_alignment_factor``), and cut into equal partitions. There is one
+group, but for ``retain.layer_lr_decay``, which makes one for each rate.
 """
 
 from __future__ import annotations
@@ -12,76 +13,102 @@ from functools import lru_cache
 from typing import Literal
 
 from vramplan.facts.architecture import Architecture
+from vramplan.facts.dtype import Dtype
+from vramplan.memory import labels
 from vramplan.memory.job import Job
-from vramplan.memory.parameters import trained_tensors
+from vramplan.memory.moments import Stretch
+from vramplan.memory.parameters import Groups, parameter_groups
 from vramplan.spec.layout import shard
 from vramplan.spec.trainable import Method
 
+Grouping = tuple[Architecture, Method, frozenset[str], float]
+"""What decides the optimizer's groups (``Job.grouping``)."""
 START_ALIGNMENT = 2
 """``nccl_start_alignment_factor``: all-gather buffers start at multiples of 4 bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flat:
-    """The flat buffer of one parameter group: names and element ranges, and its equal partitions."""
+    """The flat buffers of all parameter groups: element ranges within each, and equal partitions of each."""
 
     offsets: dict[str, tuple[int, int]]
-    numel: int
+    """Elements of each parameter within its group's buffer."""
+    shares: dict[str, int]
+    """Elements of one rank's part of that buffer."""
+    partitions: tuple[int, ...]
+    """Elements of one rank's part of each group."""
     degree: int
-    partition_numel: int
-    """Elements of one rank's part."""
+
+    @property
+    def partition_numel(self) -> int:
+        """Elements of one rank's parts of all groups."""
+        return sum(self.partitions)
 
     @property
     def padded_numel(self) -> int:
         return self.partition_numel * self.degree
 
-    def ranks_of(self, start: int, end: int) -> range:
-        """The ranks whose partitions hold elements ``start`` to ``end`` (exclusive)."""
-        return range(start // self.partition_numel, -(-end // self.partition_numel))
+    def ranks_of(self, name: str) -> range:
+        """The ranks whose partitions hold elements of a parameter."""
+        (start, end), share = self.offsets[name], self.shares[name]
+        return range(start // share, -(-end // share))
 
     def owned(self, rank: int) -> dict[str, int]:
-        """The parameters that lie in the rank's partition at least in part, with the elements that do."""
-        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
-        cut = {name: min(end, high) - max(start, low) for name, (start, end) in self.offsets.items()}
+        """The parameters that lie in the rank's partitions at least in part, with the elements that do."""
+        cut = {name: self.owned_by(name, rank) for name in self.offsets}
         return {name: numel for name, numel in cut.items() if numel > 0}
 
     def owned_by(self, name: str, rank: int) -> int:
         """Elements of the parameter that lie in the rank's partition."""
-        start, end = self.offsets[name]
-        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
-        return max(0, min(end, high) - max(start, low))
+        (start, end), share = self.offsets[name], self.shares[name]
+        return max(0, min(end, (rank + 1) * share) - max(start, rank * share))
 
 
 def flat_of(job: Job) -> Flat:
-    """The flat buffer of a job's trained parameters."""
+    """The flat buffers of a job's trained parameters."""
     alignment = 16 // job.dtype.nbytes if job.zero.parameter_alignment else 1
-    round_robin = job.zero.round_robin_gradients
-    return _flat_of(job.architecture, job.method, job.adapted_parameters, job.degree, alignment, round_robin)
+    return _flat_of(job.grouping, job.degree, alignment, job.zero.round_robin_gradients)
 
 
 @lru_cache(maxsize=256)
-def _flat_of(
-    architecture: Architecture, method: Method, adapted: frozenset[str], degree: int, alignment: int, round_robin: bool
-) -> Flat:
-    return flat_group(trained_tensors(architecture, method, adapted), degree, alignment, round_robin)
+def _flat_of(grouping: Grouping, degree: int, alignment: int, round_robin: bool) -> Flat:
+    return flat_groups(parameter_groups(*grouping), degree, alignment, round_robin)
 
 
-@lru_cache(maxsize=256)
-def flat_group(params: tuple[tuple[str, int], ...], degree: int, alignment: int = 1, round_robin: bool = False) -> Flat:
-    """The flat buffer of parameters ``(name, numel)`` in the optimizer's order.
+def flat_groups(groups: Groups, degree: int, alignment: int = 1, round_robin: bool = False) -> Flat:
+    """The flat buffer of each group.
 
     ``alignment``: elements at whose multiples parameters begin (``round_robin_bit16_padding``). ``round_robin``: every
-    ``degree``-th parameter comes first, then the one after each of those (``_round_robin_reorder``).
+    ``degree``-th parameter of a group comes first, then the one after each of those (``_round_robin_reorder``).
     """
-    if round_robin:
-        params = tuple(each for first in range(degree) for each in params[first::degree])
     offsets: dict[str, tuple[int, int]] = {}
-    position = 0
-    for name, numel in params:
-        position += -position % alignment
-        offsets[name] = (position, position + numel)
-        position += numel
-    return Flat(offsets, position, degree, shard(position, START_ALIGNMENT * degree) * START_ALIGNMENT)
+    shares: dict[str, int] = {}
+    partitions: list[int] = []
+    for group in groups:
+        laid = [each for first in range(degree) for each in group[first::degree]] if round_robin else group
+        position = 0
+        for name, numel in laid:
+            position += -position % alignment
+            offsets[name] = (position, position + numel)
+            position += numel
+        partitions.append(shard(position, START_ALIGNMENT * degree) * START_ALIGNMENT)
+        shares |= dict.fromkeys((name for name, _ in group), partitions[-1])
+    return Flat(offsets, shares, tuple(partitions), degree)
+
+
+def see_flattened(stretch: Stretch, job: Job, flat: Flat, frozen_bytes: int) -> None:
+    """Instants of ``__init__``: each group is flattened beside its weights, then the rank's part is cloned and cast."""
+    frozen, width, share = {labels.FROZEN: frozen_bytes}, job.dtype.nbytes, 0
+    master_width = 0 if job.offload_optimizer else Dtype.FP32.nbytes
+    left = sum(numel for group in job.groups for _, numel in group)
+    for group, partition in zip(job.groups, flat.partitions, strict=True):
+        masters = {labels.MASTER: share * master_width}
+        share += partition
+        buffers = {labels.WEIGHTS: share * flat.degree * width}
+        stretch.see("weights flattened", frozen, buffers, masters, {labels.INIT: left * width})
+        left -= sum(numel for _, numel in group)
+        masters = {labels.MASTER: share * master_width}
+        stretch.see("master weights cast", frozen, buffers, masters, {labels.INIT: (left + partition) * width})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +167,7 @@ def flushes(
 def _flush(flat: Flat, held: list[str], bucket_numel: int, before: int | None, low: bool, reduces: Reduces) -> Flush:
     slices: list[tuple[int, int]] = []
     for name in held:
-        for rank in flat.ranks_of(*flat.offsets[name]):
+        for rank in flat.ranks_of(name):
             numel = flat.owned_by(name, rank)
             if slices and slices[-1][0] == rank:
                 numel += slices.pop()[1]
@@ -185,25 +212,16 @@ def ranks_that_differ(job: Job) -> list[int]:
         return [0]
     # stage 1 reduces in the order of the parameters, stage 2 in that of backward, about its reverse
     oversized = job.zero.reduce_bucket_size if job.stage == 1 else None
-    model = job.architecture, job.method, job.adapted_parameters
-    return _ranks_that_differ(*model, flat_of(job), job.stage == 2, oversized)
+    return _ranks_that_differ(job.grouping, flat_of(job), job.stage == 2, oversized)
 
 
 @lru_cache(maxsize=256)
-def _ranks_that_differ(
-    architecture: Architecture,
-    method: Method,
-    adapted: frozenset[str],
-    flat: Flat,
-    backwards: bool,
-    bucket_numel: int | None,
-) -> list[int]:
-    degree, trained = flat.degree, trained_tensors(architecture, method, adapted)
+def _ranks_that_differ(grouping: Grouping, flat: Flat, backwards: bool, bucket_numel: int | None) -> list[int]:
+    degree, trained = flat.degree, [each for group in parameter_groups(*grouping) for each in group]
     touched, slices, early = [0] * degree, [0] * degree, [-len(trained)] * degree
     freed = [0] * degree  # stage 1 lets go of a gradient larger than the bucket only where it is the rank's own
     for position, (name, numel) in enumerate(trained):
-        start, end = flat.offsets[name]
-        for rank in flat.ranks_of(start, end):
+        for rank in flat.ranks_of(name):
             touched[rank] += numel
             slices[rank] = max(slices[rank], flat.owned_by(name, rank))
             freed[rank] -= numel if bucket_numel is not None and numel > bucket_numel else 0

@@ -7,9 +7,7 @@ or fall linearly, so the highest instant is in the first or the last of them.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -26,14 +24,16 @@ from vramplan.memory.blocks.layer import RESIDUAL, run_layer
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
+from vramplan.memory.garbage import uncollected
 from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
 from vramplan.memory.kinds import layer_kind, layers_near_turn, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.model_run import ModelRun
+from vramplan.memory.reentrant import checkpoint_reentrant
 from vramplan.memory.size import ZERO, Size, add
 from vramplan.memory.skipped import difference, held_by_graph, hold_output_of_skipped, less
-from vramplan.memory.tape import Node, Point, Tape, Tensor
+from vramplan.memory.tape import RANDOM_STATE, Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
 
 CPU_RANDOM_STATE_BYTES = 5056
@@ -64,7 +64,9 @@ class Profile:
     """Each parameter gradient in the order of backward."""
 
 
-class _Runner:
+class Runner:
+    """Runs micro-batches one after another; gathered weights stay from one to the next."""
+
     def __init__(self, run: ModelRun) -> None:
         self.run = run
         self.tape = Tape()
@@ -107,7 +109,7 @@ class _Runner:
         self.shown = layers_shown(self.keys, near_turn)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
-        self.gradients.append(Gradient(param.name, param.grad_numel, self._snapshot(self.tape.where)))
+        self.gradients.append(Gradient(param.name, param.grad_numel, self.snapshot(self.tape.where)))
 
     def micro_batch(self) -> Profile:
         """Run one micro-batch; what outlives it stays alive until the next."""
@@ -116,25 +118,26 @@ class _Runner:
         self.gradients = []
         tape.points.clear()
         tape.grad_numel = 0
-        result = self._forward()
-        end = self._snapshot("after forward")
+        result = self.forward()
+        end = self.snapshot("after forward")
         forward = tuple(tape.points)
         tape.points.clear()
         grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
         tape.backward(result, grad)
         del grad, result
-        done = self._snapshot("after backward")
+        done = self.snapshot("after backward")
         if self.gathers is not None:
             self.gathers.end_backward()
-        last = self._snapshot("after backward")
+        last = self.snapshot("after backward")
         return Profile(forward, end, tuple(tape.points), done, last, tuple(self.gradients))
 
     def optimizer_step(self, skipped: bool) -> None:
         """What the step does to gathered weights."""
         self.persistent_between = None
-        if self.gathers is not None:
-            self.gathers.release_all()
-        if self.gathers is not None and not skipped:
+        if self.gathers is None:
+            return
+        self.gathers.release_all()
+        if not skipped:
             self.gathers.let_go_of_secondary()
             self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
             numel = sum(self._persistent_numel(index) for index in range(len(self.keys)) if index not in self.shown)
@@ -166,12 +169,12 @@ class _Runner:
     def _trained_dtype(self) -> Dtype:
         return self.run.adapter_dtype or self.run.dtype
 
-    def _snapshot(self, where: str) -> Point:
+    def snapshot(self, where: str) -> Point:
         tape = self.tape
         tape.settle()
         return Point(where, len(tape.points), tape.total, dict(tape.by_label), tape.grad_numel)
 
-    def _forward(self) -> Tensor:
+    def forward(self) -> Tensor:
         ctx = self.ctx
         hooks, model = ctx.hooks, Module("model", ())
         wrappers = [Module("", ())]
@@ -294,7 +297,16 @@ class _Runner:
         with self.tape.at(f"layer {index}"):
             if not self.run.recomputes(index):
                 return forward(x)
-            return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
+            if not self.run.reentrant:
+                return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
+            kept = self._kept_by_nodes()
+            kept += tables.tensors()
+            return checkpoint_reentrant(self.tape, forward, x, kept, on_host=self.run.host_checkpoints)
+
+    def _kept_by_nodes(self) -> list[Tensor]:
+        """What nodes of reentrant checkpoints hold beside saved tensors: the loop's, where it keeps the outputs and
+        with them the graph."""
+        return self.kept if self.run.keep_outputs else []
 
     def _skip(
         self, x: Tensor, skipped: list[int], keys: list[Hashable], costs: dict[Hashable, dict[str, Size]]
@@ -310,7 +322,8 @@ class _Runner:
         cached = ZERO
         for index in skipped:
             for label, size in costs[keys[index]].items():
-                if label == AUTOCAST_COPIES and self.run.recomputes(index):  # autocast's cache holds it, not the graph
+                # autocast's cache holds it, not the graph
+                if label == AUTOCAST_COPIES and (self.run.recomputes(index) or not tape.training):
                     cached = add(cached, size)
                 else:
                     total[label] = add(total.get(label, ZERO), size)
@@ -319,6 +332,8 @@ class _Runner:
             self.ctx.casts[f"layers {skipped[0]} to {skipped[-1]}"] = copies
             del copies
         held = [tape.new(size, Dtype.UINT8, label) for label, size in total.items() if size != ZERO]
+        if self.run.reentrant:
+            self._kept_by_nodes().extend(each for each in held if each.storage.label == RANDOM_STATE)
         out = Tensor(x.storage, x.numel, x.dtype)
 
         def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -354,53 +369,8 @@ class _Runner:
                 freed[label] = add(freed.get(label, ZERO), size)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles, which a walk's many small objects set off again and again to find none: a
-    tensor of the tape is freed by its count of references. A third of a walk's time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 @lru_cache(maxsize=256)
 def profile(run: ModelRun) -> Profile:
     """The profile of one micro-batch where weights stay whole: every one is like the first."""
-    with _uncollected():
-        return _Runner(run).micro_batch()
-
-
-@dataclass(frozen=True)
-class GatheredProfiles:
-    """Micro-batches under ZeRO-3: the first one ever, one that follows another in a step, one that follows a step."""
-
-    first: Profile
-    following: Profile
-    after_step: Profile
-    following_later: Profile
-    between_steps: dict[str, Size]
-    """What is gathered after an optimizer step."""
-
-
-@lru_cache(maxsize=256)
-def gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
-    """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
-    with _uncollected():
-        return _gathered_profiles(run, accumulates, steps_skipped)
-
-
-def _gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool) -> GatheredProfiles:
-    runner = _Runner(run)
-    first = runner.micro_batch()
-    following = runner.micro_batch() if accumulates else first
-    runner.kept.clear()
-    runner.optimizer_step(steps_skipped)
-    between = dict(runner.tape.by_label)
-    after_step = runner.micro_batch()
-    later = runner.micro_batch() if accumulates else after_step
-    return GatheredProfiles(first, following, after_step, later, between)
+    with uncollected():
+        return Runner(run).micro_batch()

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from vramplan.memory.leaf import Parameter
 
 
+RANDOM_STATE = "random state"
+
+
 class Storage:
     """Bytes with a label and a count of the tensors that share them; freed with the last."""
 
@@ -112,9 +115,9 @@ class Region:
         self.tape = tape
         self.on_host = on_host
         self.function = function
-        self.random_state = tape.new((tape.random_state_bytes, 0, 0, 0, 0), Dtype.UINT8, "random state")
+        self.random_state = tape.new((tape.random_state_bytes, 0, 0, 0, 0), Dtype.UINT8, RANDOM_STATE)
         if on_host:  # torch's save_on_cpu packs what the region's input saver saves
-            empty = tape.new(ZERO, Dtype.UINT8, "random state").storage
+            empty = tape.new(ZERO, Dtype.UINT8, RANDOM_STATE).storage
             inputs = tuple(Tensor(empty, each.numel, each.dtype, each.node, each.slot) for each in inputs)
         self.inputs = inputs  # held until every node of the region has let go of what it saved
         self.num_saved = 0
@@ -208,6 +211,8 @@ class Tape:
         """What a checkpointed region keeps of the device's random state (``preserve_rng_state``)."""
         self.in_first_forward = True
         """False while backward runs, and what it recomputes."""
+        self.training = True
+        """False in an evaluation: nothing is dropped (``Module.eval``)."""
         self.waiting: dict[str, Tensor] = {}
         """Gradients of parameters whose owner takes them together (``Parameter.waits``)."""
         self._rising: str | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import overload
 
+from vramplan.memory.between import Passed, Standing
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
@@ -25,6 +26,7 @@ class Walked:
 
     stretches: tuple[Stretch, ...]
     peaks: tuple[Size, ...]
+    standing: Standing
 
     def peak_bytes(self, basis: Size) -> int:
         return max(evaluate(size, basis) for size in self.peaks)
@@ -33,8 +35,10 @@ class Walked:
 @lru_cache(maxsize=4096)
 def walk(job: Job, rank: int, steps_skipped: bool) -> Walked:
     """The instants of a job without a batch (``Job.shapeless``)."""
-    stretches = tuple(_engine(job, rank, steps_skipped).walk())
-    return Walked(stretches, undominated(each.size for stretch in stretches for each in stretch.instants))
+    engine = _engine(job, rank, steps_skipped)
+    stretches = tuple(engine.walk())
+    peaks = undominated(each.size for stretch in stretches for each in stretch.instants)
+    return Walked(stretches, peaks, engine.standing())
 
 
 def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
@@ -50,12 +54,11 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
 class Moments(Sequence[Moment]):
     """The highest moment of each phase; its terms are put together when it is asked for."""
 
-    def __init__(self, stretches: tuple[Stretch, ...], basis: Size) -> None:
-        self._stretches = stretches
-        self._basis = basis
+    def __init__(self, passed: tuple[Passed, ...]) -> None:
+        self._passed = passed
 
     def __len__(self) -> int:
-        return len(self._stretches)
+        return len(self._passed)
 
     @overload
     def __getitem__(self, index: int) -> Moment: ...
@@ -63,14 +66,15 @@ class Moments(Sequence[Moment]):
     def __getitem__(self, index: slice) -> tuple[Moment, ...]: ...
     def __getitem__(self, index: int | slice) -> Moment | tuple[Moment, ...]:
         if isinstance(index, slice):
-            return tuple(stretch.moment(self._basis) for stretch in self._stretches[index])
-        return self._stretches[index].moment(self._basis)
+            return tuple(stretch.moment(basis) for stretch, basis in self._passed[index])
+        stretch, basis = self._passed[index]
+        return stretch.moment(basis)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
     def __hash__(self) -> int:
-        return hash((len(self), self._basis))
+        return hash(tuple(basis for _, basis in self._passed))
 
     def __repr__(self) -> str:
         return repr(tuple(self))

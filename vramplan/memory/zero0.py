@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates
+from vramplan.memory.between import Files
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
+from vramplan.memory.size import ZERO
 from vramplan.memory.term import Phase
 from vramplan.memory.torch_optimizers import Steps, handed_to_deepspeed
 
@@ -41,14 +43,34 @@ class Zero0(Engine):
             stretch.see("a first step with zero gradients", self.resident, master, zeros, self._update(1))
             self.resident = merged(self.resident, master, self.moments(self.steps))
         elif self.low:
-            copies = {labels.INIT: 2 * self.trained_numel * self.width}  # clones, then their flat copy
-            stretch.see("weights flattened", self.resident, copies)
+            self._see_groups(stretch)
             master = {labels.MASTER: self.trained_numel * self.master_bytes}
             states = self.moments(self.optimizer, self.trained_numel)
             trial = {labels.INIT: self.trained_numel * (self.master_bytes + self.optimizer.scratch)}
             stretch.see("a first step with zero gradients", self.resident, master, states, trial)
             self.resident = merged(self.resident, master, states)
         stretch.close(self.resident)
+
+    def _groups(self) -> list[tuple[int, int]]:
+        """Elements of the groups before each, and its own."""
+        numels = [sum(numel for _, numel in group) for group in self.job.groups]
+        return [(sum(numels[:index]), numel) for index, numel in enumerate(numels)]
+
+    def _see_groups(self, stretch: Stretch) -> None:
+        """Each group is cloned and flattened, then its master is made."""
+        for done, numel in self._groups():
+            copies = {labels.INIT: 2 * numel * self.width, labels.MASTER: done * self.master_bytes}
+            stretch.see("weights flattened", self.resident, copies)
+
+    def files(self) -> Files:
+        """Everything in one file: ``state_dict`` of FP16_Optimizer and FP16_UnfusedOptimizer has the masters."""
+        weights = self.trained_numel * self.width
+        master = self.trained_numel * self.master_bytes if self.low else 0
+        states = self.states().get(labels.MOMENTS, ZERO)
+        assert not isinstance(states, int)
+        groups = [numel for _, numel in self._groups()]
+        whole = max(groups if self.low and self.flat else [numel for _, numel in self.trained], default=0)
+        return Files(shared=weights + master + states[0], largest=whole * self.master_bytes)
 
     def _update(self, step: int) -> dict[str, int]:
         """States and temporaries at the highest instant of a step of torch's own loop over parameters."""
@@ -101,11 +123,13 @@ class Zero0(Engine):
         self.resident = merged(before.without(labels.GRADIENTS), self.moments(self.steps))
 
     def _flat_step(self, stretch: Stretch, micro: Micro) -> None:
-        base = merged(self.resident, self.outputs)
         scratch = {labels.STEP_SCRATCH: self.trained_numel * self.optimizer.scratch}
         if self.low:
-            copies = {labels.FLAT_GRAD: 2 * self.trained_numel * self.master_bytes}  # cast one by one, then flattened
-            stretch.see("gradients cast and flattened", base, copies)
+            for done, numel in self._groups():  # a group's are cast one by one, then flattened, and let go of
+                left = {labels.GRADIENTS: (self.trained_numel - done) * self.width}
+                copies = {labels.FLAT_GRAD: (done + 2 * numel) * self.master_bytes}
+                kept = self.resident.without(labels.GRADIENTS)
+                stretch.see("gradients cast and flattened", kept, self.outputs, left, copies)
             self.resident = self.resident.without(labels.GRADIENTS)
             flat = {labels.FLAT_GRAD: self.trained_numel * self.master_bytes}
             stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, undominated
+from vramplan.memory.between import Files
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
-from vramplan.memory.partition import Flush, Reduces, flat_of, flushes
-from vramplan.memory.size import add, const
+from vramplan.memory.partition import Flush, Reduces, flat_of, flushes, see_flattened
+from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 
@@ -30,7 +31,6 @@ class Zero12(Engine):
         self.owned = self.flat.owned(rank)
         self.sizes = dict(self.trained)
         self.partition_bytes = self._whole_bytes(self.owned)
-        self.num_owned = len(self.owned)
         self.largest_owned = max(self.owned.values(), default=0)
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.largest = max((numel for _, numel in self.trained), default=0)
@@ -65,19 +65,23 @@ class Zero12(Engine):
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
         width, frozen = self.width, {labels.FROZEN: self.frozen_bytes}
         flat = {labels.WEIGHTS: self.flat.padded_numel * width}
-        stretch.see("weights flattened", frozen, flat, {labels.INIT: self.trained_numel * width})
-        clone = {labels.INIT: self.share * width}
+        see_flattened(stretch, self.job, self.flat, self.frozen_bytes)
         if self.offloads:
             self.resident = merged(frozen, flat, self._offloaded())
-            stretch.see("master weights cast", frozen, flat, clone)
             stretch.close(self.resident)
             return
         master = {labels.MASTER: self.share * self.master_bytes}
-        stretch.see("master weights cast", frozen, flat, master, clone)
         probe = {labels.INIT: self.share * self.master_bytes}
         stretch.see("a gradient partition is tried", frozen, flat, master, probe)
         self.resident = merged(frozen, flat, master)
         stretch.close(self.resident)
+
+    def files(self) -> Files:
+        """Weights as views of the flat buffer, which is written once; each rank's master and states."""
+        weights = self.flat.padded_numel * self.width
+        own = self.share * self.master_bytes + self.optimizer.state_bytes(*self.flat.partitions)
+        largest = max(self.flat.partitions) * max(self.flat.degree * self.width, self.master_bytes)
+        return Files(weights, own, largest)
 
     def _offloaded(self) -> Bytes:
         """Master, gradients and staging in the host's memory, and one buffer on the device (``__init__``)."""
@@ -129,7 +133,7 @@ class Zero12(Engine):
 
     def _reduce_all(self, stretch: Stretch, base: Bytes, bucket: Parts) -> None:
         """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
-        order = tuple(name for name, _ in self.trained)
+        order = tuple(name for group in self.job.groups for name, _ in group)
         left = self.trained_numel * self.width
         instants: list[tuple[int, str, int, int, int]] = [(left, "before reduction", left, 0, 0)]
         partition = sum(self._partition().values())
@@ -346,29 +350,37 @@ class Zero12(Engine):
             self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
             self._reduce_all(stretch, merged(self.resident, self.outputs), {labels.BUCKET: self.bucket_bytes})
             self.resident = merged(self.resident, self._partition())
-        base = merged(self.resident, self.outputs)
         if self.offloads:
             if self.job.stage == 2 and not self.job.managed:
-                self._see_finalised(stretch, base)
+                self._see_finalised(stretch, merged(self.resident, self.outputs))
             if micro.step == 1:
-                self.resident = merged(self.resident, {labels.HOST_MOMENTS: self.optimizer.state_bytes(self.share)})
-            scratch = {labels.HOST_SCRATCH: self.share * self.optimizer.scratch}
+                moments = self.optimizer.state_bytes(*self.flat.partitions)
+                self.resident = merged(self.resident, {labels.HOST_MOMENTS: moments})
+            scratch = {labels.HOST_SCRATCH: max(self.flat.partitions) * self.optimizer.scratch}
             stretch.see("optimizer update", self.resident, self.outputs, scratch)
             stretch.close(self.resident, self.outputs)
             return
-        stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_owned})
-        flat = {labels.FLAT_GRAD: self.share * self.master_bytes}
-        joined = {labels.REDUCTION: self.share * self.width if self.num_owned > 1 else 0}
-        if self.width == self.master_bytes:  # the flattened gradient is already in the master's format
-            joined = {}
-        stretch.see("gradients flattened", base, flat, joined)
-        self.resident = self.resident.without(labels.GRAD_PARTITION)
-        states = self.moments(self.optimizer, self.share)
-        if micro.step == 1:
-            self.resident = merged(self.resident, states)
-        scratch = {labels.STEP_SCRATCH: self.share * self.optimizer.scratch}
-        stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
+        stretch.see("gradient norm", self.resident, self.outputs, {labels.NORM: 8 * self.largest_owned})
+        for index in range(len(self.flat.partitions)):
+            self._update(stretch, index, micro.step == 1)
         stretch.close(self.resident, self.outputs)
+
+    def _update(self, stretch: Stretch, index: int, first: bool) -> None:
+        """One group's step: its gradients are flattened and cast, and let go of with its update."""
+        share, is_last = self.flat.partitions[index], index + 1 == len(self.flat.partitions)
+        names = [name for name, _ in self.job.groups[index] if name in self.owned]
+        flat = {labels.FLAT_GRAD: share * self.master_bytes}
+        joined = {labels.REDUCTION: share * self.width if len(names) > 1 and self.width != self.master_bytes else 0}
+        stretch.see("gradients flattened", self.resident, self.outputs, flat, joined)
+        # one buffer for all groups goes with the last (grads_in_partition)
+        held = self.resident.get(labels.GRAD_PARTITION, ZERO)[0] - (0 if self.contiguous else self._whole_bytes(names))
+        left = {labels.GRAD_PARTITION: 0 if is_last else held}
+        self.resident = merged(self.resident.without(labels.GRAD_PARTITION), left)
+        if first:
+            states = self.moments(self.optimizer, *self.flat.partitions[: index + 1])
+            self.resident = merged(self.resident.without(labels.MOMENTS, labels.HOST_PAGED), states)
+        scratch = {labels.STEP_SCRATCH: share * self.optimizer.scratch}
+        stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
 
     def _see_finalised(self, stretch: Stretch, base: Bytes) -> None:
         """Each sum comes back to the device whole, and the norm of the rank's slice of it is taken

@@ -6,18 +6,21 @@ from itertools import groupby
 
 from vramplan.memory import labels
 from vramplan.memory.activations import undominated
+from vramplan.memory.between import Files
 from vramplan.memory.engine import Engine, Micro
+from vramplan.memory.gathered import GatheredProfiles, gathered_profiles
 from vramplan.memory.gathers import second_part
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
-from vramplan.memory.profile import GatheredProfiles, Profile, gathered_profiles
+from vramplan.memory.profile import Profile
 from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
 from vramplan.spec.layout import shard
+from vramplan.spec.trainable import LoraMethod
 
 NORM_CHUNK = 250_000_000
 """Elements that ``_constant_buffered_norm2`` widens at once."""
@@ -45,6 +48,22 @@ class Zero3(Engine):
         self.second = {labels.SECONDARY: self.frozen_second + second}
         self.travels = job.grad_dtype.nbytes if job.communicates is None else job.communicates.nbytes
 
+    def gathered(self) -> Parts:
+        """Small tensors that are whole after a step (``_post_step``)."""
+        return _gathered(Bytes(self.profiles.between_steps))
+
+    def files(self) -> Files:
+        """Master and states of each rank; the model's file holds no weights."""
+        states = self.optimizer.state_bytes(self.trained_share)
+        own = self.trained_share * self.master_bytes + states
+        return Files(0, own, self.sub_group * self.master_bytes)
+
+    def largest_whole(self) -> int:
+        """Of trained tensors with adapters, else of all (``train/export.py``)."""
+        only = isinstance(self.job.method, LoraMethod)
+        params = (param for param in self.job.parameters if param.trained or not only)
+        return max((param.numel * self._width_of(param) for param in params), default=0)
+
     def _second(self, numel: int) -> int:
         """Elements of a tensor that stay on the rank besides its part (hpZ)."""
         return second_part(numel, self.job.degree, self.job.hpz) if self.job.hpz else 0
@@ -54,15 +73,18 @@ class Zero3(Engine):
         return shard(numel, self.job.degree) + self._second(numel)
 
     def _sub_groups(self) -> list[int]:
-        """``_create_fp16_sub_groups``: parameters are grouped until a group has ``sub_group_size`` elements."""
-        groups, current = [], 0
-        for param in self.job.parameters:
-            if param.trained:
-                current += shard(param.numel, self.job.degree)
+        """``_create_fp16_sub_groups``: parameters of a group are laid together until there are ``sub_group_size``
+        elements."""
+        found = []
+        for group in self.job.groups:
+            current = 0
+            for _, numel in group:
+                current += shard(numel, self.job.degree)
                 if current >= self.job.zero.sub_group_size:
-                    groups.append(current)
+                    found.append(current)
                     current = 0
-        return [*groups, current] if current else groups
+            found += [current] if current else []
+        return found
 
     def _bucket_bytes(self) -> int:
         """One persistent bucket a communication dtype (``_setup_for_real_optimizer``)."""

@@ -184,7 +184,7 @@ def checkpoint_layers(model: torch.nn.Module, run: RunSpec) -> None:
     """Recomputes layers in backward, every one or each so-many-th; what is kept for it, each one's input, lies where
     the run says."""
     model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=run.checkpoint_every
+        gradient_checkpointing_kwargs={"use_reentrant": run.checkpoint_reentrant}, every_n_layers=run.checkpoint_every
     )
     if run.offload_activations == "none":
         return

@@ -70,6 +70,7 @@ def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: b
         attention_mask=attention_mask,
         activation_checkpointing="full" if args.gradient_checkpointing else "none",
         checkpoint_every=(args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1),
+        checkpoint_reentrant=bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)),
         optimizer=_optimizer(args),
         zero=ZeroSpec(**zero or {"stage": 0, "offload_optimizer": "none", "offload_param": "none"}),
         hardware=HardwareSpec(gpu=kind, gpus_per_node=world_size),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
-from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
 from vramplan.search.price import Priced, priced
 from vramplan.search.room import shortfall
@@ -30,7 +30,7 @@ def _lean_estimates(run: RunSpec, node: Node, architecture: Architecture) -> Ite
     covered = False
     for each in _leanest_of_each_layout(priced(run, node, architecture)):
         try:
-            yield estimate(each.run, node, architecture)
+            yield estimate_run(each.run, node, architecture)
             covered = True
         except UncoveredError as error:
             uncovered = error

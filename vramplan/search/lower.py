@@ -13,7 +13,7 @@ from typing import Any
 
 from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
-from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
 from vramplan.search.plan import Plan, Prediction, plan_id
 from vramplan.search.price import TIE_FRAC, Priced, priced
@@ -101,7 +101,9 @@ class Below:
 
     def with_run(self, run: RunSpec) -> Lowered:
         """The plan with a run of the same speed."""
-        return self._lowered(run, estimate(run, self._plan.node, self._architecture), self._plan.prediction.step_time_s)
+        return self._lowered(
+            run, estimate_run(run, self._plan.node, self._architecture), self._plan.prediction.step_time_s
+        )
 
     def _priced(self, run: RunSpec) -> list[Priced]:
         try:
@@ -111,7 +113,7 @@ class Below:
 
     def _estimate(self, run: RunSpec) -> Estimate | None:
         try:
-            return estimate(run, self._plan.node, self._architecture)
+            return estimate_run(run, self._plan.node, self._architecture)
         except UncoveredError:
             return None
 

@@ -17,11 +17,8 @@ def kind_of(phase: str) -> str:
 
 
 def predicted_bytes(run: RunSpec, known: Estimate, phase: str, step: int) -> int:
-    """What the estimate says of a phase, by whatever step and micro-batch of that kind holds most.
-
-    Evaluation keeps no graph: it needs at most its batch's share of what the forward adds. Saving, resuming and
-    exporting are met with what the run holds between steps.
-    """
+    """What the estimate says of a phase, by whatever step and micro-batch of that kind holds most; of one that it does
+    not know, what the run holds between steps."""
     kind = kind_of(phase)
     if kind in _IN_STEPS:
         which = "step1." if step <= 1 else "step2."
@@ -31,11 +28,7 @@ def predicted_bytes(run: RunSpec, known: Estimate, phase: str, step: int) -> int
     for each in known.phases:
         if each.phase == kind:
             return each.peak_bytes
-    between = known.phases[-1].end_bytes
-    if kind != "evaluation":
-        return between
-    forward = predicted_bytes(run, known, "forward", 2) - between
-    return between + forward * eval_batch(run) // (run.micro_batch_size or 1)
+    return known.between_steps_bytes
 
 
 def eval_batch(run: RunSpec) -> int:

@@ -8,7 +8,7 @@ from typing import overload
 
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
-from vramplan.memory.estimate import UncoveredError, check_covered, estimate
+from vramplan.memory.estimate import UncoveredError, check_covered, estimate_run
 from vramplan.memory.floor import floor_bytes
 from vramplan.memory.job import job_from_run
 from vramplan.memory.ledger import Estimate
@@ -88,9 +88,9 @@ class Trials:
                 if each.candidate in self.excluded:
                     raise UncoveredError(self.excluded[each.candidate])
                 # one rank that does not fit is enough; only what may fit is worth asking every rank about
-                result = estimate(each.run, self.node, self.architecture, rank=0)
+                result = estimate_run(each.run, self.node, self.architecture, rank=0)
                 if result.fits and each.run.zero.stage in (1, 2):
-                    result = estimate(each.run, self.node, self.architecture)
+                    result = estimate_run(each.run, self.node, self.architecture)
             except UncoveredError as error:
                 result = error
             self._results[each.candidate] = result

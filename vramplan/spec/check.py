@@ -10,7 +10,7 @@ from vramplan.spec.trainable import LoraMethod
 def check_run(run: RunSpec) -> None:
     """Raises:
     LegalityError: methods that do not go together.
-    SpecError: a held-out set is named that the run does not have.
+    SpecError: a held-out set is named that the run does not have, or evaluations are watched that it does not make.
     """
     retain = run.retain
     if retain.kl is not None and run.loss == "liger":
@@ -25,6 +25,12 @@ def check_run(run: RunSpec) -> None:
     for key, name in wanted.items():
         if name is not None and name not in run.data.set_names:
             raise SpecError(_no_such_set(key, name, run.data.set_names))
+    watchers = {"retain.early_stop": retain.early_stop, "training.patience": run.training.patience}
+    watching = [key for key, value in watchers.items() if value is not None]
+    if watching and run.training.eval_every is None:
+        raise SpecError(
+            f"{watching[0]} watches evaluations, of which there is one only, at the end: set training.eval_every"
+        )
 
 
 def _no_such_set(key: str, name: str, known: tuple[str, ...]) -> str:

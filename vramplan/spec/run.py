@@ -205,6 +205,9 @@ class RunSpec(UserModel):
     checkpoint_every: int = Field(default=1, ge=1)
     """Of checkpointing full: layers of which one is recomputed, the first of each so many (transformers'
     ``every_n_layers``); the rest keep what their backward needs. 1: every layer is."""
+    checkpoint_reentrant: bool = False
+    """Whether checkpointing is torch's older, reentrant one (``use_reentrant``): a layer's whole forward is run again
+    before any of its backward."""
     loss: Loss = "hf"
     """hf: transformers' own loss over full logits in fp32; chunked: DeepSpeed's, which leaves them in their own format;
     liger: fused linear cross-entropy, which never makes them."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vramplan.facts.architecture import Architecture
-from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
 from vramplan.search.lower import Below, Lowered
 from vramplan.search.plan import Plan, plan_id
@@ -70,11 +70,10 @@ class Ladder:
         return None if plan_id(changed) in self._forbidden else self._below_itself(changed)
 
     def _eval_batch_that_fits(self, run: RunSpec) -> int:
-        known = estimate(run, self._plan.node, self._architecture)
         size = eval_batch(run) // 2
         while size > 1:
             smaller = with_field(run, "training.eval_micro_batch_size", size)
-            if self._fits(smaller, known, ("evaluation",)):
+            if self._fits(smaller, estimate_run(smaller, self._plan.node, self._architecture)):
                 break
             size //= 2
         return size
@@ -123,13 +122,13 @@ class Ladder:
         """Whether the memory that ran out is the host's and not that which the ledger's peak counts."""
         return verdict.cause is Cause.HOST_MEMORY and self._plan.node.device.kind != "cpu"
 
-    def _fits(self, run: RunSpec, known: Estimate, more: tuple[str, ...] = ()) -> bool:
+    def _fits(self, run: RunSpec, known: Estimate) -> bool:
         """Whether every phase, as corrected, stays within the room that there is, and the device."""
         if not known.fits:
             return False
         room = self._room
         phases = [(each.phase, 1 if each.phase.startswith("step1.") else 2) for each in known.phases]
-        return all(self._bytes(run, known, phase, step) <= room for phase, step in (*phases, *((m, 2) for m in more)))
+        return all(self._bytes(run, known, phase, step) <= room for phase, step in phases)
 
     def _bytes(self, run: RunSpec, known: Estimate, phase: str, step: int) -> int:
         """The estimate of a phase with what was seen beyond it in phases of its kind."""
@@ -162,7 +161,7 @@ def _missing(attempt: Attempt) -> int:
 def predicted_of(plan: Plan, architecture: Architecture, verdict: Verdict) -> int | None:
     """The estimate of the phase that a run ended in; None where the arithmetic does not cover it."""
     try:
-        known = estimate(plan.run, plan.node, architecture)
+        known = estimate_run(plan.run, plan.node, architecture)
     except UncoveredError:
         return None
     return predicted_bytes(plan.run, known, verdict.phase, verdict.step)

@@ -11,7 +11,7 @@ from vramplan.errors import NoPlanError
 from vramplan.facts.architecture import Architecture
 from vramplan.measure.record import PhaseReading, read_records
 from vramplan.measure.run_dir import RunDir
-from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
 from vramplan.search.lower import Below, changes, words_of
 from vramplan.search.plan import Plan, plan_id
@@ -108,7 +108,7 @@ def _outcome(correction: Correction) -> str:
 
 def _estimate(plan: Plan, architecture: Architecture) -> Estimate | None:
     try:
-        return estimate(plan.run, plan.node, architecture)
+        return estimate_run(plan.run, plan.node, architecture)
     except UncoveredError:
         return None
 

@@ -24,12 +24,13 @@ def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str) -> st
     if run.method.kind != "full":
         front["library_name"] = "peft"
     asked = _asked(run)
-    steps = [event for event in events if event["event"] == "step"]
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    exported = next((event["step"] for event in reversed(events) if event["event"] == "best"), None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({run.method.kind})",
-        f"Trained with vramplan {__version__} for {steps[-1]['step'] if steps else 0} optimizer steps.",
-        _evaluations(events),
+        _steps(run, steps[-1] if steps else 0, exported),
+        _evaluations(events, exported),
         _tasks(events),
         f"## What was asked\n\n```yaml\n{yaml.safe_dump(asked, sort_keys=False)}```",
         _versions(events),
@@ -44,8 +45,18 @@ def _asked(run: RunSpec) -> dict[str, Any]:
     return asked | {"method": run.method.model_dump(mode="json")} | ({"retain": retained} if retained else {})
 
 
-def _evaluations(events: list[dict[str, Any]]) -> str:
-    """A table of every held-out set: perplexity at the first and at the last evaluation."""
+def _steps(run: RunSpec, done: int, exported: int | None) -> str:
+    said = f"Trained with vramplan {__version__} for {done} optimizer steps."
+    if exported is not None and exported != done:
+        said += f" The weights are those after step {exported}, the best on {run.training.best_on}."
+    if run.retain.interpolate:
+        said += f" {run.retain.interpolate:.0%} of the base weights were laid into them after the evaluations below."
+    return said
+
+
+def _evaluations(events: list[dict[str, Any]], exported: int | None) -> str:
+    """A table of every held-out set: perplexity at the first evaluation and at that of the weights that are exported
+    (the last, where ``exported`` is None)."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         if event["event"] == "evaluation":
@@ -55,11 +66,11 @@ def _evaluations(events: list[dict[str, Any]]) -> str:
     lines = [
         "## Evaluation",
         "",
-        "| held-out set | first perplexity (at step) | last |",
+        "| held-out set | first perplexity (at step) | these weights' |",
         "| --- | --- | --- |",
     ]
     for name, found in rows.items():
-        first, last = found[0], found[-1]
+        first, last = found[0], next((each for each in found if each["step"] == exported), found[-1])
         lines.append(f"| {name} | {first['perplexity']:.3f} ({first['step']}) | {last['perplexity']:.3f} |")
     return "\n".join(lines)
 

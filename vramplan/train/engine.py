@@ -87,6 +87,7 @@ class TrainEngine:
         self.deepspeed.train()  # from_pretrained gives a model that evaluates: no dropout, no checkpointing
         self.base = BaseModel(self.deepspeed, reference) if run.retain.kl is not None else None
         self._sampling = False
+        self._largest_evaluated = (0, 0)
         self._managed = managed_accumulation(run)
         self._half_without_zero = run.precision in ("bf16", "fp16") and not run.zero.stage
         if self._half_without_zero:
@@ -116,6 +117,9 @@ class TrainEngine:
     ) -> torch.Tensor:
         """This micro-batch's part of the global batch's loss (a scalar with its graph); ``is_last``: the step follows
         its backward; ``row_losses``: as in ``batch_loss``."""
+        if not self.module.training:
+            shape = batch.input_ids.shape[0], batch.input_ids.shape[1]
+            self._largest_evaluated = max(self._largest_evaluated, shape, key=lambda each: each[0] * each[1])
         if self._managed and self.module.training:
             self.deepspeed.set_gradient_accumulation_boundary(is_last)
         training = self.module.training
@@ -150,6 +154,11 @@ class TrainEngine:
             yield
         finally:
             self._sampling = False
+
+    def take_largest_evaluated(self) -> tuple[int, int]:
+        """Sequences and their length of the largest forward of evaluations since this was last asked."""
+        taken, self._largest_evaluated = self._largest_evaluated, (0, 0)
+        return taken
 
     def retention_bytes(self) -> int:
         """Bytes that methods against forgetting keep on this rank."""

@@ -169,6 +169,8 @@ class Loop:
     def return_to_best(self) -> None:
         """Loads the checkpoint that ``training.best_on`` asks for, if it is not where the run ended."""
         best = self.watch.best_step
+        if best is not None:
+            self.metrics.event("best", step=best)
         if best is not None and best != self.steps_done:
             path = load_step(self.engine, self.run_dir.checkpoints, best)
             self.metrics.event("note", text=f"the best checkpoint, of step {best}, is exported ({path})")
@@ -181,6 +183,7 @@ class Loop:
     def _evaluate(self, steps_done: int, name: str, samples: Sequence[Sample]) -> None:
         with self.phases.phase("evaluation", steps_done):
             evaluation = evaluate(self.engine, samples, self._pad_id)
+        self.phases.evaluated("evaluation", self.engine.take_largest_evaluated())
         perplexity = evaluation.perplexity
         self.watch.add(name, steps_done, evaluation.loss)
         self.metrics.event(
@@ -198,6 +201,7 @@ class Loop:
         """Writes a checkpoint."""
         with self.phases.phase("save", steps_done):
             self.saving.checkpoint(self._state_to_save(steps_done), self._step_s, self.watch.best_step)
+        self.phases.evaluated("save", self.engine.take_largest_evaluated())
 
     def _state_to_save(self, steps_done: int) -> RunState:
         """Raises:

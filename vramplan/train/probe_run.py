@@ -17,7 +17,7 @@ from vramplan.train.evaluate import evaluate
 from vramplan.train.loop import GlobalBatch, Loop
 from vramplan.train.model import count_parameters
 from vramplan.train.phases import PROBED_STEPS
-from vramplan.train.record import highest_of_ranks, write_record
+from vramplan.train.record import Recorder
 
 _MICRO_BATCHES = 2
 
@@ -42,6 +42,7 @@ class ProbeLoop(Loop):
         chosen = [held_out[index] for index in _longest(held_out, eval_batch(self.run) * self.engine.dp_degree)]
         with self.phases.phase("evaluation", PROBED_STEPS):
             evaluate(self.engine, chosen, self._pad_id)
+        self.phases.evaluated("evaluation", self.engine.take_largest_evaluated())
 
 
 def run_probe(loop: ProbeLoop, plan: Plan, config: dict[str, Any]) -> None:
@@ -52,9 +53,7 @@ def run_probe(loop: ProbeLoop, plan: Plan, config: dict[str, Any]) -> None:
         loop.evaluate_longest()
     loop.save(PROBED_STEPS)
     loop.phases.stop_measuring()
-    readings = highest_of_ranks(loop.phases.readings)
-    if loop.engine.rank == 0:
-        write_record(plan, loop.run_dir, config, readings, count_parameters(loop.engine.module), seconds[-1])
+    Recorder(plan, loop.run_dir, config, loop.phases, count_parameters(loop.engine.module)).write(seconds[-1])
     loop.metrics.event("end", step=PROBED_STEPS, exported="nothing")
     loop.metrics.close()
 

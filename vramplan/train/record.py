@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,22 @@ import torch
 import torch.distributed as dist
 
 from vramplan.facts.environment import TESTED_VERSIONS
-from vramplan.measure.record import Measured, PhaseReading, Record, peaks_of
+from vramplan.measure.record import (
+    ForwardShape,
+    JobSpec,
+    Measured,
+    PassedMoments,
+    PhaseReading,
+    Record,
+    peaks_of,
+    read_records,
+)
 from vramplan.measure.record_spec import record_spec_from_run
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan
 from vramplan.spec.layout import Layout
 from vramplan.train.metrics import peak_resident_bytes
+from vramplan.train.phases import Phases
 
 
 def highest_of_ranks(readings: Sequence[PhaseReading]) -> list[PhaseReading]:
@@ -27,30 +37,98 @@ def highest_of_ranks(readings: Sequence[PhaseReading]) -> list[PhaseReading]:
     return [max(phase, key=lambda reading: reading.allocated_peak_bytes) for phase in zip(*of_ranks, strict=True)]
 
 
-def write_record(
-    plan: Plan,
-    run_dir: RunDir,
-    config: dict[str, Any],
-    readings: Sequence[PhaseReading],
-    parameters: tuple[int, int],
-    seconds_per_step: float,
-) -> None:
-    """Writes ``record.jsonl``: one line in the record form, with what the plan predicted under ``predicted``."""
-    run, phases = plan.run, tuple(readings)
-    layout = run.layout or Layout(dp=plan.node.world_size)
-    measured = Measured(
-        outcome="ok",
-        phases=phases,
-        numel_total=parameters[0],
-        numel_trainable=parameters[1],
-        host_rss_peak_bytes=peak_resident_bytes(),
-        seconds_per_step=seconds_per_step,
+class Recorder:
+    """Writes ``record.jsonl``: one line in the record form, with what the plan predicted under ``predicted``. Every
+    rank makes the same calls; rank 0 writes.
+
+    ``config``: fields of the model's ``config.json``; ``parameters``: all and trained ones.
+    """
+
+    def __init__(
+        self, plan: Plan, run_dir: RunDir, config: dict[str, Any], phases: Phases, parameters: tuple[int, int]
+    ) -> None:
+        self._plan, self._run_dir, self._config = plan, run_dir, config
+        self._phases, self._parameters = phases, parameters
+        self._written: list[PhaseReading] = []
+        self._seconds_per_step: float | None = None
+
+    def write(self, seconds_per_step: float) -> list[PhaseReading]:
+        """The record of what was read so far; gives the readings, of all ranks."""
+        self._seconds_per_step = seconds_per_step
+        self._written = self._phases.readings
+        readings = highest_of_ranks(self._written)
+        passed = passed_moments(readings, _largest_of_ranks(self._phases.shapes))
+        if dist.get_rank() == 0:
+            self._write_line(readings, passed)
+        return readings
+
+    def refresh(self) -> None:
+        """The record anew, where phases were read since it was written."""
+        if self._seconds_per_step is not None and self._phases.readings != self._written:
+            self.write(self._seconds_per_step)
+
+    def add_resume(self) -> None:
+        """Adds the reading of a resume to the record of the same plan that is there, if there is one."""
+        resumed = [reading for reading in self._phases.readings if reading.phase == "resume"]
+        readings, shapes = highest_of_ranks(resumed), _largest_of_ranks(self._phases.shapes)
+        if dist.get_rank() or not readings or not self._run_dir.record.is_file():
+            return
+        (record,) = read_records(self._run_dir.record)
+        passes = record.spec.passes or PassedMoments()
+        if self._spec(passes).model_dump(mode="json") != record.spec.model_dump(mode="json"):  # of another plan
+            return
+        self._seconds_per_step = record.measured.seconds_per_step
+        pinned = passes.pinned or _forward_shape(shapes.get("resume"))
+        others = [reading for reading in record.measured.phases if reading.phase != "resume"]
+        self._write_line([*others, *readings], passes.model_copy(update={"resumed": True, "pinned": pinned}))
+
+    def _spec(self, passed: PassedMoments) -> JobSpec:
+        run = self._plan.run
+        layout = run.layout or Layout(dp=self._plan.node.world_size)
+        spec = record_spec_from_run(run, self._config, layout, run_id=self._run_dir.root.name)
+        return spec.model_copy(update={"passes": passed})
+
+    def _write_line(self, readings: Sequence[PhaseReading], passed: PassedMoments) -> None:
+        phases = tuple(readings)
+        measured = Measured(
+            outcome="ok",
+            phases=phases,
+            numel_total=self._parameters[0],
+            numel_trainable=self._parameters[1],
+            host_rss_peak_bytes=peak_resident_bytes(),
+            seconds_per_step=self._seconds_per_step,
+        )
+        measured = replace(measured, **peaks_of(phases))  # type: ignore[arg-type]
+        record = Record(self._run_dir.root.name, self._spec(passed), measured, _environment(self._plan))
+        line = record.to_dict() | {"predicted": self._plan.to_dict()["prediction"]}
+        self._run_dir.record.write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+
+def passed_moments(readings: Sequence[PhaseReading], shapes: Mapping[str, tuple[int, int]]) -> PassedMoments:
+    """What was measured besides steps, by the phases that were read and the largest forward of each."""
+    names = [reading.phase for reading in readings]
+    before_save = names[names.index("save") - 1] if "save" in names else ""
+    return PassedMoments(
+        evaluation=_forward_shape(shapes.get("evaluation")),
+        pinned=_forward_shape(shapes.get("save") or shapes.get("resume")),
+        resumed="resume" in names,
+        exported="export" in names,
+        saved_after_evaluation=before_save == "evaluation",
     )
-    measured = replace(measured, **peaks_of(phases))  # type: ignore[arg-type]
-    spec = record_spec_from_run(run, config, layout, run_id=run_dir.root.name)
-    record = Record(run_dir.root.name, spec, measured, _environment(plan))
-    line = record.to_dict() | {"predicted": plan.to_dict()["prediction"]}
-    run_dir.record.write_text(json.dumps(line) + "\n", encoding="utf-8")
+
+
+def _forward_shape(shape: tuple[int, int] | None) -> ForwardShape | None:
+    return None if not shape or not shape[0] else ForwardShape(size=shape[0], length=shape[1])
+
+
+def _largest_of_ranks(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, dict(shapes))
+    names = {name for each in of_ranks for name in each}
+    return {
+        name: max((each[name] for each in of_ranks if name in each), key=lambda shape: shape[0] * shape[1])
+        for name in names
+    }
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pinned import check_pinned_loss
 from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 from vramplan.train.probe_run import ProbeLoop, run_probe
-from vramplan.train.record import highest_of_ranks, versions, write_record
+from vramplan.train.record import Recorder, versions
 from vramplan.train.retention import general_samples, reference_model, start_penalties
 from vramplan.train.status import RankStatus
 from vramplan.units import format_bytes
@@ -99,14 +99,17 @@ def train(
     if not retrying:
         loop.forbid_retries()
     loop.saving.start(resuming)
-    first_step = _resume(loop, resuming)
+    fields = dict(read_config(start / "config.json"))
+    recorder = Recorder(plan, run_dir, fields, phases, count_parameters(engine.module))
+    first_step = _resume(loop, recorder, resuming)
     loop.restore_losses(first_step)
     _announce(loop, inputs.data, first_step)
-    seconds_per_step = _steps(loop, first_step, plan, dict(read_config(start / "config.json")))
+    seconds_per_step = _steps(loop, first_step, recorder)
     loop.return_to_best()
-    status.mark("export")
     base_name = public_name(run, inputs.directory)
-    exported = export(engine, run_dir, inputs.tokenizer, base_name)
+    with phases.phase("export"):
+        exported = export(engine, run_dir, inputs.tokenizer, base_name)
+    recorder.refresh()
     if rank == 0:
         write_model_card(run, run_dir, exported, base_name)
     metrics.event("end", step=loop.steps_done, exported=str(exported), seconds_per_step=seconds_per_step)
@@ -132,7 +135,7 @@ def _read_inputs(plan: Plan) -> Inputs:
     return Inputs(directory, config, tokenizer, data, eval_sets, general_samples(run, tokenizer))
 
 
-def _resume(loop: Loop, resuming: bool) -> int:
+def _resume(loop: Loop, recorder: Recorder, resuming: bool) -> int:
     """The step to go on from (0 at the start)."""
     found: Resumed | None = None
     if resuming:
@@ -140,6 +143,7 @@ def _resume(loop: Loop, resuming: bool) -> int:
             found = resume(loop.engine, loop.run_dir.checkpoints, loop.state(0), snapshots_of(loop.run_dir))
             if found is not None:
                 check_pinned_loss(found, loop.pinned_loss(), loop.run.precision)
+        loop.phases.evaluated("resume", loop.engine.take_largest_evaluated())
     if found is None:
         if resuming:
             loop.metrics.event("note", text="no checkpoint yet: the run starts from the beginning")
@@ -148,6 +152,7 @@ def _resume(loop: Loop, resuming: bool) -> int:
         loop.metrics.event("note", text=text)
     loop.metrics.event("resumed", step=found.step, path=str(found.path))
     loop.phases.stop_measuring()  # the record is of a run's first steps
+    recorder.add_resume()
     loop.watch.reread(loop.run_dir.metrics, found.step)
     return found.step
 
@@ -171,7 +176,7 @@ def _announce(loop: Loop, data: RunData, first_step: int) -> None:
     )
 
 
-def _steps(loop: Loop, first_step: int, plan: Plan, config: dict[str, Any]) -> float:
+def _steps(loop: Loop, first_step: int, recorder: Recorder) -> float:
     """Runs the remaining steps; the mean seconds of those that were not measured (or of all, if all were)."""
     seconds: list[float] = []
     if first_step == 0:
@@ -179,9 +184,10 @@ def _steps(loop: Loop, first_step: int, plan: Plan, config: dict[str, Any]) -> f
     for step in range(first_step, loop.total_steps):
         seconds.append(loop.step(step).seconds)
         done = step + 1
-        if loop.phases.measuring and done == min(PROBED_STEPS, loop.total_steps):
-            _finish_measuring(loop, plan, config, seconds)
+        if loop.phases.measures_steps and done == min(PROBED_STEPS, loop.total_steps):
+            _finish_measuring(loop, recorder, seconds)
         loop.between_steps(done)
+        recorder.refresh()
         if loop.stopped:
             break
     unmeasured = seconds[PROBED_STEPS:] if first_step == 0 else seconds
@@ -189,12 +195,9 @@ def _steps(loop: Loop, first_step: int, plan: Plan, config: dict[str, Any]) -> f
     return sum(counted) / max(1, len(counted))
 
 
-def _finish_measuring(loop: Loop, plan: Plan, config: dict[str, Any], seconds: list[float]) -> None:
-    loop.phases.stop_measuring()
-    readings = highest_of_ranks(loop.phases.readings)
-    loop.memory.learn(readings)
-    if loop.engine.rank == 0:
-        write_record(plan, loop.run_dir, config, readings, count_parameters(loop.engine.module), seconds[-1])
+def _finish_measuring(loop: Loop, recorder: Recorder, seconds: list[float]) -> None:
+    loop.phases.stop_measuring_steps()
+    loop.memory.learn(recorder.write(seconds[-1]))
     loop.metrics.event("measured", step=len(seconds), memory_peak=loop.memory.peak)
 
 

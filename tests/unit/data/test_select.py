@@ -88,5 +88,5 @@ def test_what_cannot_be_chosen_from(tmp_path):
     with pytest.raises(DataError, match="selection is of raw text, but this is a completion row"):
         select(SelectSpec(pool=str(chats)), tmp_path / "out.jsonl")
     short = write(tmp_path / "short.jsonl", ["a", "b"])
-    with pytest.raises(DataError, match=r"no document of 2 passes the filters \(2 too short\); loosen them"):
+    with pytest.raises(DataError, match=r"no document of 2 passes the filters \(2 too short\); loosen min_chars with"):
         select(SelectSpec(pool=short), tmp_path / "out.jsonl")

@@ -91,6 +91,7 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
             {"method": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}},
             "DoRA on embeddings",
         ),
+        ({"checkpoint_reentrant": True, "zero": {"stage": 3}}, "reentrant checkpointing under ZeRO-3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

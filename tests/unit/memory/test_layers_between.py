@@ -9,6 +9,7 @@ import pytest
 from tests.support.small_configs import SMALL
 from vramplan.facts.dtype import Dtype
 from vramplan.facts.families import architecture_from_config
+from vramplan.memory import gathered
 from vramplan.memory import profile as profiles
 from vramplan.memory.gathers import GatherLimits
 from vramplan.spec.trainable import FullMethod
@@ -26,7 +27,7 @@ LIMITS = GatherLimits(
 
 def highest(run):
     """Highest bytes of forward and backward, and what is left after each, of the first and the second step."""
-    found = profiles.gathered_profiles.__wrapped__(run, accumulates=False)
+    found = gathered.gathered_profiles.__wrapped__(run, accumulates=False)
     ends = [(each.forward_end.total, each.backward_end.total) for each in (found.first, found.after_step)]
     peaks = [
         (max(point.total for point in each.forward), max(point.total for point in each.backward))

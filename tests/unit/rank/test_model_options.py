@@ -79,11 +79,14 @@ def test_layer_inputs_pass_the_host_and_gradients_stay():
         torch.testing.assert_close(found[name], gradient)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
-def test_one_layer_of_so_many_is_recomputed(every, recomputed):
+def test_one_layer_of_so_many_is_recomputed(every, recomputed, reentrant):
     expected = gradients(small_model(), SEQ_LEN)
     model = small_model()
-    checkpoint_layers(model, run(activation_checkpointing="full", checkpoint_every=every))
+    checkpoint_layers(
+        model, run(activation_checkpointing="full", checkpoint_every=every, checkpoint_reentrant=reentrant)
+    )
     assert [layer.gradient_checkpointing for layer in model.model.layers] == recomputed
     for name, gradient in gradients(model, SEQ_LEN).items():
         torch.testing.assert_close(expected[name], gradient)

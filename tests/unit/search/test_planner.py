@@ -13,7 +13,7 @@ from vramplan.facts.device import Node
 from vramplan.facts.devices import cpu_node, find_device
 from vramplan.facts.host import Host
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.search.choose import search
 from vramplan.search.fit import fit_run
 from vramplan.search.lean import leanest_fit
@@ -51,7 +51,7 @@ CASES = {
 
 def fits(run: RunSpec, node: Node, margin_frac: float) -> bool:
     try:
-        return fits_with_margin(estimate(run, node, resolve_architecture(run)), margin_frac)
+        return fits_with_margin(estimate_run(run, node, resolve_architecture(run)), margin_frac)
     except UncoveredError:
         return False
 
@@ -89,7 +89,7 @@ def test_the_plans_prediction_is_the_estimate_of_its_run():
     run = ask(LLAMA)
     architecture = resolve_architecture(run)
     plan = make_plan(run, H100, architecture)
-    found = estimate(plan.run, H100, architecture)
+    found = estimate_run(plan.run, H100, architecture)
     assert plan.prediction.used_peak_bytes == found.used_peak_bytes
     assert plan.prediction.phases == found.phases
     assert sum(term.num_bytes for term in plan.prediction.terms) == found.used_peak_bytes
@@ -179,7 +179,7 @@ def test_a_longer_sequence_than_the_remedys_does_not_fit():
 
 def test_one_gpu_fewer_than_the_remedys_does_not_fit():
     run = ask(LLAMA, global_batch_size=840)
-    node = Node(find_device("h100-80gb"), 1, host_memory_bytes=16 * GIB)  # too little to offload to
+    node = Node(find_device("h100-80gb"), 1, host_memory_bytes=120 * GIB)  # enough to resume, too little to offload to
     architecture = resolve_architecture(run)
     (count,) = [
         dict(way.changes)["hardware.gpus_per_node"]

@@ -10,11 +10,12 @@ import pytest
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.marker import MemoryState
-from vramplan.memory.estimate import estimate
+from vramplan.memory.estimate import estimate_run
 from vramplan.search.lower import RUNGS, changes
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.planner import make_plan
 from vramplan.search.recalibrate import eval_batch, predicted_bytes
+from vramplan.search.remedy import with_field
 from vramplan.spec.run import HardwareSpec, RunSpec, ZeroSpec
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.classify import Cause, Verdict
@@ -157,8 +158,13 @@ def test_host_memory_on_a_gpu_node_moves_less_to_the_host():
     assert found.estimate.fits
 
 
-def test_evaluation_and_save_are_predicted_from_what_is_held_between_steps(plan):
-    known = estimate(plan.run, plan.node, resolve_architecture(plan.run))
-    between = known.phases[-1].end_bytes
-    assert predicted_bytes(plan.run, known, "save", 5) == between
-    assert between < predicted_bytes(plan.run, known, "evaluation", 5) <= predicted_bytes(plan.run, known, FORWARD, 2)
+def test_evaluation_and_save_are_predicted_by_the_estimate(plan):
+    architecture = resolve_architecture(plan.run)
+    known = estimate_run(plan.run, plan.node, architecture)
+    between, forward = known.between_steps_bytes, predicted_bytes(plan.run, known, FORWARD, 2)
+    save, evaluation = (predicted_bytes(plan.run, known, phase, 5) for phase in ("save", "evaluation"))
+    assert between < save <= evaluation < forward
+    alone = with_field(plan.run, "training.eval_micro_batch_size", 1)
+    fewer = estimate_run(alone, plan.node, architecture)
+    assert predicted_bytes(alone, fewer, "evaluation", 5) == save
+    assert predicted_bytes(plan.run, known, "data", 0) == between

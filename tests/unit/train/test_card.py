@@ -9,6 +9,21 @@ from vramplan.spec.load import run_from_mapping
 from vramplan.train.card import model_card
 
 
+def evaluation(step: int, perplexity: float) -> dict[str, object]:
+    return {"event": "evaluation", "set": "replay", "step": step, "perplexity": perplexity}
+
+
+def test_the_card_tells_of_the_weights_that_were_exported():
+    events = [evaluation(0, 9.0), {"event": "step", "step": 4}, evaluation(2, 7.0), evaluation(4, 8.0)]
+    run = run_from_mapping({"model": "b", "training": {"best_on": "held_out"}, "retain": {"interpolate": 0.25}})
+    best = model_card(run, [*events, {"event": "best", "step": 2}], "b")
+    assert "for 4 optimizer steps. The weights are those after step 2, the best on held_out. 25% of the base" in best
+    assert "| replay | 9.000 (0) | 7.000 |" in best
+    last = model_card(run_from_mapping({"model": "b"}), events, "b")
+    assert "for 4 optimizer steps.\n" in last
+    assert "| replay | 9.000 (0) | 8.000 |" in last
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"method": {"kind": "lora"}, "retain": {"kl": {}, "ewc": {"data": "general.jsonl"}}}, {"seq_len": 512}],

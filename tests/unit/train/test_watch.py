@@ -45,6 +45,13 @@ def test_patience_ends_a_run_that_no_longer_gets_better():
     assert watch({"best_on": "held_out"}, {}, held_out=[4, 3, 9, 9, 9]).stop_reason is None
 
 
+def test_what_watches_evaluations_needs_some():
+    sets = {"data": {"eval_sets": {"general": "builtin:arithmetic"}}}
+    for fields in ({"training": {"patience": 2, "best_on": "held_out"}}, {"retain": EARLY, **sets}):
+        with pytest.raises(SpecError, match=r"set training\.eval_every"):
+            check_run(run_from_mapping({"model": "x", **fields}))
+
+
 def test_patience_without_a_set_is_refused():
     with pytest.raises(SpecError, match=r"training\.patience needs training\.best_on"):
         check_run(run_from_mapping({"model": "x", "training": {"patience": 2}}))

@@ -52,6 +52,11 @@ class Tables:
     window_mask: Tensor | None = None
     """None where the kernel is told that the mask is causal."""
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        masks = [each for each in (self.mask, self.window_mask) if each is not None]
+        return [*(self.rotary or ()), *(self.window_rotary or ()), *masks]
+
     def of(self, mixer: Attention | LatentAttention) -> Tables:
         """What of them a layer is given."""
         if mixer.local_window is not None:

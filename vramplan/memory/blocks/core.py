@@ -76,7 +76,8 @@ def without_padding(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: M
 
 def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, mask: Tensor | None) -> Tensor:
     """``scaled_dot_product_attention``: one kernel, but for dropout on the CPU."""
-    if ctx.device == "cpu" and (block.dropout > 0.0 or block.out_width != block.q_width):
+    dropout = block.dropout if ctx.tape.training else 0.0
+    if ctx.device == "cpu" and (dropout > 0.0 or block.out_width != block.q_width):
         return math_core(ctx, q, k, v, block, mask)
     q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
     scratch, efficient = ZERO, False

@@ -134,7 +134,7 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     if method.use_dora:
         dropped = _dropped(ctx, x, linear, method)
-        given = result if method.dropout == 0 else None
+        given = result if method.dropout == 0 or not ctx.tape.training else None
         magnitude = ctx.parameter(f"{linear.name}.lora_magnitude_vector.weight", linear.out_features, True)
         added = dora(ctx, dropped, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given)
         del given, dropped
