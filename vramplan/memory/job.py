@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
@@ -27,7 +28,7 @@ from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
 from vramplan.spec.targets import resolve_targets
-from vramplan.spec.trainable import LoraMethod, Method
+from vramplan.spec.trainable import FullMethod, LoraMethod, Method, check_trains
 
 KL_CHUNK_TOKENS = 256
 """Most tokens whose probabilities the KL term has in fp32 at once (``retain/kl.py``)."""
@@ -235,7 +236,7 @@ def job_from_run(
     (deepspeed 0.19.8, partition_parameters.py, ``_set_dtype``), while the engine goes on in fp32.
 
     Raises:
-        SpecError: a field that the planner decides is still None.
+        SpecError: a field that the planner decides is still None, or the method trains nothing.
     """
     decided = {
         "micro_batch_size": run.micro_batch_size,
@@ -249,6 +250,8 @@ def job_from_run(
             f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it"
         )
     method, adapted = run.method, frozenset[str]()
+    if isinstance(method, FullMethod) and method.freezes:
+        _check_trains(architecture, method)
     if isinstance(method, LoraMethod):
         targets = resolve_targets(method, architecture)
         method, adapted = targets.method, targets.parameters if architecture.mixtures else frozenset()
@@ -345,6 +348,11 @@ def tile_rows(batch: int, positions: int, architecture: Architecture) -> int:
 def kl_chunk_tokens(retain: RetainSpec, num_tokens: int) -> int:
     """Tokens whose probabilities the KL term has at once on one rank; 0 without it."""
     return 0 if retain.kl is None else min(KL_CHUNK_TOKENS, num_tokens)
+
+
+@lru_cache(maxsize=256)
+def _check_trains(architecture: Architecture, method: FullMethod) -> None:
+    check_trains(method, (param.name for param in parameters(architecture, method)), architecture.num_layers)
 
 
 def _check_targets(architecture: Architecture, method: LoraMethod) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from vramplan.errors import SpecError
 from vramplan.facts.expansion import new_block_positions
 from vramplan.spec.base import UserModel
 
@@ -45,6 +47,26 @@ class FullMethod(UserModel):
         if self.train_last_blocks is not None:
             return block is not None and block >= num_layers - self.train_last_blocks
         return True
+
+
+def check_trains(method: FullMethod, names: Iterable[str], num_layers: int) -> None:
+    """Raises:
+    SpecError: of parameters of these full names, in a model of ``num_layers`` blocks (new ones counted), nothing is
+        left to train, or what is asked to stay as it is is not there.
+    """
+    every = tuple(names)
+    if method.train_last_blocks is not None and method.train_last_blocks > num_layers:
+        raise SpecError(
+            f"method.train_last_blocks {method.train_last_blocks} is more than the {num_layers} blocks: lower it"
+        )
+    patterns = list(method.freeze)
+    if patterns and not any(re.search(pattern, name) for pattern in patterns for name in every):
+        raise SpecError(
+            f"method.freeze {patterns} is found in no parameter's name, such as {every[0]} or {every[-1]}: mend it, or "
+            "leave it out"
+        )
+    if not any(method.trains(name, num_layers) for name in every):
+        raise SpecError(f"method.freeze {patterns} leaves nothing to train: take a pattern out")
 
 
 def block_of(name: str) -> int | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vramplan
+from vramplan.errors import SpecError
 from vramplan.facts.device import Device, Node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory import labels
@@ -81,6 +82,24 @@ def test_methods_combine():
 
 def test_without_any_the_ledger_has_none_of_their_terms():
     assert not shown({}) & RETENTION
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"freeze": [".*"]}, r"method\.freeze \['\.\*'\] leaves nothing to train"),
+        ({"freeze": ["layer_norm"]}, r"is found in no parameter's name, such as model\.embed_tokens\.weight or"),
+        ({"train_last_blocks": 99}, r"method\.train_last_blocks 99 is more than the 30 blocks"),
+        ({"new_blocks": 2, "freeze": [".*"]}, r"leaves nothing to train"),
+    ],
+    ids=str,
+)
+def test_a_method_that_trains_nothing_is_one_sentence(method, said):
+    asked = {**BASE, "method": {"kind": "full", **method}}
+    with pytest.raises(SpecError, match=said):
+        vramplan.estimate(asked, NODE)
+    with pytest.raises(SpecError, match=said):
+        vramplan.fit({**asked, "hardware": {"gpu": "cpu", "gpus_per_node": 1}, "micro_batch_size": None})
 
 
 def test_freezing_shrinks_what_is_trained():
