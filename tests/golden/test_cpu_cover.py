@@ -10,6 +10,7 @@ from vramplan.measure.record import read_records
 MEASURED = Path(__file__).with_name("measured")
 FILES = {
     "cpu_padded.jsonl": 26,  # BLOOM, Falcon with ALiBi and rotary, Ulysses: padded and packed, eager and sdpa
+    "cpu_tensor_parallel.jsonl": 13,  # DeepSpeed's AutoTP on 2 and 4 ranks, nine families
     "cpu_reentrant.jsonl": 5,  # reentrant checkpointing, every layer or one of two
     "cpu_chunked_loss.jsonl": 7,  # DeepSpeed's, its logits in one block and in several
     "cpu_checkpoint_every.jsonl": 8,  # one layer of 2, 3 or 4 is recomputed

@@ -145,6 +145,7 @@ class Engine(ABC):
         """The model is built in the run's dtype; without a checkpoint to read, a tied head is made before it is tied
         (``post_init``)."""
         base = (self.trained_numel - self.adapter_numel) * self.width + self.frozen_bytes
+        base += self.job.unsplit_numel * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         architecture = self.job.architecture
         twice = 0
@@ -164,6 +165,19 @@ class Engine(ABC):
         stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
         self._see_dora(stretch, base)
         stretch.close(built)
+
+    def see_split(self, stretch: Stretch) -> None:
+        """Tensor parallelism: each weight gives way to a copy of the rank's share, in the order of the model (AutoTP's
+        ``uneven_partition``); on a GPU only the shares are there."""
+        job, degree = self.job, self.job.layout.tp
+        if degree == 1 or job.device != "cpu":
+            return
+        alive = highest = job.architecture.num_params + job.unsplit_numel
+        for _, linear in job.architecture.named_linears():
+            if linear.by_matmul:
+                highest = max(highest, alive + linear.weight_numel)
+                alive -= (degree - 1) * linear.weight_numel
+        stretch.see("weights split among ranks", {labels.WEIGHTS: highest * self.width})
 
     def _see_dora(self, stretch: Stretch, base: int) -> None:
         """Each magnitude starts as a norm of ``weight + scaling * B @ A`` (peft/tuners/lora/dora.py, ``update_layer``):

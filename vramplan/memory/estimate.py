@@ -185,7 +185,11 @@ def check_covered(job: Job) -> None:
         f"reentrant checkpointing of the {family} family": job.checkpointing
         and job.reentrant
         and job.architecture.has_own_core,
-        "tensor, pipeline or expert parallelism": max(job.layout.tp, job.layout.pp, job.layout.ep) > 1,
+        "pipeline or expert parallelism": max(job.layout.pp, job.layout.ep) > 1,
+        job.split_refused: bool(job.split_refused),
+        "tensor parallelism under ZeRO-3": job.layout.tp > 1 and job.stage == 3,
+        "tensor parallelism with the fused (liger) loss, liger's kernels or tiled MLPs": job.layout.tp > 1
+        and (job.loss == "liger" or job.liger_kernels or job.tile_rows > 0),
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
         "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,

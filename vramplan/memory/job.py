@@ -24,6 +24,7 @@ from vramplan.memory.parameters import (
 )
 from vramplan.memory.quantized import nf4_bytes
 from vramplan.memory.size import Size, basis_at
+from vramplan.memory.tensor_parallel import split, why_not
 from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
@@ -50,6 +51,10 @@ class Job:
     communicates: Dtype | None
     """Format that ZeRO-3 reduces gradients in, or None: that of accumulation."""
     layout: Layout
+    split_refused: str
+    """What of tensor parallelism is not counted; empty where all is, or there is none."""
+    unsplit_numel: int
+    """Elements that loading makes beyond the rank's share of a tensor-parallel model."""
     zero: ZeroSpec
     stage: int
     micro_batch_size: int
@@ -283,7 +288,7 @@ def job_from_run(
     if layout.sp > 1:  # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"
         communicates = Dtype.FP32
     return Job(
-        architecture=architecture,
+        architecture=split(architecture, layout.tp),
         method=method,
         adapted_parameters=adapted,
         engine=run.engine,
@@ -292,6 +297,8 @@ def job_from_run(
         grad_dtype=grad_dtype,
         communicates=communicates,
         layout=layout,
+        split_refused=why_not(architecture, layout.tp),
+        unsplit_numel=architecture.num_params - split(architecture, layout.tp).num_params if layout.tp > 1 else 0,
         zero=run.zero,
         stage=run.zero.stage,
         micro_batch_size=run.micro_batch_size,

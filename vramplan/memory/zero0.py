@@ -34,6 +34,7 @@ class Zero0(Engine):
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
+        self.see_split(stretch)
         frozen = {labels.FROZEN: self.frozen_bytes}
         weights = {labels.WEIGHTS: self.trained_numel * self.width}
         self.resident = merged(frozen, weights)

@@ -63,6 +63,7 @@ class Zero12(Engine):
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
+        self.see_split(stretch)
         width, frozen = self.width, {labels.FROZEN: self.frozen_bytes}
         flat = {labels.WEIGHTS: self.flat.padded_numel * width}
         see_flattened(stretch, self.job, self.flat, self.frozen_bytes)

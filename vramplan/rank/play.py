@@ -102,6 +102,8 @@ class RankPlayer:
             config=config,
             mpu=mpu,
         )
+        if self.layout.tp > 1:  # it compares batches by a sum over ranks, none of which is there
+            engine.first_dataloader_check.remove()
         return engine
 
     def _micro_batch(self, prefix: str, *, is_last: bool) -> None:

@@ -91,6 +91,10 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
             {"method": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}},
             "DoRA on embeddings",
         ),
+        ({"layout": {"dp": 4, "tp": 2}}, "head tied to the embedding"),
+        ({"layout": {"dp": 4, "tp": 2}, "zero": {"stage": 3}}, "tensor parallelism under ZeRO-3"),
+        ({"model": "Qwen/Qwen2.5-7B-Instruct", "layout": {"dp": 1, "tp": 8}}, "uneven shares .4 by 8"),
+        ({"model": "google/gemma-2-9b", "layout": {"dp": 4, "tp": 2}}, "tensor parallelism of the gemma2 family"),
         ({"checkpoint_reentrant": True, "zero": {"stage": 3}}, "reentrant checkpointing under ZeRO-3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -106,6 +110,14 @@ def test_terms_add_up_to_their_moment(stage):
     for moment, phase in zip(found.moments, found.phases, strict=True):
         assert moment.num_bytes == phase.peak_bytes >= phase.end_bytes
     assert found.allocated_peak_bytes == max(phase.peak_bytes for phase in found.phases)
+
+
+def test_each_rank_has_a_share_of_a_tensor_parallel_model():
+    whole = ask("meta-llama/Llama-3.1-8B", zero={"stage": 0})
+    half = ask("meta-llama/Llama-3.1-8B", zero={"stage": 0}, layout={"dp": 4, "tp": 2})
+    # 12 B of states and 2 B of weights for each element of the linears and of the head that the other rank has
+    split = (8_030_261_248 - 128_256 * 4096 - 65 * 4096) // 2
+    assert whole.phases[-1].end_bytes - half.phases[-1].end_bytes == pytest.approx(14 * split, rel=0.01)
 
 
 def test_offload_moves_states_to_the_host():

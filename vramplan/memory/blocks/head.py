@@ -136,11 +136,22 @@ def logits(ctx: BlockContext, x: Tensor, architecture: Architecture) -> Tensor:
     if architecture.tied_embeddings:
         ctx.parameters[f"{head.name}.weight"] = head_weight(ctx, architecture)
     scores = project(ctx, x, head, LOGITS)
+    if head.out_features != architecture.vocab_size:
+        scores = _gathered(scores, tokens(architecture.vocab_size))
     if architecture.logits_softcap:
         scores = ops.scaled(scores, LOGITS)
         scores = ops.unary(scores, LOGITS, "result")
         scores = ops.scaled(scores, LOGITS)
     return ops.scaled(scores, LOGITS) if architecture.logits_scaled else scores
+
+
+def _gathered(part: Tensor, whole: Size) -> Tensor:
+    """Logits of every rank's share of the vocabulary (``GatherFromTensorParallelRegion``): gathered, then joined."""
+    tape, numel, dtype = part.storage.tape, part.numel, part.dtype
+    buffer = tape.new(whole, dtype, LOGITS)
+    out = tape.new(whole, dtype, LOGITS)
+    del buffer
+    return tape.attach("gather", out, [part], [], lambda node, grads: [tape.new(numel, dtype, ops.GRADIENTS)])
 
 
 def loss(ctx: BlockContext, scores: Tensor, shifts_logits: bool = False) -> Tensor:

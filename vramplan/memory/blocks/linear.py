@@ -84,7 +84,8 @@ def _matmul(
     """``FalconLinear.forward``: ``x @ weight.T``, then the bias. What is saved of a gathered weight is its transposed
     view, which outlives the release; under autocast a view of its cast."""
     low = ctx.low(x, label)
-    cast = cast_of_weight(ctx, weight)
+    # of a view autocast caches no copy (``cached_cast``)
+    cast = weight if ctx.autocast is None else ops.to(weight, ctx.autocast, labels.AUTOCAST_COPIES)
     whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and cast is weight else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
     return out if bias is None else ops.add_vector(out, bias, label)
