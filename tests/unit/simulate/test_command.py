@@ -28,16 +28,27 @@ def vramplan(*words):
     return subprocess.run([sys.executable, "-m", "vramplan", *words], capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture
-def model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
-    return str(tmp_path)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    (root / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    return str(root)
 
 
-def test_json_has_the_keys_of_fit_and_its_own(model):
-    done = vramplan("simulate", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json")
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("out") / "new" / "simulated"
+
+
+@pytest.fixture(scope="module")
+def found(model, out):
+    """The JSON of a run that is simulated once, which also writes its files to ``out``."""
+    done = vramplan("simulate", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json", "-o", str(out))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_json_has_the_keys_of_fit_and_its_own(model, found):
     fitted = json.loads(vramplan("fit", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json").stdout)
     assert set(fitted) <= set(found)
     assert set(fitted["plan"]) - {"step_time_s", "tokens_per_s", "margin_frac"} <= set(found["plan"])
@@ -51,11 +62,7 @@ def test_json_has_the_keys_of_fit_and_its_own(model):
     assert found["largest_live"][0]["frame"]
 
 
-def test_a_page_and_a_snapshot_are_written(model, tmp_path):
-    out = tmp_path / "new" / "simulated"
-    done = vramplan("simulate", model, *CLOSED, "--gpu", "rtx4090", "--gpus", "4", "--json", "-o", str(out))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_a_page_and_a_snapshot_are_written(found, out):
     assert sorted(path.name for path in out.iterdir()) == ["snapshot.pickle", "timeline.html"]
     assert found["files"] == [str(out / "timeline.html"), str(out / "snapshot.pickle")]
     page = (out / "timeline.html").read_text(encoding="utf-8")
