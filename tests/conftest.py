@@ -1,4 +1,4 @@
-"""Every test runs without the model hub, whatever the machine can reach; files of tests that take longest come first."""
+"""Every test runs without the model hub, whatever the machine can reach; the longest files come first."""
 
 from __future__ import annotations
 

@@ -67,11 +67,19 @@ def _run(argv: list[str]) -> None:
     # pydantic looks through the metadata of every installed package for plugins, of which vramplan uses none: a quarter
     # of the time in which `vramplan fit` starts. Set before pydantic is imported; what the user has set stays.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    from vramplan.cli.parser import make_app, print_error
-
-    called = next((word for word in argv if not word.startswith("-")), None)
     try:
+        if argv[:1] == ["fit"]:
+            from vramplan.cli.plain import fit_plainly
+
+            code = fit_plainly(argv[1:])
+            if code is not None:
+                sys.exit(code)
+        from vramplan.cli.parser import make_app
+
+        called = next((word for word in argv if not word.startswith("-")), None)
         make_app(SUBCOMMANDS, called)(argv, prog_name="vramplan")
     except VramplanError as error:
+        from vramplan.cli.parser import print_error
+
         print_error(f"vramplan: {error}")
         sys.exit(error.exit_code)

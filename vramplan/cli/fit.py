@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from vramplan.cli.options import RunOptions, asked_run, with_run_options
-from vramplan.facts.devices import resolve_node
-from vramplan.facts.resolve import resolve_architecture
-from vramplan.search.fit import fit_run
+from vramplan.cli.options import RunOptions, with_run_options
+from vramplan.cli.verdict import print_fit
 
 
 @with_run_options
@@ -27,16 +25,4 @@ def fit(
 
     Exit code: 0 it fits, 1 it does not, 2 the input is wrong.
     """
-    from vramplan.cli.output import show, show_json
-
-    run = asked_run(model, options)
-    found = fit_run(run, resolve_node(run.hardware), resolve_architecture(run))
-    if json:
-        from vramplan.report.as_json import fit_to_dict
-
-        show_json(fit_to_dict(found))
-    else:
-        from vramplan.report.console import render_fit
-
-        show(render_fit(found))
-    raise typer.Exit(0 if found.fits else 1)
+    raise typer.Exit(print_fit(model, options, json))

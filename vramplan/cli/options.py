@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
-import typer
-
 from vramplan.errors import SpecError
 from vramplan.search.plan import asked_fields
 from vramplan.spec.load import merge, nest, parse_assignments, run_from_mapping
@@ -23,6 +21,8 @@ _OFFLOADS = {
 
 
 def _option(help_text: str, name: str | None = None, panel: str = "Run") -> Any:
+    import typer  # where the options are shown or read in full: ``cli/plain.py`` needs none of it
+
     return typer.Option(*([name] if name else []), help=help_text, rich_help_panel=panel, show_default=False)
 
 

@@ -49,12 +49,15 @@ def bucket_flushes(
     """
     done: list[BucketFlush] = []
     buckets: dict[bool, list[tuple[int, int]]] = {}
+    filled: dict[bool, int] = {}
     for position, (name, numel) in enumerate(gradients):
-        held = buckets.setdefault(name in lowered, [])
-        if held and sum(each for _, each in held) + numel > bucket.numel:
-            done.append(_flush(held, position, bucket, name in lowered))
+        kind = name in lowered
+        held = buckets.setdefault(kind, [])
+        if held and filled[kind] + numel > bucket.numel:
+            done.append(_flush(held, position, bucket, kind))
             held.clear()
         held.append((position, numel))
+        filled[kind] = numel if len(held) == 1 else filled[kind] + numel
     done += [_flush(held, None, bucket, kind) for kind, held in buckets.items()]
     return tuple(done)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from vramplan.memory.blocks.balance import SCORES
 from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.labels import GATHER_BUFFER, GATHERED, SECONDARY
-from vramplan.memory.size import ZERO, Size, add, sub
+from vramplan.memory.size import ZERO, Size, sub
 from vramplan.memory.tape import Point
 
 
 def less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> Point:
     """An instant of one layer as that of another below it, which has less alive by ``freed``."""
-    by_label = {label: sub(size, freed.get(label, ZERO)) for label, size in point.by_label.items()}
-    total = ZERO
-    for size in by_label.values():
-        total = add(total, size)
+    by_label, total = dict(point.by_label), point.total
+    for label, size in freed.items():
+        if label in by_label:
+            by_label[label], total = sub(by_label[label], size), sub(total, size)
     return Point(where, point.index, total, by_label, grad_numel)
 
 

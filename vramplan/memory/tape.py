@@ -226,7 +226,8 @@ class Tape:
         width = dtype.nbytes
         size = (numel[0] * width, numel[1] * width, numel[2] * width, numel[3] * width, numel[4] * width)
         self.total = add(self.total, size)
-        self.by_label[label] = add(self.by_label.get(label, ZERO), size)
+        by_label = self.by_label
+        by_label[label] = add(by_label[label], size) if label in by_label else size
         self._rising = self.where
         return Tensor(Storage(self, size, label), numel, dtype)
 
@@ -275,10 +276,12 @@ class Tape:
 
         torch saves an operator's inputs before it runs, so recomputing can stop between the two.
         """
+        if not self._grad_enabled:
+            return None
         edges = [
             (tensor.node, tensor.slot) if tensor is not None and tensor.node is not None else None for tensor in inputs
         ]
-        if not self._grad_enabled or not any(edges):
+        if not any(edges):
             return None
         node = Node(name, self._next_order(), edges, backward, self.where)
         for tensor in saved:
