@@ -10,10 +10,12 @@ import torch
 
 
 class BaseModel:
-    """``reference``: a frozen copy (a module or an engine of its own), or None where adapters can be switched off."""
+    """``reference``: a frozen copy (a module or an engine of its own), or None where adapters can be switched off.
+    ``autocast``: whether a module is run under bf16 autocast, as an engine does by itself."""
 
-    def __init__(self, engine: Any, reference: Any | None = None) -> None:
+    def __init__(self, engine: Any, reference: Any | None = None, *, autocast: bool = False) -> None:
         self._engine, self._reference = engine, reference
+        self._autocast = autocast and not hasattr(reference, "module")
         if reference is not None:
             reference.eval()
             getattr(reference, "module", reference).requires_grad_(False)
@@ -22,7 +24,8 @@ class BaseModel:
         """Logits (batch, length, vocabulary) without gradient and dropout."""
         with torch.no_grad():
             if self._reference is not None:
-                found: torch.Tensor = self._reference(**inputs).logits
+                with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self._autocast):
+                    found: torch.Tensor = self._reference(**inputs).logits
                 return found
             with _adapters_off(self._engine):
                 result: torch.Tensor = self._engine(**inputs).logits

@@ -85,7 +85,9 @@ class TrainEngine:
             mpu=sequence_parallel_group(layout, module, run.attention, run.micro_batch_size or 1),
         )
         self.deepspeed.train()  # from_pretrained gives a model that evaluates: no dropout, no checkpointing
-        self.base = BaseModel(self.deepspeed, reference) if run.retain.kl is not None else None
+        self.base = None
+        if run.retain.kl is not None:
+            self.base = BaseModel(self.deepspeed, reference, autocast=run.precision == "bf16-autocast")
         self._sampling = False
         self._largest_evaluated = (0, 0)
         self._managed = managed_accumulation(run)

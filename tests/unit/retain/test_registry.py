@@ -70,6 +70,17 @@ def test_what_a_method_keeps_is_what_the_ledger_says(method, kind, ranks, tmp_pa
     assert springs.state_bytes() == kept > 0
 
 
+def test_a_frozen_copy_computes_in_the_runs_own_precision(tmp_path):
+    """Else its logits would be twice as large as the ledger says."""
+    directory = save_tiny_model(tmp_path)
+    fields = {"model": str(directory), "precision": "bf16-autocast", "retain": {"kl": {"weight": 0.5}}}
+    run = run_from_mapping(merge(BASE, fields))
+    reference = reference_model(run, directory, {}, torch.device("cpu"))
+    inputs = {"input_ids": torch.arange(8)[None]}
+    assert BaseModel(None, reference, autocast=True).logits(inputs).dtype is torch.bfloat16
+    assert BaseModel(None, reference).logits(inputs).dtype is torch.float32
+
+
 def test_methods_combine():
     together = {}
     for method in METHODS:
