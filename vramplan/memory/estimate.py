@@ -208,9 +208,10 @@ def check_covered(job: Job) -> None:
         and job.shifted_logits,
         f"the fused (liger) loss of the {job.architecture.family} family": job.loss == "liger"
         and job.architecture.family not in FUSED_LOSS_FAMILIES,
-        "the fused (liger) loss under autocast of fp32 weights": job.loss == "liger"
+        "the fused (liger) loss under autocast of fp32 weights and ZeRO-3": job.loss == "liger"
         and job.autocast is not None
-        and job.dtype is not job.autocast,
+        and job.dtype is not job.autocast
+        and job.stage == 3,
         "the fused (liger) loss with an adapter on the head": job.loss == "liger" and _adapts_head(job),
     }
     named = [name for name, is_so in uncovered.items() if is_so]

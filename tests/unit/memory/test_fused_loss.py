@@ -7,9 +7,14 @@ from hypothesis import strategies as st
 from vramplan.errors import SpecError
 from vramplan.facts.device import Node
 from vramplan.facts.devices import find_device
+from vramplan.facts.dtype import Dtype
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.memory.blocks.fused_loss import rows_at_once
+from vramplan.memory.blocks.context import BlockContext
+from vramplan.memory.blocks.fused_loss import _lowered_chunks, rows_at_once
 from vramplan.memory.estimate import estimate
+from vramplan.memory.leaf import Parameter
+from vramplan.memory.size import const
+from vramplan.memory.tape import Tape
 from vramplan.spec.run import RunSpec
 
 NODE = Node(find_device("h100-80gb"), 1)
@@ -59,3 +64,22 @@ def test_no_batch_needs_more_than_whole_logits(micro, seq_len):
 def test_a_family_that_liger_does_not_know_is_refused():
     with pytest.raises(SpecError, match=r"liger.*gpt_neox"):
         found("liger", model="EleutherAI/pythia-160m")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_under_autocast_a_chunk_takes_copies_of_the_weight(trained):
+    tape = Tape()
+    ctx = BlockContext(tape, Dtype.FP32, "cuda", "sdpa", autocast=Dtype.BF16)
+    weight = Parameter(tape, "lm_head.weight", 10_000, Dtype.FP32, trained)
+    _lowered_chunks(ctx, weight, const(300), const(7_000), Dtype.BF16)
+    tape.settle()
+    # a chunk's input and logits, and the transposed weight's copy beside the one that autocast keeps of a trained one
+    assert max(point.total[0] for point in tape.points) == 2 * (300 + 7_000 + 10_000 * (2 if trained else 1))
+    assert tape.total[0] == (2 * 10_000 if trained else 0)
+
+
+def test_under_autocast_it_needs_less_than_whole_logits_in_fp32():
+    long = {"precision": "bf16-autocast", "micro": 4, "seq_len": 4096, "method": {"kind": "lora"}}
+    assert found("liger", **long).train_allocated_peak_bytes < found("hf", **long).train_allocated_peak_bytes
+    with pytest.raises(SpecError, match="under autocast of fp32 weights and ZeRO-3"):
+        found("liger", precision="bf16-autocast", zero={"stage": 3})

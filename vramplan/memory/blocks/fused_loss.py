@@ -1,7 +1,7 @@
 """Liger's fused linear cross-entropy: the head's product and the loss, a chunk of tokens at a time.
 
-Read in liger-kernel 0.8.5 (ops/fused_linear_cross_entropy.py, ``fused_linear_cross_entropy_forward``), on CUDA with
-input and weight of one format. Gradients are made in forward and kept for backward; logits are never whole.
+Read in liger-kernel 0.8.5 (ops/fused_linear_cross_entropy.py, ``fused_linear_cross_entropy_forward``), on CUDA.
+Gradients are made in forward and kept for backward; logits are never whole.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.head import LOGITS, LOSS, TOKENS, head_weight
+from vramplan.memory.blocks.linear import cast_of_weight
 from vramplan.memory.leaf import Parameter
-from vramplan.memory.size import const
+from vramplan.memory.size import Size, const
 from vramplan.memory.tape import Node, Tensor
 
 FAMILIES = frozenset(
@@ -46,19 +47,38 @@ def fused_loss(ctx: BlockContext, x: Tensor, architecture: Architecture, rows: i
     padded, targets = (ctx.tape.new(tokens(1), Dtype.INT64, TOKENS) for _ in range(2))
     weight = head_weight(ctx, architecture)
     out = ctx.call(
-        architecture.head.name, (weight,), lambda x: _kernel(x, weight, rows * architecture.vocab_size), ops.view(x)
+        architecture.head.name, (weight,), lambda x: _kernel(ctx, x, weight, rows, architecture), ops.view(x)
     )
     del padded, targets
     return out
 
 
-def _kernel(x: Tensor, weight: Parameter, logits_numel: int) -> Tensor:
+def _lowered_chunks(ctx: BlockContext, weight: Parameter, hidden: Size, vocab: Size, low: Dtype) -> None:
+    """The first two chunks under autocast: of the weight's transposed view a copy is made each time, of a trained
+    weight itself one that autocast keeps (``cached_cast``); the weight's gradient takes the chunk in low precision
+    (compute capability 8.0)."""
+    tape = ctx.tape
+    for _ in range(2):
+        chunk, transposed = tape.new(hidden, low, LOSS), tape.new(weight.numel, low, LOSS)
+        logits = tape.new(vocab, low, LOGITS)
+        del chunk, transposed
+        with tape.without_graph():
+            copy = cast_of_weight(ctx, weight)
+        product = tape.new(hidden, low, LOSS)
+        del product, logits, copy
+
+
+def _kernel(ctx: BlockContext, x: Tensor, weight: Parameter, rows: int, architecture: Architecture) -> Tensor:
     tape = x.storage.tape
     grad_x = tape.new(x.numel, x.dtype, LOSS)
     grad_weight = tape.new(weight.numel, weight.dtype, LOSS) if weight.requires_grad else None
     losses, mask = tape.new(tokens(1), Dtype.FP32, LOSS), tape.new(tokens(1), Dtype.BOOL, LOSS)
-    logits = tape.new(const(logits_numel), x.dtype, LOGITS)
-    del logits
+    hidden, vocab = const(rows * architecture.hidden_size), const(rows * architecture.vocab_size)
+    if ctx.autocast in (None, x.dtype):
+        logits = tape.new(vocab, x.dtype, LOGITS)
+        del logits
+    else:
+        _lowered_chunks(ctx, weight, hidden, vocab, ctx.autocast)
     out = tape.new(const(1), Dtype.FP32, LOSS)
     del losses, mask
 
