@@ -33,6 +33,12 @@ of mixtral and qwen3_moe reach routers and experts."""
 WRAPPED = Path(__file__).with_name("measured") / "cpu_expert_adapters.jsonl"
 """Taken by `vramplan bench run`: adapters on the parameters of experts and routers (PEFT's ParamWrapper) of
 deepseek_v2, deepseek_v3, gpt_oss, llama4, qwen2_moe, qwen3_moe and mixtral, lora and qlora, under every ZeRO stage."""
+KEYS = Path(__file__).with_name("measured") / "cpu_zero_keys.jsonl"
+"""Taken by `vramplan bench run`: adapters on token embeddings, and DeepSpeed's rarer keys of ZeRO 1 to 3 (how
+gradients are laid out, reduced and overlapped, how weights are gathered) with small buckets."""
+DRAWS = Path(__file__).with_name("measured") / "cpu_draws.jsonl"
+"""Taken by `vramplan bench run` of jobs that benchmarks/draws.py drew: every family of the catalogue, real widths (of
+large models a quarter), few layers, every other setting at random."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -98,8 +104,8 @@ def test_quantized_weights():
 
 @pytest.fixture(
     scope="module",
-    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7)],
-    ids=["dense", "latent", "experts", "wrapped"],
+    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7), (KEYS, 67, 8), (DRAWS, 66, 29)],
+    ids=["dense", "latent", "experts", "wrapped", "keys", "draws"],
 )
 def families(request):
     path, least, num_types = request.param

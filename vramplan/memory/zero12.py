@@ -134,17 +134,19 @@ class Zero12(Engine):
 
     def _reduce_all(self, stretch: Stretch, base: Bytes, bucket: Parts) -> None:
         """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
-        order = tuple(name for group in self.job.groups for name, _ in group)
-        left = self.trained_numel * self.width
-        instants: list[tuple[int, str, int, int, int]] = [(left, "before reduction", left, 0, 0)]
+        arriving = [each for group in self.job.groups for each in group]
+        most, whole = self.job.zero.reduce_bucket_size, self.trained_numel * self.width
+        instants: list[tuple[int, str, int, int, int]] = [(whole, "before reduction", whole, 0, 0)]
         partition = sum(self._partition().values())
-        filled = 0
-        for flush in self._flushes(order):
-            moves = self.contiguous and flush.numel <= self.job.zero.reduce_bucket_size
+        filled = gone = 0
+        for flush in self._flushes(tuple(name for name, _ in arriving)):
+            moves = self.contiguous and flush.numel <= most
+            # whatever came before, into either bucket, has moved there
+            moved = sum(numel for _, numel in arriving[: flush.before] if numel <= most) if self.contiguous else 0
+            left = whole - moved * self.width - gone
             if self.offloads and not moves:  # _offload_gradient_safety_enabled: it gets a storage of its own
                 clone = flush.numel * self.width
                 instants.append((left + clone, "a large gradient copied", left, 0, clone))
-            left -= flush.numel * self.width if moves else 0
             copy = self._copy_bytes(flush)
             instants.append((left + filled + copy, "gradient reduction", left, filled, copy))
             if self.contiguous and self.rank in flush.ranks:
@@ -152,7 +154,7 @@ class Zero12(Engine):
             instants.append((left + filled, "gradient partition filled", left, filled, 0))
             if self.contiguous and self.rank in flush.ranks and not moves:
                 # a gradient that bypassed the bucket is let go of after it is in the partition, else at the end
-                left -= flush.numel * self.width
+                gone, left = gone + flush.numel * self.width, left - flush.numel * self.width
             if self.offloads and self.rank in flush.ranks:
                 own = left if moves else left + flush.numel * self.width
                 instants.append((own + (norm := self._norm_bytes(flush.held)), "gradient norm", own, 0, -norm))
@@ -370,18 +372,22 @@ class Zero12(Engine):
         """One group's step: its gradients are flattened and cast, and let go of with its update."""
         share, is_last = self.flat.partitions[index], index + 1 == len(self.flat.partitions)
         names = [name for name, _ in self.job.groups[index] if name in self.owned]
-        flat = {labels.FLAT_GRAD: share * self.master_bytes}
+        lone = self.width == self.master_bytes and [self.owned[name] for name in names] == [share]
+        # a lone gradient in the master's format is not copied to be flattened: all that it is a part of stays
+        flat = {labels.FLAT_GRAD: 0 if lone else share * self.master_bytes}
         joined = {labels.REDUCTION: share * self.width if len(names) > 1 and self.width != self.master_bytes else 0}
         stretch.see("gradients flattened", self.resident, self.outputs, flat, joined)
         # one buffer for all groups goes with the last (grads_in_partition)
-        held = self.resident.get(labels.GRAD_PARTITION, ZERO)[0] - (0 if self.contiguous else self._whole_bytes(names))
+        whole = self.resident.get(labels.GRAD_PARTITION, ZERO)[0]
+        held = whole - (0 if self.contiguous else self._whole_bytes(names))
         left = {labels.GRAD_PARTITION: 0 if is_last else held}
+        viewed = {labels.GRAD_PARTITION: whole - left[labels.GRAD_PARTITION] if lone else 0}
         self.resident = merged(self.resident.without(labels.GRAD_PARTITION), left)
         if first:
             states = self.moments(self.optimizer, *self.flat.partitions[: index + 1])
             self.resident = merged(self.resident.without(labels.MOMENTS, labels.HOST_PAGED), states)
         scratch = {labels.STEP_SCRATCH: share * self.optimizer.scratch}
-        stretch.see("optimizer update", self.resident, self.outputs, flat, scratch)
+        stretch.see("optimizer update", self.resident, self.outputs, flat, viewed, scratch)
 
     def _see_finalised(self, stretch: Stretch, base: Bytes) -> None:
         """Each sum comes back to the device whole, and the norm of the rank's slice of it is taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 
 from vramplan.memory import labels
@@ -316,19 +317,37 @@ class Zero3(Engine):
         if self.steps_skipped:
             stretch.close(base)
             return
-        flat = {labels.FLAT_GRAD: self.sub_group * self.master_bytes}
-        cast = self.grad_width != self.master_bytes
-        joined = {labels.REDUCTION: self.sub_group * self.grad_width if cast else 0}
-        stretch.see("gradients flattened", base, flat, joined)
+        for index in self._highest_groups() if micro.step == 1 else ():
+            self._see_group(
+                stretch, base, self.sub_groups[index], self.sub_groups[:index], self.sub_groups[: index + 1]
+            )
         if micro.step == 1:
             self.resident = merged(self.resident, self.moments(self.optimizer, *self.sub_groups))
-        scratch = {labels.STEP_SCRATCH: self.sub_group * self.optimizer.scratch}
-        stretch.see("optimizer update", self.resident, kept, flat, scratch)
+        else:
+            self._see_group(stretch, base, self.sub_group, [], [])
         if self.job.offload_param:
-            low = self._brought(self.sub_group * self.trained_width)
-            stretch.see("weights sent to the host", self.resident, kept, flat, low)
             self._see_small_gathered(stretch, kept, _gathered(persistent))
         self._end_step(stretch, kept, _gathered(persistent))
+
+    def _highest_groups(self) -> Iterator[int]:
+        """Sub-groups whose update can be the first step's highest instant: states come to be group by group, so none
+        after one of them is as large."""
+        most = 0
+        for index in reversed(range(len(self.sub_groups))):
+            if self.sub_groups[index] > most:
+                most = self.sub_groups[index]
+                yield index
+
+    def _see_group(self, stretch: Stretch, base: Bytes, numel: int, made: list[int], after: list[int]) -> None:
+        """One sub-group's step. ``made``, ``after``: groups whose states come to be before it, and with it."""
+        flat = {labels.FLAT_GRAD: numel * self.master_bytes}
+        cast = self.grad_width != self.master_bytes
+        joined = {labels.REDUCTION: numel * self.grad_width if cast else 0}
+        states, with_own = (self.moments(self.optimizer, *groups) if groups else {} for groups in (made, after))
+        stretch.see("gradients flattened", base, states, flat, joined)
+        stretch.see("optimizer update", base, with_own, flat, {labels.STEP_SCRATCH: numel * self.optimizer.scratch})
+        if self.job.offload_param:
+            stretch.see("weights sent to the host", base, with_own, flat, self._brought(numel * self.trained_width))
 
     def _see_small_gathered(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
         part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
@@ -339,10 +358,16 @@ class Zero3(Engine):
 
     def _see_update(self, stretch: Stretch, kept: Bytes, micro: Micro) -> None:
         """The optimizer's step in the host's memory."""
-        if micro.step == 1 and not self.steps_skipped:
+        if self.steps_skipped:
+            return
+        for index in self._highest_groups() if micro.step == 1 else ():
+            states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(*self.sub_groups[: index + 1])}
+            scratch = {labels.HOST_SCRATCH: self.sub_groups[index] * self.optimizer.scratch}
+            stretch.see("optimizer update", self.resident, kept, states, scratch)
+        if micro.step == 1:
             states = {labels.HOST_MOMENTS: self.optimizer.state_bytes(*self.sub_groups)}
             self.resident = merged(self.resident, states)
-        if not self.steps_skipped:
+        else:
             scratch = {labels.HOST_SCRATCH: self.sub_group * self.optimizer.scratch}
             stretch.see("optimizer update", self.resident, kept, scratch)
 

@@ -68,7 +68,9 @@ def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tens
 def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
     """``F.linear(x, weight, bias)``, cast as autocast says."""
     if ctx.autocast is None:
-        whole = recomputed(ctx, weight)
+        # torch's own linear saves a transposed view of the weight, which outlives the release of a gathered one
+        own = ctx.own_linears or ctx.hooks is None
+        whole = recomputed(ctx, weight) if own or ctx.hooks is None else ctx.hooks.whole(weight.name)
         return ops.linear(x, weight, bias, out, label, ctx.own_linears, whole, ctx.flat)
     if ctx.own_linears:
         return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=recomputed(ctx, weight))
