@@ -38,6 +38,18 @@ def test_the_stage_does_not_change_the_training(finished_run, method):
         assert losses(finished_run(stage, method)) == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_recomputed_and_how_the_loss_is_taken_change_no_loss(finished_run, tiny_model, tmp_path, reentrant):
+    """Every second layer is recomputed, and the loss DeepSpeed's chunked one; the bytes are those predicted."""
+    recomputed = {"activation_checkpointing": "full", "checkpoint_every": 2, "checkpoint_reentrant": reentrant}
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, loss="chunked", **recomputed)
+    assert train(spec, "-o", tmp_path / "run").returncode == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished_run(2, "full")), rel=1e-5)
+    (compared,) = compare_file(tmp_path / "run" / "record.jsonl").records
+    assert compared.error_frac == pytest.approx(0, abs=0.01)
+
+
 def test_how_the_batch_is_cut_does_not_change_the_losses(finished_run, tiny_model, tmp_path):
     """Into one micro-batch of 4 and into two of 2."""
     spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, micro_batch_size=4, grad_accum_steps=1)
