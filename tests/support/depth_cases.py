@@ -14,6 +14,36 @@ LLAMA = {
     "num_key_value_heads": 2,
 }
 GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "sliding_window": 16}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+MIXTRAL = {**LLAMA, **EXPERTS, "model_type": "mixtral"}
+QWEN3_MOE = {**LLAMA, **EXPERTS, "model_type": "qwen3_moe", "head_dim": 8}
+QWEN2_MOE = {**LLAMA, **EXPERTS, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 40}
+GPT_OSS = {**LLAMA, **EXPERTS, "model_type": "gpt_oss", "head_dim": 8, "sliding_window": 16}
+DEEPSEEK = {
+    **LLAMA,
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+LLAMA4 = {
+    **LLAMA,
+    **EXPERTS,
+    "model_type": "llama4_text",
+    "head_dim": 8,
+    "intermediate_size_mlp": 72,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 16,
+}
 SMALL_BUCKETS = {
     "reduce_bucket_size": 2000,
     "stage3_prefetch_bucket_size": 4000,
@@ -28,7 +58,10 @@ CASES = {
     1: {
         "zero 2, checkpointing": {"zero": {"stage": 2}, **CHECKPOINTED},
     },
-    2: {"zero 3, checkpointing, small buckets": {"zero": {"stage": 3, **SMALL_BUCKETS}, **CHECKPOINTED}},
+    2: {
+        "zero 3, checkpointing, small buckets": {"zero": {"stage": 3, **SMALL_BUCKETS}, **CHECKPOINTED},
+        "zero 3, mixtral": {"fields": MIXTRAL, "zero": {"stage": 3, "stage3_max_reuse_distance": 30_000}},
+    },
 }
 """By ranks, since a process plays one world size in its life."""
 MORE_CASES = {
@@ -45,6 +78,31 @@ MORE_CASES = {
         "zero 2, two partitions, two micro-batches": {"zero": {"stage": 2}, "grad_accum_steps": 2},
         "zero 3, lora, checkpointing": {"zero": {"stage": 3}, "method": {"kind": "lora"}, **CHECKPOINTED},
         "zero 3, optimizer offloaded": {"zero": {"stage": 3, "offload_optimizer": "cpu"}},
+        "zero 3, reuse over layers": {"zero": {"stage": 3, "stage3_max_reuse_distance": 90_000}, **CHECKPOINTED},
+        "zero 3, mixtral, small buckets, checkpointing": {
+            "fields": MIXTRAL,
+            "zero": {"stage": 3, **SMALL_BUCKETS},
+            **CHECKPOINTED,
+        },
+        "zero 3, qwen3_moe": {
+            "fields": QWEN3_MOE,
+            "zero": {"stage": 3, "stage3_max_reuse_distance": 30_000},
+            **CHECKPOINTED,
+        },
+        "zero 3, qwen2_moe, lora": {"fields": QWEN2_MOE, "zero": {"stage": 3}, "method": {"kind": "lora"}},
+        "zero 2, gpt_oss": {"fields": GPT_OSS, "attention": "eager", "zero": {"stage": 2}},
+        "zero 3, gpt_oss, checkpointing": {
+            "fields": GPT_OSS,
+            "attention": "eager",
+            "zero": {"stage": 3},
+            **CHECKPOINTED,
+        },
+        "zero 3, deepseek_v3, dense before": {
+            "fields": DEEPSEEK,
+            "zero": {"stage": 3, "stage3_max_reuse_distance": 60_000},
+            **CHECKPOINTED,
+        },
+        "zero 3, llama4, dense between": {"fields": LLAMA4, "zero": {"stage": 3}, **CHECKPOINTED},
     },
 }
 MORE_PERIODS = 3

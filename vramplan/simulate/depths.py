@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ _FALLBACK_BUCKET_NUMEL = 500_000_000
 """engine.py ``buffered_allreduce_fallback``: elements that ZeRO 0 reduces at once."""
 _ALIGNMENT = 4
 """stage_1_and_2.py and bf16_optimizer.py pad flat buffers to twice the ranks; twice more to be safe with bytes."""
+_NESTING = 10
+"""Modules that stand around a weight, at most: beside leaf modules each of them counts all that is in it."""
 
 
 class NotByDepth(Exception):
@@ -82,6 +84,7 @@ def plan_depths(run: RunSpec, layout: Layout) -> DepthPlan:
     times = _cycles_in_period(run, layout, cycle, *counts)
     period = times * cycle.length
     first = cycle.start + max(2 * period + cycle.length, _cycles_that_hold_ends(run, layout, *counts) * cycle.length)
+    first += max(0, _cycles_looked_ahead(run, layout, cycle, *counts) - times) * cycle.length
     first += (cycle.num_layers - first) % period
     plan = DepthPlan(cycle.num_layers, first, period)
     if not plan.is_worth():
@@ -137,10 +140,12 @@ def _check_kind(run: RunSpec, layout: Layout) -> None:
 def _cycle_of(run: RunSpec) -> _Cycle:
     """How the layers repeat to the end, whichever depth the model is cut to: the way that shows soonest."""
     config = transformers_config(run).get_text_config()
+    numbers = list(range(config.num_hidden_layers))
     lists = [
         name
         for name, value in config.to_dict().items()
-        if isinstance(value, list) and len(value) == config.num_hidden_layers
+        # a list that names every layer (Llama 4's ``moe_layers``) tells none from another
+        if isinstance(value, list) and len(value) == len(numbers) and value != numbers
     ]
     full = _layers_of(run, lists)
     every = run.checkpoint_every if run.activation_checkpointing == "full" else 1  # recomputed layers come in turn too
@@ -206,6 +211,8 @@ class _Numel:
 
     total: int
     trained: int
+    outside_leaves: int
+    """Of ``total``, without blocks that ZeRO-3 gathers as one module."""
 
 
 def _count(run: RunSpec) -> _Numel:
@@ -214,15 +221,27 @@ def _count(run: RunSpec) -> _Numel:
         with torch.device("meta"):
             model = add_adapters(model, run.method)
     params = list(model.parameters())
-    return _Numel(sum(param.numel() for param in params), sum(param.numel() for param in params if param.requires_grad))
+    in_leaves = {id(param) for leaf in _leaves(model) for param in leaf.parameters()}
+    return _Numel(
+        sum(param.numel() for param in params),
+        sum(param.numel() for param in params if param.requires_grad),
+        sum(param.numel() for param in params if id(param) not in in_leaves),
+    )
+
+
+def _leaves(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that ZeRO-3 takes as one with all that is in them: DeepSpeed's default classes of experts."""
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+    from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config, get_z3_leaf_modules
+
+    apply_zero_leaf_module_config(model, DeepSpeedZeroLeafModuleConfig())
+    return list(get_z3_leaf_modules(model))
 
 
 def _cycles_in_period(run: RunSpec, layout: Layout, cycle: _Cycle, shallow: _Numel, deeper: _Numel) -> int:
     """After how many cycles what the engine carries along comes round to the same state."""
     ranks = layout.zero_degree
-    each = _Numel(deeper.total - shallow.total, deeper.trained - shallow.trained)
-    num_cycles = (cycle.num_layers - cycle.start) // cycle.length
-    full = _Numel(shallow.total + num_cycles * each.total, shallow.trained + num_cycles * each.trained)
+    each, full = _more(shallow, deeper), _full(cycle, shallow, deeper)
     times = 1
     for limit, here, everywhere in _limits(run, layout, each, full):
         if everywhere > limit:
@@ -232,6 +251,33 @@ def _cycles_in_period(run: RunSpec, layout: Layout, cycle: _Cycle, shallow: _Num
         whole = aligned // math.gcd(aligned, each.trained)
         times = math.lcm(-(-times // whole) * whole, ranks)  # each rank's partition grows by whole cycles
     return times
+
+
+def _more(shallow: _Numel, deeper: _Numel) -> _Numel:
+    """What one cycle has."""
+    return _Numel(*(more - less for less, more in zip(astuple(shallow), astuple(deeper), strict=True)))
+
+
+def _full(cycle: _Cycle, shallow: _Numel, deeper: _Numel) -> _Numel:
+    """What the full model has, or a cycle more."""
+    num_cycles = (cycle.num_layers - cycle.start) // cycle.length
+    each = astuple(_more(shallow, deeper))
+    return _Numel(*(here + num_cycles * more for here, more in zip(astuple(shallow), each, strict=True)))
+
+
+def _cycles_looked_ahead(run: RunSpec, layout: Layout, cycle: _Cycle, shallow: _Numel, deeper: _Numel) -> int:
+    """How many cycles before its end a model keeps in forward what backward soon needs; 0: it keeps everything.
+
+    partitioned_param_coordinator.py, ``__params_to_release``: a weight stays if it comes again within so many elements,
+    and what is inside of leaf modules is not counted. Between two uses each later cycle is passed once a pass.
+    """
+    if run.engine != "deepspeed" or run.zero.stage != 3:
+        return 0
+    limit: int = ds_config(run, layout.world_size)["zero_optimization"]["stage3_max_reuse_distance"]
+    passes = 3 if run.activation_checkpointing == "full" else 2
+    if _NESTING * passes * _full(cycle, shallow, deeper).total <= limit:
+        return 0
+    return -(-limit // max(1, passes * _more(shallow, deeper).outside_leaves))
 
 
 def _cycles_that_hold_ends(run: RunSpec, layout: Layout, shallow: _Numel, deeper: _Numel) -> int:
@@ -257,5 +303,5 @@ def _limits(run: RunSpec, layout: Layout, each: _Numel, full: _Numel) -> Iterato
     ranks = layout.zero_degree
     yield zero["sub_group_size"], each.trained // ranks, shard(full.trained, ranks)
     yield zero["stage3_model_persistence_threshold"], 0, full.total
-    for name in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+    for name in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters"):
         yield zero[name], each.total, full.total
