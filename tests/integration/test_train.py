@@ -202,14 +202,16 @@ def held_out_loss(model, run_dir: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "stage"),
     [
-        pytest.param({"kind": "qlora", "r": 8}, id="qlora"),
-        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, id="dora", marks=pytest.mark.slow),
+        pytest.param({"kind": "qlora", "r": 8}, 2, id="qlora"),
+        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, 2, id="dora", marks=pytest.mark.slow),
+        pytest.param({"kind": "qlora", "r": 8}, 3, id="qlora-zero3", marks=pytest.mark.slow),
+        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, 3, id="dora-zero3", marks=pytest.mark.slow),
     ],
 )
-def test_adapters_of_other_kinds_train_evaluate_and_take_what_was_predicted(method, tiny_model, tmp_path):
-    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 2, method=method, precision="bf16")
+def test_adapters_of_other_kinds_train_evaluate_and_take_what_was_predicted(method, stage, tiny_model, tmp_path):
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, method=method, precision="bf16")
     done = train(spec, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path / "run")

@@ -48,7 +48,7 @@ def step_traffic(run: RunSpec, architecture: Architecture) -> Traffic:
     gradient_bytes = 4 if layout.sp > 1 else _GRADIENT_BYTES[run.precision]
     gradients = trainable_numel(run, architecture) / layout.tp * gradient_bytes * ring
     updated = trainable_numel(run, architecture) / layout.tp * _WEIGHT_BYTES[run.precision] * ring
-    weights = architecture.num_params / layout.tp * _WEIGHT_BYTES[run.precision] * ring
+    weights = _weight_bytes(run, architecture) / layout.tp * ring
     stage = run.zero.stage or 0
     if stage == 3:
         backward, step = accum * (2 * weights + gradients), 0.0
@@ -83,6 +83,16 @@ def _exchanges(run: RunSpec, architecture: Architecture, layout: Layout) -> tupl
     return sent, len(mixers) * (4 * passes + passes - 1)
 
 
+def _weight_bytes(run: RunSpec, architecture: Architecture) -> float:
+    """Bytes of all weights as ZeRO-3 gathers them: those in 4 bits are packed two to a byte."""
+    width = _WEIGHT_BYTES[run.precision]
+    whole = architecture.num_params * width
+    if run.method.kind != "qlora":
+        return whole
+    packed = sum(linear.weight_numel for _, linear in architecture.named_linears() if not linear.by_matmul)
+    return whole - packed * (width - 0.5)
+
+
 def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum: int) -> float:
     """Bytes over PCIe: gradients down and updated weights up for an offloaded optimizer, and, for offloaded weights,
     this rank's part up in each of forward and backward."""
@@ -93,8 +103,7 @@ def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum:
         copies = (2 * accum - 1 if run.zero.stage == 2 else 1) if run.zero.stage != 3 else accum
         total += owned * (copies * _GRADIENT_BYTES[run.precision] + _WEIGHT_BYTES[run.precision])
     if run.zero.offload_param in ("cpu", "nvme"):
-        part = shard(architecture.num_params, layout.zero_degree * layout.tp)
-        total += 2 * accum * part * _WEIGHT_BYTES[run.precision]
+        total += 2 * accum * _weight_bytes(run, architecture) / (layout.zero_degree * layout.tp)
     return total
 
 

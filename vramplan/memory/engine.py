@@ -179,9 +179,9 @@ class Engine(ABC):
                 alive -= (degree - 1) * linear.weight_numel
         stretch.see("weights split among ranks", {labels.WEIGHTS: highest * self.width})
 
-    def _see_dora(self, stretch: Stretch, base: int) -> None:
+    def _see_dora(self, stretch: Stretch, base: int, tensors: int = 3) -> None:
         """Each magnitude starts as a norm of ``weight + scaling * B @ A`` (peft/tuners/lora/dora.py, ``update_layer``):
-        the product, its scaled copy and the sum, in the weight's format."""
+        the product, its scaled copy and the sum, in the weight's format; ``tensors`` of its size in all."""
         if not isinstance(self.job.method, LoraMethod) or not self.job.method.use_dora:
             return
         linears, made = dict(self.job.architecture.named_linears()), base
@@ -190,7 +190,9 @@ class Engine(ABC):
                 continue
             if param.name.endswith("lora_magnitude_vector.weight"):
                 numel = linears[param.name.removesuffix(".lora_magnitude_vector.weight")].weight_numel
-                stretch.see("a magnitude's first norm", {labels.WEIGHTS: made, labels.LOADING: 3 * numel * self.width})
+                stretch.see(
+                    "a magnitude's first norm", {labels.WEIGHTS: made, labels.LOADING: tensors * numel * self.width}
+                )
             made += param.numel * self.width  # cast to fp32 when all are made
 
     @abstractmethod

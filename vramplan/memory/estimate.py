@@ -172,10 +172,11 @@ def check_covered(job: Job) -> None:
             family, job.attention
         ),
         "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
-        "QLoRA under ZeRO-3": method.kind == "qlora" and job.stage == 3,
+        "QLoRA under ZeRO-3 with autocast": job.quantized and job.stage == 3 and job.autocast is not None,
+        "QLoRA under ZeRO-3 in fp32": job.quantized and job.stage == 3 and job.dtype.nbytes != 2 and not job.autocast,
+        "QLoRA with zero.hpz_partition_size": job.quantized and job.hpz > 0,
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
         "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
-        "DoRA under ZeRO-3": method.kind == "lora" and method.use_dora and job.stage == 3,
         f"offload with the optimizer {job.optimizer}": job.offload_optimizer
         and (job.optimizer.startswith(("lion", "paged")) or (on_disk(job) and job.optimizer != "adamw")),
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,

@@ -49,8 +49,6 @@ def evaluated_after(training: ModelRun, run: ModelRun, accumulates: bool) -> Eva
     with uncollected():
         runner = Runner(training)
         after_steps(runner, accumulates)
-        runner.kept.clear()
-        runner.optimizer_step(skipped=False)
         return _evaluate(runner, run)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from vramplan.memory import labels
 from vramplan.memory.garbage import uncollected
 from vramplan.memory.model_run import ModelRun
+from vramplan.memory.moments import Bytes
 from vramplan.memory.profile import Profile, Runner
 from vramplan.memory.size import Size
 
@@ -20,7 +22,14 @@ class GatheredProfiles:
     after_step: Profile
     following_later: Profile
     between_steps: dict[str, Size]
-    """What is gathered after an optimizer step."""
+    """What is there after an optimizer step."""
+    viewed_in_steps: tuple[Size, Size]
+    """What the graph holds in the first and in later optimizer steps of weights that were whole until then."""
+
+    @property
+    def whole_between_steps(self) -> Bytes:
+        """Of what is there after an optimizer step, the gathered weights."""
+        return Bytes({name: size for name, size in self.between_steps.items() if name == labels.GATHERED})
 
 
 @lru_cache(maxsize=256)
@@ -35,12 +44,12 @@ def _gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool) ->
 
 
 def after_steps(runner: Runner, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
-    """Runs an optimizer step and the micro-batches of a second one under ZeRO-3."""
+    """Runs two optimizer steps with their micro-batches under ZeRO-3."""
     first = runner.micro_batch()
     following = runner.micro_batch() if accumulates else first
-    runner.kept.clear()
-    runner.optimizer_step(steps_skipped)
+    viewed = runner.optimizer_step(steps_skipped)
     between = dict(runner.tape.by_label)
     after_step = runner.micro_batch()
     later = runner.micro_batch() if accumulates else after_step
-    return GatheredProfiles(first, following, after_step, later, between)
+    viewed_later = runner.optimizer_step(steps_skipped)
+    return GatheredProfiles(first, following, after_step, later, between, (viewed, viewed_later))

@@ -22,7 +22,7 @@ from vramplan.memory.parameters import (
     parameters,
     trained_tensors,
 )
-from vramplan.memory.quantized import nf4_bytes
+from vramplan.memory.quantized import nf4_bytes, packed_numel
 from vramplan.memory.size import Size, basis_at
 from vramplan.memory.tensor_parallel import split, why_not
 from vramplan.spec.layout import Layout
@@ -135,10 +135,11 @@ class Job:
 
     @property
     def adapter_dtype(self) -> Dtype | None:
-        """ZeRO-3 and plain PyTorch leave adapters as PEFT made them, in fp32; DeepSpeed's other stages cast them with
-        the module (runtime/engine.py, ``_configure_distributed_model``). None: the format of the weights."""
+        """ZeRO-3 of a model built in ``zero.Init`` and plain PyTorch leave adapters as PEFT made them, in fp32; else
+        DeepSpeed casts them with the module (runtime/engine.py, ``_configure_distributed_model``). None: the format of
+        the weights."""
         keeps = (
-            (self.stage == 3 or self.engine == "torch")
+            ((self.stage == 3 and not self.quantized) or self.engine == "torch")
             and isinstance(self.method, LoraMethod)
             and self.dtype is not ADAPTER_DTYPE
         )
@@ -177,6 +178,10 @@ class Job:
         if isinstance(self.method, LoraMethod) and self.method.fp32_norms and "norm" in param.name:
             return param.numel * Dtype.FP32.nbytes
         return nf4_bytes(param.numel) if self.is_quantized(param) else param.numel * self.dtype.nbytes
+
+    def cut_numel(self, param: Parameter) -> int:
+        """Elements of the tensor that ZeRO-3 cuts: of a weight in 4 bits, those as which it is packed."""
+        return packed_numel(param.numel, self.dtype.nbytes) if self.is_quantized(param) else param.numel
 
     @property
     def hpz(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 
 from vramplan.facts.architecture import Architecture
 from vramplan.memory.gathers import GatherLimits
+from vramplan.memory.quantized import packed_numel
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 
@@ -46,8 +47,10 @@ def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
     return frozenset({*first.values(), *last.values(), *range(max(0, len(keys) - near_turn), len(keys))})
 
 
-def layers_near_turn(architecture: Architecture, limits: GatherLimits) -> int:
+def layers_near_turn(architecture: Architecture, limits: GatherLimits, packed_width: int = 0) -> int:
     """Layers at the end of the model whose weights may be there over the turn: as many as prefetching may run ahead
-    (``max_live``), as a reuse distance covers there and back, and two more."""
+    (``max_live``), as a reuse distance covers there and back, and two more. ``packed_width``: bytes of the elements as
+    which weights in 4 bits lie; 0: there are none."""
     numel = min(sum(tensor.numel for tensor in layer.tensors()) for layer in set(architecture.layers))
+    numel = packed_numel(numel, packed_width) if packed_width else numel
     return limits.max_live_numel // numel + limits.max_reuse_numel // (2 * numel) + 2

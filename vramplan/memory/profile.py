@@ -27,7 +27,7 @@ from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.garbage import uncollected
 from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
 from vramplan.memory.kinds import layer_kind, layers_near_turn, layers_shown
-from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED
+from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED, VIEWED
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.reentrant import checkpoint_reentrant
@@ -99,13 +99,19 @@ class Runner:
         self.gradients: list[Gradient] = []
         self.tape.on_grad = self._collect
         self.kept: list[Tensor] = []
+        if run.keep_outputs:
+            self.ctx.graph = self.kept
+        self.views_in_graph = run.gathers is not None and run.method.kind == "qlora"
+        """Whether views of gathered weights live until the graph goes."""
         self.persistent_between: Tensor | None = None
         architecture = run.architecture
         self.keys: list[Hashable] = [
             (layer_kind(run.architecture, run.method, index), run.recomputes(index))
             for index in range(architecture.num_layers)
         ]
-        near_turn = layers_near_turn(architecture, run.gathers) if run.gathers is not None else 0
+        packed_width = run.dtype.nbytes if self.views_in_graph else 0
+        limits = run.gathers
+        near_turn = layers_near_turn(architecture, limits, packed_width) if limits is not None else 0
         self.shown = layers_shown(self.keys, near_turn)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
@@ -125,30 +131,42 @@ class Runner:
         grad = tape.new((1, 0, 0, 0, 0), Dtype.FP32, ops.GRADIENTS)
         tape.backward(result, grad)
         del grad, result
+        if not self.run.keep_outputs:
+            self.ctx.graph.clear()
         done = self.snapshot("after backward")
         if self.gathers is not None:
             self.gathers.end_backward()
         last = self.snapshot("after backward")
         return Profile(forward, end, tuple(tape.points), done, last, tuple(self.gradients))
 
-    def optimizer_step(self, skipped: bool) -> None:
-        """What the step does to gathered weights."""
+    def optimizer_step(self, skipped: bool) -> Size:
+        """What the step does to gathered weights; the loop lets go of the outputs after it. Gives what the graph, where
+        the outputs keep it, holds of weights that were whole until the step."""
         self.persistent_between = None
-        if self.gathers is None:
-            return
-        self.gathers.release_all()
-        if not skipped:
+        before = dict(self.tape.by_label)
+        if self.gathers is not None:
+            self.gathers.release_all()
+        viewed = difference(self.tape.by_label, before).get(VIEWED, ZERO)
+        if self.views_in_graph and viewed != ZERO:
+            numel = sum(self._persistent_numel(index, self.ctx.viewed) for index in self._not_shown())
+            viewed = add(viewed, (numel * self.run.dtype.nbytes, 0, 0, 0, 0))
+        self.kept.clear()
+        if self.gathers is not None and not skipped:
             self.gathers.let_go_of_secondary()
             self.gathers.gather_persistent(tuple(self.ctx.parameters.values()))
-            numel = sum(self._persistent_numel(index) for index in range(len(self.keys)) if index not in self.shown)
+            numel = sum(self._persistent_numel(index) for index in self._not_shown())
             self.persistent_between = self.tape.new((numel, 0, 0, 0, 0), self._trained_dtype(), GATHERED)
+        return viewed
 
-    def _persistent_numel(self, index: int) -> int:
-        """Elements that stay whole of a layer that is not run: those of one of its kind that is."""
+    def _not_shown(self) -> list[int]:
+        return [index for index in range(len(self.keys)) if index not in self.shown]
+
+    def _persistent_numel(self, index: int, among: set[str] | None = None) -> int:
+        """Elements that stay whole of a layer that is not run: those of one of its kind that is; ``among`` these."""
         assert self.gathers is not None
-        twin = self._twin_prefix(index)
-        params = self.ctx.parameters
-        return sum(params[name].grad_numel for name in self.gathers.persistent if name.startswith(twin))
+        twin, names = self._twin_prefix(index), self.gathers.persistent
+        names = names if among is None else names & among
+        return sum(self.ctx.parameters[name].grad_numel for name in names if name.startswith(twin))
 
     def _twin_prefix(self, index: int) -> str:
         """The prefix of a layer that is run, of the same kind as one that is not."""
@@ -327,6 +345,8 @@ class Runner:
                     cached = add(cached, size)
                 else:
                     total[label] = add(total.get(label, ZERO), size)
+        if self.views_in_graph and VIEWED in total:
+            self.ctx.graph.append(tape.new(total.pop(VIEWED), Dtype.UINT8, VIEWED))
         if cached != ZERO:
             copies = tape.new(cached, Dtype.UINT8, AUTOCAST_COPIES)
             self.ctx.casts[f"layers {skipped[0]} to {skipped[-1]}"] = copies
@@ -366,7 +386,8 @@ class Runner:
                 at = less(event.at, freed, self.tape.grad_numel, f"layer {index}")
                 self.gradients.append(Gradient(f"{prefix}.{index}.{event.name[len(last) :]}", event.numel, at))
             for label, size in costs[key].items():
-                freed[label] = add(freed.get(label, ZERO), size)
+                if label != VIEWED or not self.views_in_graph:
+                    freed[label] = add(freed.get(label, ZERO), size)
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,17 @@ _CODE_BYTES = 16 * 4 + 256 * 4
 _OFFSET_BYTES = 4
 
 
+def packed_numel(numel: int, storage_bytes: int) -> int:
+    """Elements of so many bytes as which packed weights lie (``bnb_4bit_quant_storage``): two weights to a byte."""
+    return -(-numel // (2 * storage_bytes))
+
+
 def nf4_bytes(numel: int) -> int:
-    """One weight: two to a byte, a scale in 8 bits for each 64, its own scale in fp32 for each 256 of those."""
+    """One weight: two to a byte, and its state."""
+    return -(-numel // 2) + nf4_state_bytes(numel)
+
+
+def nf4_state_bytes(numel: int) -> int:
+    """A scale in 8 bits for each 64 weights, its own scale in fp32 for each 256 of those, and the tables."""
     blocks = -(-numel // BLOCK)
-    return -(-numel // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + _CODE_BYTES + _OFFSET_BYTES
+    return blocks + 4 * -(-blocks // NESTED_BLOCK) + _CODE_BYTES + _OFFSET_BYTES

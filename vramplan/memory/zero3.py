@@ -8,6 +8,7 @@ from itertools import groupby
 from vramplan.memory import labels
 from vramplan.memory.activations import undominated
 from vramplan.memory.between import Files
+from vramplan.memory.cut import higher, highest_as_engine_starts
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.gathered import GatheredProfiles, gathered_profiles
 from vramplan.memory.gathers import second_part
@@ -16,6 +17,7 @@ from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import Profile
+from vramplan.memory.quantized import nf4_state_bytes
 from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
@@ -36,6 +38,10 @@ class Zero3(Engine):
         degree, params = job.degree, job.parameters
         self.trained_share = sum(count * shard(numel, degree) for numel, count in job.numels(trained=True))
         self.frozen_share = sum(count * shard(numel, degree) for numel, count in job.numels(trained=False))
+        self.four_bit_states = 0
+        if job.quantized:
+            self.frozen_share = sum(shard(job.cut_numel(param), degree) for param in params if not param.trained)
+            self.four_bit_states = sum(nf4_state_bytes(param.numel) for param in params if job.is_quantized(param))
         self.largest_trained = max((numel for numel, _ in job.numels(trained=True)), default=0)
         self.largest_share = shard(self.largest_trained, degree)
         self.sub_groups = self._sub_groups()
@@ -51,7 +57,7 @@ class Zero3(Engine):
 
     def gathered(self) -> Parts:
         """Small tensors that are whole after a step (``_post_step``)."""
-        return _gathered(Bytes(self.profiles.between_steps))
+        return self.profiles.whole_between_steps
 
     def files(self) -> Files:
         """Master and states of each rank; the model's file holds no weights."""
@@ -98,7 +104,11 @@ class Zero3(Engine):
         return numel * sum({job.autocast.nbytes if param.in_linear else self.width for param in trained})
 
     def load(self) -> None:
-        """``zero.Init``: every module is built whole and cut at once; adapters are added whole."""
+        """``zero.Init``: every module is built whole and cut at once; adapters are added whole. Weights in 4 bits are
+        made whole, and cut by the engine."""
+        if self.job.quantized:
+            super().load()
+            return
         job, architecture = self.job, self.job.architecture
         base = [param for param in job.parameters if not param.adapter]
         cut = sum(self._stays(param.numel) for param in base) * self.width
@@ -116,6 +126,7 @@ class Zero3(Engine):
         if architecture.tied_embeddings:
             built.append((f"{architecture.head.name}.weight", architecture.vocab_size * architecture.hidden_size))
         self._see_modules(stretch, built)
+        self._see_dora(stretch, cut, tensors=4)  # the weight too is whole (``gather_params_ctx``)
         stretch.close({labels.WEIGHTS: cut + adapters})
 
     def _see_modules(self, stretch: Stretch, built: list[tuple[str, int]]) -> None:
@@ -128,19 +139,22 @@ class Zero3(Engine):
             for numel in numels:
                 if self.job.grad_dtype is not self.job.dtype:  # built in the asked format, then cast (weights_halved)
                     both = whole * width + numel * (self.job.grad_dtype.nbytes + width)
-                    highest = _higher(highest, "a tensor cast", cut * width, both)
+                    highest = higher(highest, "a tensor cast", cut * width, both)
                 whole += numel
             for numel in numels:
                 cut += self._stays(numel)
-                highest = _higher(highest, "a tensor before it is cut", cut * width, whole * width)
+                highest = higher(highest, "a tensor before it is cut", cut * width, whole * width)
                 whole -= numel
         _, name, weights, loading = highest
         stretch.see(name, {labels.WEIGHTS: weights}, {labels.LOADING: loading})
 
     def init(self) -> None:
         stretch, job = self.open("engine_init", Phase.ENGINE_INIT), self.job
+        if job.quantized:
+            highest = highest_as_engine_starts(job, self.frozen_bytes, self._stays)
+            stretch.see("a tensor before it is cut", {labels.WEIGHTS: highest})
         weights = {
-            labels.FROZEN: self.frozen_share * self.width,
+            labels.FROZEN: self.frozen_share * self.width + self.four_bit_states,
             labels.WEIGHTS: self.trained_share * self.trained_width,
             **self.second,
         }
@@ -179,7 +193,7 @@ class Zero3(Engine):
         """States and gradients in the host's memory, and the weights too with ``offload_param``."""
         low, whole = self.trained_share * self.grad_width, self.trained_share * self.master_bytes
         frozen, weights = self.frozen_share * self.width, self.trained_share * self.trained_width
-        on_device = {labels.FROZEN: frozen, labels.WEIGHTS: weights, **self.second}
+        on_device = {labels.FROZEN: frozen + self.four_bit_states, labels.WEIGHTS: weights, **self.second}
         parts = {
             labels.BUCKET: self._bucket_bytes(),
             labels.HOST_MASTER: whole,
@@ -194,13 +208,14 @@ class Zero3(Engine):
         frozen, weights = self.frozen_share * self.width, self.trained_share * self.trained_width
         cached = self.pinned(*self._parts(trained=True))
         parts = {labels.HOST_WEIGHTS: frozen + weights, labels.HOST_CACHED: cached, **self.second}
+        parts[labels.FROZEN] = self.four_bit_states
         return merged(parts, self.pinned_rounding(weights, *self._parts(trained=False)))
 
     def _parts(self, trained: bool) -> list[int]:
         """The rank's part of each trained or frozen tensor, in bytes."""
         width = self.trained_width if trained else self.width
         params = (param for param in self.job.parameters if param.trained is trained)
-        return [shard(param.numel, self.job.degree) * width for param in params]
+        return [shard(self.job.cut_numel(param), self.job.degree) * width for param in params]
 
     def _brought(self, num_bytes: int) -> Parts:
         """What is copied from the host to the device to be worked with."""
@@ -298,17 +313,17 @@ class Zero3(Engine):
         if not micro.boundary:
             stretch.close(self.resident, self.outputs)
             return
-        kept = self.outputs.without(labels.GATHERED, labels.GATHER_BUFFER)
+        viewed = {labels.VIEWED: self.profiles.viewed_in_steps[0 if micro.step == 1 else 1]}
+        kept = merged(self.outputs.without(labels.GATHERED, labels.GATHER_BUFFER), viewed)
         stretch.see("start", self.resident, self.outputs)
-        persistent = Bytes(self.profiles.between_steps)
+        whole = self.profiles.whole_between_steps
         if self.job.hpz and micro.step > 1:  # those of small tensors are made as the step lets go of the whole ones
-            kept = merged(kept, {labels.SECONDARY: self._second(_gathered(persistent).sums[0][0])})
+            kept = merged(kept, {labels.SECONDARY: self._second(whole.sums[0][0])})
         base = merged(self.resident, kept)
         if self.job.offload_optimizer:
             if not self.job.managed:  # _finalize_offload_gradient_accumulation
                 self._see_finalised(stretch)
             self._see_update(stretch, kept, micro)
-            whole = _gathered(persistent)
             if self.job.offload_param:
                 self._see_small_gathered(stretch, kept, whole)
             self._end_step(stretch, kept, whole)
@@ -326,8 +341,8 @@ class Zero3(Engine):
         else:
             self._see_group(stretch, base, self.sub_group, [], [])
         if self.job.offload_param:
-            self._see_small_gathered(stretch, kept, _gathered(persistent))
-        self._end_step(stretch, kept, _gathered(persistent))
+            self._see_small_gathered(stretch, kept, whole)
+        self._end_step(stretch, kept, whole)
 
     def _highest_groups(self) -> Iterator[int]:
         """Sub-groups whose update can be the first step's highest instant: states come to be group by group, so none
@@ -376,12 +391,3 @@ class Zero3(Engine):
         frozen = {labels.SECONDARY: self.frozen_second} if self.job.hpz else {}
         self.resident = merged(self.resident.without(labels.SECONDARY), frozen)
         stretch.close(self.resident, kept.without(labels.SECONDARY), whole)
-
-
-def _higher(highest: tuple[int, str, int, int], name: str, weights: int, loading: int) -> tuple[int, str, int, int]:
-    """The first of the highest instants so far, as bytes, name, weights and what is loaded."""
-    return (weights + loading, name, weights, loading) if weights + loading > highest[0] else highest
-
-
-def _gathered(parts: Bytes) -> Bytes:
-    return Bytes({name: size for name, size in parts.items() if name == labels.GATHERED})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
     """The model with random weights, adapters and checkpointing as the run asks, before DeepSpeed's engine.
 
     Under ZeRO-3 it is built inside ``deepspeed.zero.Init``, which splits each weight as soon as it exists; adapters
-    are added after it, in their own dtype, and split by the engine.
+    are added after it, in their own dtype, and split by the engine. 4-bit weights are made whole and split by the
+    engine too, as where transformers loads them (modeling_utils.py, ``get_init_context``).
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -94,9 +95,14 @@ def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
     if run.shifted_logits:
         model.loss_function = shifted_loss  # type: ignore[assignment]
     if run.method.kind == "qlora":
-        quantize(model, torch.bfloat16 if run.precision.endswith("autocast") else weight_dtype(run))
+        quantize(
+            model,
+            torch.bfloat16 if run.precision.endswith("autocast") else weight_dtype(run),
+            weight_dtype(run) if run.zero.stage == 3 else torch.uint8,
+        )
     if isinstance(run.method, LoraMethod):
-        model = add_adapters(model, run.method)
+        with _announced_to_peft(run, ds_config):
+            model = add_adapters(model, run.method)
         if run.method.fp32_norms:
             widen_norms(model)
     elif run.method.freezes:
@@ -123,8 +129,10 @@ def widen_norms(model: torch.nn.Module) -> None:
             module.float()
 
 
-def quantize(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
+def quantize(model: torch.nn.Module, compute_dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> None:
     """Keeps linears in 4 bits, NF4 with double quantization, each that transformers would as it loads the model.
+
+    ``storage``: as whose elements the packed bits lie (``bnb_4bit_quant_storage``).
 
     Which: transformers/integrations/bitsandbytes.py, ``replace_with_bnb_linear``. The head stays, and what is no
     ``nn.Linear`` but a subclass of it (Falcon's).
@@ -150,12 +158,23 @@ def quantize(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
         if is_transposed:
             weight = weight.T
         packed = bitsandbytes.nn.Linear4bit(
-            1, 1, bias=False, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4"
+            1,
+            1,
+            bias=False,
+            compute_dtype=compute_dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=storage,
         )
         packed.out_features, packed.in_features = weight.shape
         packed.bias = module.bias
         packed.weight = bitsandbytes.nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
+            weight,
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=storage,
+            module=packed,
         ).to(weight.device)
         setattr(model.get_submodule(owner), own, packed)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
@@ -250,7 +269,7 @@ def _apply_liger(model: torch.nn.Module, run: RunSpec) -> None:
 def fill_weights(model: torch.nn.Module) -> None:
     """Random weights in place: of a weight that ZeRO-3 split, this rank's share."""
     for param in model.parameters():
-        if param.is_floating_point():
+        if param.is_floating_point() and not hasattr(param, "quant_state"):
             getattr(param, "ds_tensor", param).normal_(std=WEIGHT_STD)
 
 
@@ -263,7 +282,7 @@ def leave_undefined(model: torch.nn.Module) -> None:
 
 
 def _partitioned_from_the_start(run: RunSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
-    if run.zero.stage != 3:
+    if run.zero.stage != 3 or run.method.kind == "qlora":
         return nullcontext()
     import deepspeed
 
@@ -271,3 +290,16 @@ def _partitioned_from_the_start(run: RunSpec, ds_config: dict[str, Any]) -> Abst
         config_dict_or_path=ds_config, dtype=weight_dtype(run), remote_device=None
     )
     return context
+
+
+@contextmanager
+def _announced_to_peft(run: RunSpec, ds_config: dict[str, Any]) -> Iterator[None]:
+    """PEFT gathers a weight that ZeRO-3 split for DoRA's first norm if transformers says that there are such
+    (peft/utils/integrations.py, ``gather_params_ctx``): while an object like this one lives."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    announced = HfDeepSpeedConfig(ds_config) if run.zero.stage == 3 else None
+    try:
+        yield
+    finally:
+        del announced

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vramplan.errors import ConfigError, LegalityError, SpecError
+from vramplan.errors import ConfigError, SpecError
 from vramplan.measure.run_dir import RunDir
 from vramplan.rank.freeze import freeze
 from vramplan.rank.model import add_adapters, apply_kernels, checkpoint_layers, weight_dtype
@@ -33,10 +33,7 @@ def load_model(run: RunSpec, directory: Path, config: dict[str, Any]) -> LoadedM
 
     Raises:
         ConfigError: transformers cannot build the model.
-        LegalityError: a method that the trainer does not run.
     """
-    if run.method.kind == "qlora" and run.zero.stage == 3:
-        raise LegalityError("method.kind: qlora does not train under ZeRO-3, which would split packed weights: use 2")
     zero3 = _announce_zero3(run, config)
     module = pretrained(run, directory)
     module.config.use_cache = False
@@ -123,7 +120,8 @@ def _keep_packing(model: torch.nn.Module) -> None:
 
 
 def _quantized(run: RunSpec) -> dict[str, Any]:
-    """QLoRA's 4-bit weights: NormalFloat, scales quantized again (Dettmers et al. 2023, arXiv 2305.14314)."""
+    """QLoRA's 4-bit weights: NormalFloat, scales quantized again (Dettmers et al. 2023, arXiv 2305.14314). Where ZeRO-3
+    splits them the packed bits lie as elements of the weights' format, so that all that it gathers is of one."""
     if run.method.kind != "qlora":
         return {}
     import importlib.util
@@ -137,6 +135,7 @@ def _quantized(run: RunSpec) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=weight_dtype(run),
+        bnb_4bit_quant_storage=weight_dtype(run) if run.zero.stage == 3 else None,
     )
     return {"quantization_config": config}
 

@@ -85,7 +85,8 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
     [
         ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
-        ({"method": {"kind": "lora", "use_dora": True}, "zero": {"stage": 3}}, "DoRA"),
+        ({"method": {"kind": "qlora", "use_dora": True}}, "QLoRA with DoRA"),
+        ({"method": {"kind": "qlora"}, "precision": "fp32", "zero": {"stage": 3}}, "QLoRA under ZeRO-3 in fp32"),
         ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
         (
             {"method": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}},

@@ -10,6 +10,7 @@ from vramplan.facts.architecture import Attention, Embedding, LatentAttention, L
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.leaf import Parameter
+from vramplan.memory.quantized import packed_numel
 from vramplan.memory.size import Size, per_position, per_token
 from vramplan.memory.tape import Node, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
@@ -114,6 +115,10 @@ class BlockContext:
     in_leaf: bool = False
     """Whether a module runs whose own modules nobody listens to."""
 
+    graph: list[Tensor] = field(default_factory=list)
+    """What nodes of the micro-batch's graph hold by themselves: it lives as long as the loss or the outputs."""
+    viewed: set[str] = field(default_factory=set)
+    """Weights of which it holds views."""
     router_scores: list[Tensor] | None = None
     """The scores of every router that the model collects, or None where it collects none."""
     num_layers: int = 0
@@ -144,7 +149,10 @@ class BlockContext:
         return packs and linear.role is not Role.HEAD and not linear.by_matmul
 
     def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:
-        weight = self.parameter(f"{linear.name}.weight", linear.weight_numel)
+        numel = linear.weight_numel
+        if self.hooks is not None and self.quantizes(linear):  # ZeRO-3 gathers what is packed
+            numel = packed_numel(numel, self.dtype.nbytes)
+        weight = self.parameter(f"{linear.name}.weight", numel)
         bias = self.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None
         for param in (weight, bias):
             if param is not None:

@@ -32,7 +32,9 @@ def dora(
     low_rank = product(x, 0)
     if base is None:
         low = ctx.autocast or x.dtype
-        base = ops.linear(ops.to(x, low, LABEL), ops.to(cast, low, LABEL), None, tokens(linear.out_features), LABEL)
+        narrow, out = ops.to(cast, low, LABEL), tokens(linear.out_features)
+        base = ops.linear(ops.to(x, low, LABEL), narrow, None, out, LABEL, ctx.hooks is not None)
+        del narrow
     elif bias is not None:  # the difference takes the bias's format where that is wider
         base = ops.shifted(base, LABEL) if base.dtype is bias.dtype else ops.to(base, bias.dtype, LABEL)
     # every name of ``forward`` keeps its tensor until it returns

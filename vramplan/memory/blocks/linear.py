@@ -58,11 +58,27 @@ def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
 
 def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     """``Linear4bit.forward``: the input in the compute format, and the result back in the input's."""
-    given = x.dtype
-    low, out_numel = ops.to(x, ctx.autocast or ctx.dtype, label), tokens(linear.out_features)
-    out = ops.linear_4bit(low, linear.weight_numel, out_numel, label, ctx.dtype, ctx.device)
-    del low
-    return ops.to(out, given, label)
+    weight, bias = ctx.linear_parameters(linear)
+
+    def run(x: Tensor) -> Tensor:
+        given, low, out_numel = x.dtype, ops.to(x, ctx.autocast or ctx.dtype, label), tokens(linear.out_features)
+        out = ops.linear_4bit(low, linear.weight_numel, out_numel, label, ctx.dtype, ctx.device)
+        if ctx.hooks is not None:
+            _view_in_node(ctx, out, weight.name, ctx.hooks.whole(weight.name))
+        del low
+        return ops.to(out, given, label)
+
+    return ctx.call(linear.name, (weight, bias), run, x)
+
+
+def _view_in_node(ctx: BlockContext, out: Tensor, name: str, whole: Tensor | None) -> None:
+    """``MatMul4Bit``'s node itself keeps a view of the gathered weight (``ctx.tensors``, not torch's
+    ``saved_tensors``): no checkpoint knows of it, and it lives as long as the graph, which goes with its backward where
+    it is a recomputation's."""
+    if out.node is not None and whole is not None:
+        held = ctx.graph if ctx.tape.in_first_forward else out.node.saved
+        held.append(Tensor(whole.storage, whole.numel, whole.dtype))
+        ctx.viewed.add(name)
 
 
 def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, out: Size, label: str) -> Tensor:
@@ -138,14 +154,26 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     if method.use_dora:
         dropped = _dropped(ctx, x, linear, method)
         given = result if method.dropout == 0 or not ctx.tape.training else None
-        magnitude = ctx.parameter(f"{linear.name}.lora_magnitude_vector.weight", linear.out_features, True)
-        added = dora(ctx, dropped, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given)
+        name = f"{linear.name}.lora_magnitude_vector.weight"
+        magnitude = ctx.parameter(name, linear.out_features, True, ctx.adapter_dtype)
+        added = ctx.call(
+            f"{linear.name}.lora_magnitude_vector",
+            (magnitude, *_read_by_dora(ctx, base, given is not None)),
+            lambda x: dora(ctx, x, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given),
+            dropped,
+        )
         del given, dropped
     else:  # one expression: what is dropped goes as soon as lora_A returns, unless that saved it
         added = ops.scaled(_low_rank(ctx, _dropped(ctx, x, linear, method), linear, method), LABEL)
     result = ops.add(result, added, label)
     del added
     return ops.to(result, narrow_format, label)
+
+
+def _read_by_dora(ctx: BlockContext, base: Linear, with_bias: bool) -> list[Parameter]:
+    """What DoRA's module reads of the base layer; ZeRO-3 takes it for its own too (``register_external_parameter``)."""
+    weight, bias = ctx.linear_parameters(base)
+    return [param for param in (weight, bias if with_bias else None) if param is not None]
 
 
 def _dropped(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod) -> Tensor:
