@@ -23,6 +23,7 @@ from vramplan.facts.blocks import (
     PlainMLP,
     Role,
 )
+from vramplan.facts.dtype import Dtype
 from vramplan.facts.mixture import Experts, MixtureOfExperts, Router
 
 __all__ = [
@@ -160,6 +161,9 @@ class Architecture:
     router_scores: str = "dropped"
     """What becomes of the scores of every router: ``dropped``, ``collected`` (``output_router_logits`` of Llama-4,
     whose loss does not look at them), or ``balanced``, in a loss of their own that is added to the model's."""
+    stored_dtype: Dtype | None = None
+    """Format of the checkpoint's weights, where ``config.json`` says it (``dtype``, before transformers 5
+    ``torch_dtype``)."""
     extra: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property

@@ -33,8 +33,10 @@ class Files:
     """The file of the model, which every rank reads (``mp_rank_00_model_states.pt``)."""
     own: int = 0
     """The rank's part of the optimizer's state (``..._optim_states.pt``)."""
-    largest: int = 0
-    """The largest storage in them."""
+    largest_shared: int = 0
+    """The largest storage of the model's file, which rank 0 writes."""
+    largest_own: int = 0
+    """The largest of the rank's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +60,19 @@ class Standing:
     """The largest tensor that is gathered for it (ZeRO-3)."""
 
 
-def moments_between(job: Job, standing: Standing, passes: Passes) -> list[Passed]:
-    """The phases that a run passes besides its steps, in their order."""
+def moments_between(job: Job, standing: Standing, passes: Passes, ranks_per_node: int) -> list[Passed]:
+    """The phases that a run passes besides its steps, in their order. Of what rank 0 alone has in the host's memory
+    each of ``ranks_per_node`` is given a share, unless the device is the host."""
+    sharers = ranks_per_node if job.device != "cpu" else 1
     found: list[Passed] = []
     if passes.evaluation is not None:
         found.append(_Between(job, standing, passes.evaluation).evaluation())
     if passes.pinned is not None:
-        found.append(_Between(job, standing, passes.pinned).save(passes.saves_after_evaluation))
+        found.append(_Between(job, standing, passes.pinned).save(passes.saves_after_evaluation, sharers))
         if passes.resumes:
             found.append(_Between(job, standing, passes.pinned).resume())
     if passes.exports:
-        found.append(_Between(job, standing, Batch(1, 1)).export())
+        found.append(_Between(job, standing, Batch(1, 1)).export(sharers))
     return found
 
 
@@ -84,14 +88,16 @@ class _Between:
         self._see(stretch, found.points, self.standing.between)
         return self._close(stretch, self.standing.between, at_point(found.end))
 
-    def save(self, after_evaluation: bool) -> Passed:
+    def save(self, after_evaluation: bool, sharers: int) -> Passed:
         """The pinned batch's loss, then the files: under ZeRO-3 nothing is whole meanwhile
         (``checkpoint_event_prologue``), and small tensors are again at the end."""
         stretch, between = self._open("save", Phase.SAVE), self.standing.between
         found = self._after_steps
         self._see(stretch, found.later if after_evaluation else found.points, between, "pinned batch, ")
         if self._is_apart:
-            stretch.see("written", between, {labels.HOST_WRITTEN: self.standing.files.largest})
+            files = self.standing.files
+            largest = files.largest_own + -(-files.largest_shared // sharers)
+            stretch.see("written", between, {labels.HOST_WRITTEN: largest})
         return self._close(stretch, between, self.standing.gathered)
 
     def resume(self) -> Passed:
@@ -109,10 +115,10 @@ class _Between:
         self._see(stretch, found.points, after, "pinned batch, ")
         return self._close(stretch, after, at_point(found.end))
 
-    def export(self) -> Passed:
+    def export(self, sharers: int) -> Passed:
         """Whole weights on rank 0's host; under ZeRO-3 they are gathered one by one."""
         stretch, standing = self._open("export", Phase.SAVE), self.standing
-        weights = {labels.HOST_EXPORT: standing.exported}
+        weights = {labels.HOST_EXPORT: -(-standing.exported // sharers)}
         stretch.see("weights gathered", standing.between, weights, {labels.GATHERED: standing.largest_whole})
         return self._close(stretch, standing.between)
 

@@ -150,12 +150,14 @@ class Engine(ABC):
         architecture = self.job.architecture
         twice = 0
         if architecture.tied_embeddings and self.job.keep_outputs:  # a measured run builds from the config alone
-            twice = architecture.vocab_size * architecture.hidden_size * self.width
+            twice = architecture.head.weight_numel * self.width
         stretch = self.open("model_load", Phase.MODEL_LOAD)
         frozen = self.frozen_bytes
         built = {labels.FROZEN: frozen, labels.WEIGHTS: base + adapters - frozen}
         self.resident = merged(built)
         if self.job.device != "cpu" and not self.job.quantized:  # built on the host; the engine moves it
+            mapped = architecture.stored_dtype is self.job.dtype
+            stretch.see("built", {labels.HOST_BUILT: adapters if mapped else base + adapters})
             stretch.close()
             return
         if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32

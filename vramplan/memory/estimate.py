@@ -57,7 +57,7 @@ def estimate(
     walks = [walk(shapeless, each, steps_skipped) for each in ranks]
     worst = walks[0] if len(walks) == 1 else max(walks, key=lambda walked: walked.peak_bytes(basis))
     passed: tuple[Passed, ...] = tuple((stretch, basis) for stretch in worst.stretches)
-    passed += tuple(moments_between(job, worst.standing, passes))
+    passed += tuple(moments_between(job, worst.standing, passes, node.gpus_per_node))
     phases = tuple(stretch.phase_bytes(at) for stretch, at in passed)
     snapshots = snapshot_terms(job, node.gpus_per_node) if run.training.snapshot_every is not None else ()
     beyond = overhead(node, job.layout, run.alloc_conf, max(phase.peak_bytes for phase in phases))

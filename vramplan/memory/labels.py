@@ -56,6 +56,7 @@ DISK_GRADS = "disk: gradients"
 DISK_WEIGHTS = "disk: weights"
 HOST_SNAPSHOT = f"{HOST}snapshots in shared memory"
 HOST_ACTIVATIONS = f"{HOST}inputs of layers"
+HOST_BUILT = f"{HOST}weights before they move to the device"
 HOST_READ = f"{HOST}checkpoint as it was read"
 HOST_WRITTEN = f"{HOST}storage on its way to a checkpoint"
 HOST_EXPORT = f"{HOST}weights to be exported"
@@ -72,6 +73,24 @@ LOADING = "copies during loading"
 OUTPUTS = "logits"
 SCRATCH = "kernel scratch"
 AUTOCAST_COPIES = "autocast copies of weights"
+
+PINNED = frozenset(
+    [
+        HOST_WEIGHTS,
+        HOST_MASTER,
+        HOST_GRAD,
+        HOST_PARTITION,
+        HOST_STAGING,
+        HOST_ACCUMULATED,
+        HOST_PINNED,
+        HOST_SUMS_PINNED,
+        HOST_CACHED,
+        HOST_SWAP,
+        HOST_POOL,
+    ]
+)
+"""Headings of page-locked memory, where the device is not the host (``pin_memory`` of both offloads); the rest of the
+host's can be paged."""
 
 LABELS: dict[str, Label] = {
     OFFLOAD_BUFFER: Label(Category.COMMUNICATION, "width x largest trained tensor (temp_grad_buffer_for_gpu_offload)"),
@@ -127,14 +146,23 @@ LABELS: dict[str, Label] = {
     HOST_SNAPSHOT: Label(
         Category.OPTIMIZER, "2 x one rank's share of a checkpoint: the last one stays until the next is whole"
     ),
+    HOST_BUILT: Label(
+        Category.PARAMETER,
+        "width x elements on every rank (from_pretrained, then module.to), and adapters in fp32; weights that keep the "
+        "format of their files stay mapped and take nothing",
+    ),
     HOST_READ: Label(
         Category.TEMPORARY,
         "a whole file of a checkpoint: trained weights (none under ZeRO-3), or master and states of the rank's part; "
         "both without ZeRO (torch.load)",
     ),
-    HOST_WRITTEN: Label(Category.TEMPORARY, "the largest storage of a checkpoint: one is copied at once (torch.save)"),
+    HOST_WRITTEN: Label(
+        Category.TEMPORARY,
+        "the rank's largest storage of a checkpoint, copied to be written, and a share of rank 0's (torch.save)",
+    ),
     HOST_EXPORT: Label(
-        Category.PARAMETER, "whole weights, or adapters, on rank 0 until they are written (train/export.py)"
+        Category.PARAMETER,
+        "whole weights, or adapters, on rank 0 until they are written (train/export.py); a rank's share of a node's",
     ),
     FROZEN: Label(Category.PARAMETER, "elements x width; under ZeRO-3 each tensor / ranks, rounded up", Basis.EXACT),
     WEIGHTS: Label(

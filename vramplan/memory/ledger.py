@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vramplan.memory.labels import PINNED
 from vramplan.memory.term import Moment, Term
 
 
@@ -85,6 +86,12 @@ class Estimate:
     @property
     def host_bytes_per_node(self) -> int:
         return self.ranks_per_node * sum(term.num_bytes for term in self.host_terms)
+
+    @property
+    def pinned_bytes_per_node(self) -> int:
+        """Of the host's bytes of a node, those in page-locked memory."""
+        pinned = sum(term.num_bytes for term in self.host_terms if term.name in PINNED)
+        return self.ranks_per_node * pinned
 
     @property
     def disk_bytes_per_node(self) -> int:

@@ -71,7 +71,7 @@ class Zero0(Engine):
         assert not isinstance(states, int)
         groups = [numel for _, numel in self._groups()]
         whole = max(groups if self.low and self.flat else [numel for _, numel in self.trained], default=0)
-        return Files(shared=weights + master + states[0], largest=whole * self.master_bytes)
+        return Files(shared=weights + master + states[0], largest_shared=whole * self.master_bytes)
 
     def _update(self, step: int) -> dict[str, int]:
         """States and temporaries at the highest instant of a step of torch's own loop over parameters."""

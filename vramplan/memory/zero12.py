@@ -81,8 +81,8 @@ class Zero12(Engine):
         """Weights as views of the flat buffer, which is written once; each rank's master and states."""
         weights = self.flat.padded_numel * self.width
         own = self.share * self.master_bytes + self.optimizer.state_bytes(*self.flat.partitions)
-        largest = max(self.flat.partitions) * max(self.flat.degree * self.width, self.master_bytes)
-        return Files(weights, own, largest)
+        largest = max(self.flat.partitions)
+        return Files(weights, own, largest * self.flat.degree * self.width, largest * self.master_bytes)
 
     def _offloaded(self) -> Bytes:
         """Master, gradients and staging in the host's memory, and one buffer on the device (``__init__``)."""

@@ -63,7 +63,7 @@ class Zero3(Engine):
         """Master and states of each rank; the model's file holds no weights."""
         states = self.optimizer.state_bytes(self.trained_share)
         own = self.trained_share * self.master_bytes + states
-        return Files(0, own, self.sub_group * self.master_bytes)
+        return Files(own=own, largest_own=self.sub_group * self.master_bytes)
 
     def largest_whole(self) -> int:
         """Of trained tensors with adapters, else of all (``train/export.py``)."""
@@ -114,7 +114,7 @@ class Zero3(Engine):
         cut = sum(self._stays(param.numel) for param in base) * self.width
         if architecture.tied_embeddings and job.keep_outputs:  # a measured run builds from the config alone: the
             # head's own part stays until the engine starts
-            cut += self._stays(architecture.vocab_size * architecture.hidden_size) * self.width
+            cut += self._stays(architecture.head.weight_numel) * self.width
         adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)
         if job.offload_param and job.device != "cpu":  # each part goes to the host at once
@@ -124,7 +124,7 @@ class Zero3(Engine):
             return
         built = [(param.name, param.numel) for param in base]
         if architecture.tied_embeddings:
-            built.append((f"{architecture.head.name}.weight", architecture.vocab_size * architecture.hidden_size))
+            built.append((f"{architecture.head.name}.weight", architecture.head.weight_numel))
         self._see_modules(stretch, built)
         self._see_dora(stretch, cut, tensors=4)  # the weight too is whole (``gather_params_ctx``)
         stretch.close({labels.WEIGHTS: cut + adapters})

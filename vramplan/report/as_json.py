@@ -46,6 +46,7 @@ def estimate_to_dict(found: Estimate) -> dict[str, Any]:
         "used_band_bytes": _band(found.used_band),
         "capacity_bytes": found.capacity_bytes,
         "host_bytes_per_node": found.host_bytes_per_node,
+        "pinned_host_bytes_per_node": found.pinned_bytes_per_node,
         "host_capacity_bytes": found.host_capacity_bytes,
         "terms": [term_to_dict(term) for term in (*found.peak.terms, *found.overhead)],
         "host_terms": [term_to_dict(term) for term in found.host_terms],

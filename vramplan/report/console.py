@@ -38,7 +38,7 @@ def render_estimate(found: Estimate) -> RenderableType:
     parts: list[RenderableType] = [ledger_table(f"Peak of one rank: {found.peak.name}", ledger_rows(found))]
     hosted = host_rows(found)
     if hosted:
-        total = format_bytes(found.host_bytes_per_node)
+        total = f"{format_bytes(found.host_bytes_per_node)}, {format_bytes(found.pinned_bytes_per_node)} of it pinned"
         parts += ["", ledger_table(f"Host, one rank of {found.ranks_per_node} (a node: {total})", hosted)]
     filed = disk_rows(found)
     if filed:

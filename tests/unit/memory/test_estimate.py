@@ -3,10 +3,12 @@
 import pytest
 
 from vramplan.errors import SpecError
+from vramplan.facts.catalogue import find_model
 from vramplan.facts.device import Node
 from vramplan.facts.devices import find_device
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.estimate import UncoveredError, estimate, estimate_run
+from vramplan.memory.labels import HOST_BUILT, HOST_READ
 from vramplan.memory.ledger import Estimate
 from vramplan.spec.run import RunSpec
 
@@ -58,7 +60,12 @@ def test_layers_with_adapters_keep_more_than_layers_without():
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_paged_moments_lie_in_the_hosts_memory(stage):
-    plain, paged = (ask(optimizer={"kind": kind}, zero={"stage": stage}) for kind in ("adamw_8bit", "paged_adamw_8bit"))
+    # weights in the format of their files take nothing of the host's memory as they are loaded
+    fields = {**find_model(SMALL).config, "torch_dtype": "bfloat16"}
+    plain, paged = (
+        ask(optimizer={"kind": kind}, zero={"stage": stage}, model_config_fields=fields)
+        for kind in ("adamw_8bit", "paged_adamw_8bit")
+    )
     moved = plain.phases[-1].end_bytes - paged.phases[-1].end_bytes
     assert moved > 0
     assert sum(term.num_bytes for term in paged.host_terms) - sum(term.num_bytes for term in plain.host_terms) == moved
@@ -167,3 +174,60 @@ def test_packed_documents_have_a_mask_in_every_layer():
 
     packed = end_of_forward(data={"train": "builtin:arithmetic", "packing": "best_fit"})
     assert packed > end_of_forward()
+
+
+def test_weights_that_are_cast_as_they_are_read_pass_through_the_hosts_memory():
+    config = find_model(SMALL).config
+    stored, cast = (
+        ask(model_config_fields={**config, "torch_dtype": dtype}, zero={"stage": 2})
+        for dtype in ("bfloat16", "float32")
+    )
+    assert stored.host_bytes_per_node == 0
+    assert {term.name for term in cast.host_terms} == {HOST_BUILT}
+    assert cast.host_bytes_per_node == 8 * 2 * 134_515_008  # every rank reads the whole model
+    assert cast.pinned_bytes_per_node == 0
+    assert cast.allocated_peak_bytes == stored.allocated_peak_bytes
+
+
+def closed(**fields) -> RunSpec:
+    """Of weights that are stored as they are trained."""
+    chosen = {"micro_batch_size": 2, "grad_accum_steps": 1, "activation_checkpointing": "none", "seq_len": 256}
+    stored = {**find_model(SMALL).config, "torch_dtype": "bfloat16"}
+    zero = {"stage": 2, "offload_optimizer": "none", "offload_param": "none"}
+    return RunSpec(**{"model": SMALL, "model_config_fields": stored, "zero": zero, **chosen, **fields})
+
+
+def every_moment(**fields) -> Estimate:
+    run = closed(**fields)
+    return estimate_run(run, Node(find_device("h100-80gb"), 8), resolve_architecture(run))
+
+
+def test_every_moment_that_a_run_passes_is_in_its_estimate():
+    found = every_moment()
+    assert [phase.phase for phase in found.phases[-4:]] == ["evaluation", "save", "resume", "export"]
+    assert [moment.phase.value for moment in found.moments[-4:]] == ["evaluation", "save", "resume", "save"]
+    run = closed()
+    assert found.phases[:-4] == estimate(run, Node(find_device("h100-80gb"), 8), resolve_architecture(run)).phases
+    (read,) = (term.num_bytes for term in found.host_terms if term.name == HOST_READ)
+    assert read == 2 * 134_515_008  # the model's file; the rank's own is 12 B x elements / 8
+
+
+def test_moments_that_a_run_does_not_pass_are_not_shown():
+    without = every_moment(data={"eval_frac": 0.0})
+    assert [phase.phase for phase in without.phases[-3:]] == ["save", "resume", "export"]
+    plain = every_moment(engine="torch", zero={"stage": 0, "offload_optimizer": "none", "offload_param": "none"})
+    assert plain.phases[-1].phase == "step2.micro1.optimizer_step"
+
+
+def test_an_evaluation_can_be_the_peak():
+    found = every_moment(micro_batch_size=1, training={"eval_micro_batch_size": 64})
+    assert found.peak.phase.value == "evaluation"
+    assert found.peak.name == "evaluation: loss"
+
+
+def test_a_resume_makes_states_beside_those_that_are_there():
+    """Low precision without ZeRO: the engine's own first step made moments, and torch copies all of the loaded ones to
+    the device before it lets go of them."""
+    found = every_moment(seq_len=8, zero={"stage": 0, "offload_optimizer": "none", "offload_param": "none"})
+    resume = next(phase for phase in found.phases if phase.phase == "resume")
+    assert resume.peak_bytes == (2 + 4 + 8 + 8) * 134_515_008

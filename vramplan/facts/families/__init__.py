@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import cast
 
 from vramplan.errors import ConfigError, UnknownNameError
 from vramplan.facts.architecture import Architecture, MixtureOfExperts
+from vramplan.facts.dtype import Dtype
 from vramplan.facts.families.fields import Fields
 
 FAMILIES: dict[str, str] = {
@@ -74,7 +76,12 @@ def architecture_from_config(config: Mapping[str, object]) -> Architecture:
         if isinstance(mixture, MixtureOfExperts) and mixture.experts_per_token > mixture.router.num_experts:
             problem = f"is {mixture.experts_per_token}, more than the {mixture.router.num_experts} experts of a layer"
             raise fields.error("num_experts_per_tok", problem)
-    return architecture
+    return replace(architecture, stored_dtype=_stored_dtype(config))
+
+
+def _stored_dtype(config: Mapping[str, object]) -> Dtype | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    return {"float32": Dtype.FP32, "bfloat16": Dtype.BF16, "float16": Dtype.FP16}.get(str(name).removeprefix("torch."))
 
 
 def _text_config(config: Mapping[str, object], module_name: str) -> Mapping[str, object]:
