@@ -38,7 +38,8 @@ KEYS = Path(__file__).with_name("measured") / "cpu_zero_keys.jsonl"
 gradients are laid out, reduced and overlapped, how weights are gathered) with small buckets."""
 DRAWS = Path(__file__).with_name("measured") / "cpu_draws.jsonl"
 """Taken by `vramplan bench run` of jobs that benchmarks/draws.py drew: every family of the catalogue, real widths (of
-large models a quarter), few layers, every other setting at random."""
+large models a quarter), few layers, every other setting at random, sequence parallelism and sliding windows under it
+too."""
 """Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
@@ -107,7 +108,7 @@ def test_quantized_weights(path, count):
 
 @pytest.fixture(
     scope="module",
-    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7), (KEYS, 67, 8), (DRAWS, 66, 29)],
+    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7), (KEYS, 67, 8), (DRAWS, 101, 29)],
     ids=["dense", "latent", "experts", "wrapped", "keys", "draws"],
 )
 def families(request):

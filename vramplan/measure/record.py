@@ -278,24 +278,28 @@ class UnreadRecord:
     measured: Measured
 
 
+_STATE_BYTES = {"adamw": 8, "adamw_torch": 8, "adamw_torch_fused": 8, "adafactor": 4, "adamw_8bit": 2}
+"""What optimizers keep for an element on the device that is trained on (``memory/optimizers.py``)."""
+
+
 def steps_were_skipped(record: Record) -> bool:
     """Whether DeepSpeed discarded the record's optimizer steps, so that its optimizer states never came to be.
 
     Under ZeRO-3 the measuring program left weights undefined; where that reads as NaN, so do the gradients, and
-    DeepSpeed takes it for an overflow. The states (two fp32 numbers per trainable element) are made in the first step
-    that is not discarded: if the bytes after step 1 did not grow by them, it was.
+    DeepSpeed takes it for an overflow. The states are made in the first step that is not discarded: if the bytes after
+    step 1 grew by less than half of them, it was. (An optimizer without states does not tell.)
     """
     spec, measured = record.spec, record.measured
     if spec.undefined_weights:
         return True
-    if spec.zero.stage != 3 or spec.optimizer not in ("adamw", "adamw_torch") or not measured.numel_trainable:
+    if spec.zero.stage != 3 or spec.optimizer not in _STATE_BYTES or not measured.numel_trainable:
         return False
     ends = {phase.phase: phase.allocated_end_bytes for phase in measured.phases}
     last = f"step1.micro{spec.grad_accum_steps}"
     if not {f"{last}.backward", f"{last}.optimizer_step"} <= ends.keys():
         return False
     grew = ends[f"{last}.optimizer_step"] - ends[f"{last}.backward"]
-    return grew < 4 * shard(measured.numel_trainable, spec.layout.zero_degree)
+    return 2 * grew < _STATE_BYTES[spec.optimizer] * shard(measured.numel_trainable, spec.layout.zero_degree)
 
 
 def weights_were_halved(record: Record) -> bool:

@@ -192,7 +192,6 @@ def check_covered(job: Job) -> None:
         "tensor parallelism with the fused (liger) loss, liger's kernels or tiled MLPs": job.layout.tp > 1
         and (job.loss == "liger" or job.liger_kernels or job.tile_rows > 0),
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
-        "a sliding window under sequence parallelism": job.layout.sp > 1 and job.model_run.windowed,
         f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
         f"attention {job.attention} with sinks": job.attention != "eager" and job.architecture.has_sinks,
         "adapters on embeddings of positions": _adapts_positions(job),

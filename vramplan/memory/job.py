@@ -125,7 +125,7 @@ class Job:
             sequence_parallel=self.layout.sp,
             lone_sequence=self.lone_sequence,
             adapter_dtype=self.adapter_dtype,
-            windowed=any(window <= self.seq_len for window in self.architecture.windows),
+            windowed=any(window <= self.local_len for window in self.architecture.windows),
             masked=self.masked,
             given_positions=self.given_positions,
             adapted_parameters=self.adapted_parameters,
@@ -156,8 +156,14 @@ class Job:
     def shapeless(self) -> Job:
         """The job of every batch that makes the same instants: what of micro-batch and sequence decides more than
         sizes is whether there is one sequence, and which sliding windows are shorter than it."""
-        reached = max((window for window in self.architecture.windows if window <= self.seq_len), default=0)
-        return replace(self, micro_batch_size=1 if self.lone_sequence else 2, seq_len=reached)
+        reached = max((window for window in self.architecture.windows if window <= self.local_len), default=0)
+        return replace(self, micro_batch_size=1 if self.lone_sequence else 2, seq_len=reached * self.layout.sp)
+
+    @property
+    def local_len(self) -> int:
+        """Tokens of a sequence that a rank has, by which masks are made: Ulysses has attention see all without one
+        (ulysses_sp.py, ``uattn_wrapper``)."""
+        return self.seq_len // self.layout.sp
 
     @property
     def basis(self) -> Size:

@@ -3,6 +3,7 @@ optimizer as it is for fp32)."""
 
 from __future__ import annotations
 
+from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates
 from vramplan.memory.between import Files
@@ -99,7 +100,9 @@ class Zero0(Engine):
             numel += each
             if numel > REDUCE_NUMEL:
                 most, numel = max(most, numel), 0
-        copy = {labels.REDUCTION: max(most, numel) * self.width}
+        # under sequence parallelism the flat copy is cast to travel (allreduce_bucket)
+        cast = Dtype.FP32.nbytes if self.job.layout.sp > 1 and self.width != Dtype.FP32.nbytes else 0
+        copy = {labels.REDUCTION: max(most, numel) * (self.width + cast)}
         stretch.see("gradient reduction", self.resident, self.outputs, copy)
 
     def step(self, micro: Micro) -> None:

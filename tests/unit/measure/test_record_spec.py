@@ -35,3 +35,11 @@ def test_weights_are_undefined_only_where_they_are_split():
     assert not job.undefined_weights
     with pytest.raises(ValueError, match="undefined_weights is for zero"):
         JobSpec.model_validate({**job.model_dump(), "zero": {"stage": 2}, "undefined_weights": True})
+
+
+def test_zero_keys_have_deepspeeds_names():
+    zero = {"stage": 3, "zero_hpz_partition_size": 2, "prefetch_bucket_size": 5e7, "reduce_bucket_size": 5e8}
+    zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    found = JobSpec(model={"name": "x", "config": {}}, seq_len=8, zero=zero).zero
+    assert (found.hpz_partition_size, found.stage3_prefetch_bucket_size) == (2, 50_000_000)
+    assert (found.reduce_bucket_size, found.offload_optimizer) == (500_000_000, "cpu")
