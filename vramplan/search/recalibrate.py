@@ -16,7 +16,7 @@ def kind_of(phase: str) -> str:
     return phase.rpartition(".")[2]
 
 
-def predicted_bytes(run: RunSpec, known: Estimate, phase: str, step: int) -> int:
+def predicted_bytes(known: Estimate, phase: str, step: int) -> int:
     """What the estimate says of a phase, by whatever step and micro-batch of that kind holds most; of one that it does
     not know, what the run holds between steps."""
     kind = kind_of(phase)
@@ -61,18 +61,18 @@ class Correction:
             beyond[kind] = max(beyond.get(kind, 0), each.needed_bytes - each.predicted_bytes)
         return cls({kind: num_bytes for kind, num_bytes in beyond.items() if num_bytes > 0})
 
-    def bytes_of(self, run: RunSpec, known: Estimate, phase: str, step: int) -> int:
+    def bytes_of(self, known: Estimate, phase: str, step: int) -> int:
         """The estimate of a phase with what was seen beyond it in phases of its kind."""
-        return predicted_bytes(run, known, phase, step) + self.beyond.get(kind_of(phase), 0)
+        return predicted_bytes(known, phase, step) + self.beyond.get(kind_of(phase), 0)
 
     @property
     def most(self) -> int:
         """The most that anything was seen to need beyond its prediction."""
         return max(self.beyond.values(), default=0)
 
-    def fits(self, run: RunSpec, known: Estimate) -> bool:
+    def fits(self, known: Estimate) -> bool:
         """Whether every phase stays within what the device and its host offer."""
         phases = [(each.phase, 1 if each.phase.startswith("step1.") else 2) for each in known.phases]
-        most = max(self.bytes_of(run, known, phase, step) for phase, step in phases)
+        most = max(self.bytes_of(known, phase, step) for phase, step in phases)
         beyond_tensors = known.used_peak_bytes - known.allocated_peak_bytes
         return known.host_fits and most + beyond_tensors <= known.capacity_bytes

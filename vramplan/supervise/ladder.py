@@ -49,12 +49,12 @@ class Ladder:
         if own is not None:
             return own
         below = Below(self._plan, self._architecture, keep_stage=keep_stage)
-        found = below.fastest(lambda run, known: self._is_lower(run, known, verdict) and self._fits(run, known))
+        found = below.fastest(lambda run, known: self._is_lower(run, known, verdict) and self._fits(known))
         if found is None and self._capacity is not None:
             # the arithmetic says that nothing fits in what was seen; it has been wrong before, so the least is tried
             found = below.leanest(
                 lambda run, known: self._is_lower(run, known, verdict),
-                lambda run, known: self._bytes(run, known, verdict.phase, verdict.step),
+                lambda _, known: self._bytes(known, verdict.phase, verdict.step),
             )
         return found or Exhausted(self._why_none(keep_stage))
 
@@ -73,7 +73,7 @@ class Ladder:
         size = eval_batch(run) // 2
         while size > 1:
             smaller = with_field(run, "training.eval_micro_batch_size", size)
-            if self._fits(smaller, estimate_run(smaller, self._plan.node, self._architecture)):
+            if self._fits(estimate_run(smaller, self._plan.node, self._architecture)):
                 break
             size //= 2
         return size
@@ -114,25 +114,23 @@ class Ladder:
         if self._is_of_host(verdict):
             return known.fits and known.host_bytes_per_node < self._plan.prediction.host_bytes_per_node
         limits = ((a.phase, a.step, a.predicted_bytes) for a in self._failed if a.predicted_bytes is not None)
-        return all(
-            predicted_bytes(run, known, phase, step) <= limit * (1 - MARGIN_FRAC) for phase, step, limit in limits
-        )
+        return all(predicted_bytes(known, phase, step) <= limit * (1 - MARGIN_FRAC) for phase, step, limit in limits)
 
     def _is_of_host(self, verdict: Verdict) -> bool:
         """Whether the memory that ran out is the host's and not that which the ledger's peak counts."""
         return verdict.cause is Cause.HOST_MEMORY and self._plan.node.device.kind != "cpu"
 
-    def _fits(self, run: RunSpec, known: Estimate) -> bool:
+    def _fits(self, known: Estimate) -> bool:
         """Whether every phase, as corrected, stays within the room that there is, and the device."""
         if not known.fits:
             return False
         room = self._room
         phases = [(each.phase, 1 if each.phase.startswith("step1.") else 2) for each in known.phases]
-        return all(self._bytes(run, known, phase, step) <= room for phase, step in phases)
+        return all(self._bytes(known, phase, step) <= room for phase, step in phases)
 
-    def _bytes(self, run: RunSpec, known: Estimate, phase: str, step: int) -> int:
+    def _bytes(self, known: Estimate, phase: str, step: int) -> int:
         """The estimate of a phase with what was seen beyond it in phases of its kind."""
-        return self._seen.bytes_of(run, known, phase, step)
+        return self._seen.bytes_of(known, phase, step)
 
     @cached_property
     def _seen(self) -> Correction:
@@ -164,4 +162,4 @@ def predicted_of(plan: Plan, architecture: Architecture, verdict: Verdict) -> in
         known = estimate_run(plan.run, plan.node, architecture)
     except UncoveredError:
         return None
-    return predicted_bytes(plan.run, known, verdict.phase, verdict.step)
+    return predicted_bytes(known, verdict.phase, verdict.step)

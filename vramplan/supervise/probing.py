@@ -16,7 +16,6 @@ from vramplan.memory.ledger import Estimate
 from vramplan.search.lower import Below, changes, words_of
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.recalibrate import Correction, Seen, predicted_bytes
-from vramplan.spec.run import RunSpec
 from vramplan.supervise.recover import Terms, train_to_the_end
 from vramplan.supervise.supervisor import Listener
 from vramplan.units import format_bytes
@@ -47,17 +46,17 @@ def probe(plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Lis
         known = _estimate(tried.plan, architecture)
         if known is None:  # nothing was predicted, so nothing is to be corrected: it ran
             return tried
-        seen += seen_in(tried.plan.run, known, tried.readings)
+        seen += seen_in(known, tried.readings)
         correction = Correction.of(seen)
         listener({"event": "note", "text": _outcome(correction)})
-        if correction.fits(tried.plan.run, known):
+        if correction.fits(known):
             return tried
         plan = next_plan(tried.plan, architecture, correction)
         listener({"event": "note", "text": f"the plan becomes {words_of(changes(tried.plan.run, plan.run))}"})
     raise NoPlanError(f"{_MAX_PROBES} plans took more than there is when they were probed: lower seq_len or the model")
 
 
-def seen_in(run: RunSpec, known: Estimate, readings: tuple[PhaseReading, ...]) -> list[Seen]:
+def seen_in(known: Estimate, readings: tuple[PhaseReading, ...]) -> list[Seen]:
     """Measured against predicted, phase by phase. Where the driver was asked, what it counts beyond the predicted
     overhead counts as needed too."""
     beyond_tensors = known.used_peak_bytes - known.allocated_peak_bytes
@@ -65,7 +64,7 @@ def seen_in(run: RunSpec, known: Estimate, readings: tuple[PhaseReading, ...]) -
     for reading in readings:
         needed = max(reading.allocated_peak_bytes, (reading.used_peak_bytes or 0) - beyond_tensors)
         step = 1 if reading.phase.startswith("step1.") else 2
-        found.append(Seen(reading.phase, needed, predicted_bytes(run, known, reading.phase, step)))
+        found.append(Seen(reading.phase, needed, predicted_bytes(known, reading.phase, step)))
     return found
 
 
@@ -77,7 +76,7 @@ def next_plan(plan: Plan, architecture: Architecture, correction: Correction) ->
     """
     tried = plan_id(plan.run)
     found = Below(plan, architecture, keep_stage=False).fastest(
-        lambda run, known: plan_id(run) != tried and correction.fits(run, known)
+        lambda run, known: plan_id(run) != tried and correction.fits(known)
     )
     if found is None:
         raise NoPlanError(

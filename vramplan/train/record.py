@@ -111,7 +111,7 @@ def passed_moments(readings: Sequence[PhaseReading], shapes: Mapping[str, tuple[
     return PassedMoments(
         evaluation=_forward_shape(shapes.get("evaluation")),
         pinned=_forward_shape(shapes.get("save") or shapes.get("resume")),
-        resumed="resume" in names,
+        resumed=_forward_shape(shapes.get("resume")) is not None,  # where there was a checkpoint
         exported="export" in names,
         saved_after_evaluation=before_save == "evaluation",
     )

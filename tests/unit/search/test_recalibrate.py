@@ -29,7 +29,7 @@ def planned():
 
 
 def test_the_most_seen_beyond_counts_for_its_kind_alone(planned):
-    run, known = planned
+    _, known = planned
     correction = Correction.of(
         [
             Seen("step1.micro1.backward", 12 * GIB, 10 * GIB),
@@ -41,21 +41,21 @@ def test_the_most_seen_beyond_counts_for_its_kind_alone(planned):
     assert correction.most == 3 * GIB
     assert Correction().most == 0
     for phase, more in (("step9.micro2.backward", 3 * GIB), ("step9.micro2.forward", 0)):
-        assert correction.bytes_of(run, known, phase, 9) == predicted_bytes(run, known, phase, 9) + more
+        assert correction.bytes_of(known, phase, 9) == predicted_bytes(known, phase, 9) + more
 
 
 def test_what_fits_is_what_fits_with_the_correction(planned):
-    run, known = planned
-    assert Correction().fits(run, known)
+    _, known = planned
+    assert Correction().fits(known)
     room = known.capacity_bytes - known.used_peak_bytes
     kind = known.peak.phase.value
     peak = known.allocated_peak_bytes
-    assert Correction.of([Seen(f"step2.micro1.{kind}", peak + room, peak)]).fits(run, known)
-    assert not Correction.of([Seen(f"step2.micro1.{kind}", peak + room + 1, peak)]).fits(run, known)
+    assert Correction.of([Seen(f"step2.micro1.{kind}", peak + room, peak)]).fits(known)
+    assert not Correction.of([Seen(f"step2.micro1.{kind}", peak + room + 1, peak)]).fits(known)
 
 
 def test_what_the_driver_counts_beyond_the_overhead_counts_as_needed(planned):
-    run, known = planned
+    _, known = planned
     beyond_tensors = known.used_peak_bytes - known.allocated_peak_bytes
     assert beyond_tensors > 0
     readings = (
@@ -63,4 +63,4 @@ def test_what_the_driver_counts_beyond_the_overhead_counts_as_needed(planned):
         PhaseReading("step2.micro1.forward", 10 * GIB, GIB, used_peak_bytes=10 * GIB),
         PhaseReading("step2.optimizer_step", 10 * GIB, GIB),
     )
-    assert [each.needed_bytes - 10 * GIB for each in seen_in(run, known, readings)] == [7, 0, 0]
+    assert [each.needed_bytes - 10 * GIB for each in seen_in(known, readings)] == [7, 0, 0]

@@ -62,7 +62,7 @@ def test_the_next_plan_is_lower_in_the_phase_that_failed_and_trains_the_same(pla
     architecture, verdict, attempt = failed(plan, Cause.ACTIVATIONS, BACKWARD)
     found = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=False)
     before, after = plan.run, found.plan.run
-    peak = predicted_bytes(after, found.estimate, BACKWARD, 7)
+    peak = predicted_bytes(found.estimate, BACKWARD, 7)
     assert peak < attempt.predicted_bytes
     assert after.global_batch_size == before.global_batch_size == 64
     assert after.micro_batch_size * after.grad_accum_steps * 4 == 64
@@ -80,7 +80,7 @@ def test_the_seen_capacity_holds_for_every_phase_and_the_bytes_beyond_the_estima
     found = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=False)
     beyond = attempt.needed_bytes - predicted
     assert beyond == 3 * GIB
-    assert predicted_bytes(found.plan.run, found.estimate, BACKWARD, 7) + beyond <= memory.capacity
+    assert predicted_bytes(found.estimate, BACKWARD, 7) + beyond <= memory.capacity
     assert max(phase.peak_bytes for phase in found.estimate.phases) <= memory.capacity
 
 
@@ -161,10 +161,10 @@ def test_host_memory_on_a_gpu_node_moves_less_to_the_host():
 def test_evaluation_and_save_are_predicted_by_the_estimate(plan):
     architecture = resolve_architecture(plan.run)
     known = estimate_run(plan.run, plan.node, architecture)
-    between, forward = known.between_steps_bytes, predicted_bytes(plan.run, known, FORWARD, 2)
-    save, evaluation = (predicted_bytes(plan.run, known, phase, 5) for phase in ("save", "evaluation"))
+    between, forward = known.between_steps_bytes, predicted_bytes(known, FORWARD, 2)
+    save, evaluation = (predicted_bytes(known, phase, 5) for phase in ("save", "evaluation"))
     assert between < save <= evaluation < forward
     alone = with_field(plan.run, "training.eval_micro_batch_size", 1)
     fewer = estimate_run(alone, plan.node, architecture)
-    assert predicted_bytes(alone, fewer, "evaluation", 5) == save
-    assert predicted_bytes(plan.run, known, "data", 0) == between
+    assert predicted_bytes(fewer, "evaluation", 5) == save
+    assert predicted_bytes(known, "data", 0) == between

@@ -37,10 +37,10 @@ def beyond(num_bytes: int) -> Correction:
 def test_the_next_plan_fits_with_what_was_seen_and_trains_the_same(planned):
     plan, architecture, known = planned
     correction = beyond(known.capacity_bytes - known.used_peak_bytes + 2**30)
-    assert not correction.fits(plan.run, known)
+    assert not correction.fits(known)
     found = next_plan(plan, architecture, correction)
     assert plan_id(found.run) != plan_id(plan.run)
-    assert correction.fits(found.run, estimate(found.run, found.node, architecture))
+    assert correction.fits(estimate(found.run, found.node, architecture))
     assert found.run.global_batch_size == plan.run.global_batch_size
     assert found.run.seq_len == plan.run.seq_len
     assert found.prediction.step_time_s >= plan.prediction.step_time_s
