@@ -39,9 +39,11 @@ def _all(ctx: BlockContext, x: Tensor, q: Tensor) -> Tensor:
 
 
 def _with_bias(ctx: BlockContext, scores: Tensor) -> Tensor:
-    """Scores in fp32 plus ALiBi, scaled in place."""
+    """Scores in fp32 plus ALiBi, scaled in place; the gradient is scaled into a new tensor."""
     ctx.frame.append(scores)
     wide = ops.to(scores, Dtype.FP32, CORE)
     biased = ops.shifted(wide, CORE)
     ctx.frame += [wide, biased]
-    return biased
+    tape, numel = ctx.tape, biased.numel
+    out = Tensor(biased.storage, numel, Dtype.FP32)
+    return tape.attach("scale", out, [biased], [], lambda *_: [tape.new(numel, Dtype.FP32, ops.GRADIENTS)])
