@@ -60,7 +60,7 @@ CASES = {
     },
     2: {
         "zero 3, checkpointing, small buckets": {"zero": {"stage": 3, **SMALL_BUCKETS}, **CHECKPOINTED},
-        "zero 3, mixtral": {"fields": MIXTRAL, "zero": {"stage": 3, "stage3_max_reuse_distance": 30_000}},
+        "zero 3, mixtral": {"fields": MIXTRAL, "zero": {"stage": 3, "stage3_max_reuse_distance": 9_000}},
     },
 }
 """By ranks, since a process plays one world size in its life."""
