@@ -45,8 +45,8 @@ def explain(closed: ClosedRun, parallel: int = 1) -> Explained:
 
 
 def possible_changes(closed: ClosedRun) -> Iterator[Change]:
-    """Checkpointing, each higher ZeRO stage, half the micro-batch, offload, and the fused loss where it is installed;
-    each leaves what is learnt as it is."""
+    """Checkpointing, each higher ZeRO stage, half the micro-batch, offload, the chunked loss, and the fused one where
+    it is installed; each leaves what is learnt as it is."""
     run, on_gpu = closed.run, closed.node.device.kind != "cpu"
     stage, degree = run.zero.stage or 0, closed.node.world_size
     if run.activation_checkpointing != "full" or run.checkpoint_every > 1:
@@ -66,6 +66,8 @@ def possible_changes(closed: ClosedRun) -> Iterator[Change]:
         yield _change(f"optimizer on the CPU{'' if stage else ' (ZeRO 1)'}", run, offloaded)
     if on_gpu and stage == 3 and run.zero.offload_param != "cpu":
         yield _change("weights and optimizer on the CPU", run, dict.fromkeys(_OFFLOADS, "cpu"))
+    if on_gpu and run.loss == "hf":
+        yield _change("chunked loss", run, {"loss": "chunked"})
     if on_gpu and run.loss != "liger" and importlib.util.find_spec("liger_kernel") is not None:
         yield _change("fused loss (liger)", run, {"loss": "liger"})
 

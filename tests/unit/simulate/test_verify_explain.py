@@ -63,12 +63,17 @@ def test_each_change_is_simulated():
     estimated = answer.closed.estimate
     assert estimated is not None
     simulated = {phase.phase: phase.peak_bytes for phase in answer.found.phases}
-    for phase in estimated.phases:
+    played = [
+        phase for phase in estimated.phases if phase.phase in simulated
+    ]  # evaluation and saving are the trainer's
+    assert len(played) == len(simulated)
+    for phase in played:
         if phase.phase != "model_load":  # built on the host, where the simulated device is a GPU
             assert phase.peak_bytes == pytest.approx(simulated[phase.phase], rel=0.02), phase.phase
     changed = {change.name: found for change, found in answer.changes}
     assert {"checkpointing full", "ZeRO 2", "ZeRO 3", "optimizer on the CPU"} <= set(changed)
     assert all(found.error is None for found in changed.values())
     before = answer.found.allocated_peak_bytes
+    assert changed["chunked loss"].allocated_peak_bytes < before
     assert changed["checkpointing full"].allocated_peak_bytes < before
     assert changed["micro-batch 1, accumulated twice as often"].allocated_peak_bytes < before
