@@ -95,7 +95,7 @@ def test_half_precision_trains_as_single_does(finished_run, tiny_model, tmp_path
     assert losses(tmp_path / "run") == pytest.approx(losses(finished_run(0, "full")), rel=closeness)
 
 
-def test_the_record_is_of_the_first_two_steps_and_of_the_run(finished_run):
+def test_the_record_is_of_two_steps_and_of_the_first_of_what_comes_between_them(finished_run):
     run_dir = RunDir(finished_run(2, "full"))
     (record,) = read_records(run_dir.record)
     assert [phase.phase for phase in record.measured.phases] == [
@@ -112,7 +112,15 @@ def test_the_record_is_of_the_first_two_steps_and_of_the_run(finished_run):
                 "micro2.optimizer_step",
             )
         ),
+        "save",  # after the third step; the only evaluation comes after the last
+        "evaluation",
+        "export",
     ]
+    passes = record.spec.passes
+    assert (passes.evaluation.size, passes.pinned.size) == (2, 1)
+    assert passes.exported
+    assert not passes.resumed
+    assert not passes.saved_after_evaluation
     assert record.measured.outcome == "ok"
     assert record.measured.numel_total == record.measured.numel_trainable
     assert record.spec.zero.stage == 2
