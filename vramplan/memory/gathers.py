@@ -8,6 +8,7 @@ the recorded order and keep what is needed again soon. Sizes of whole weights do
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -145,6 +146,10 @@ class Gathers:
         self._complete = False
         self._recording = False
         self._modules: list[Module] = []
+        self._places: dict[str, list[int]] = defaultdict(list)
+        """Where among the recorded modules each parameter is used; made when it is first asked for."""
+        self._numel_before = [0]
+        """Elements of all modules before each."""
         self._order: list[tuple[Parameter, int]] = []
         self._queue: deque[tuple[Parameter, int]] = deque()
         self._fetched_for: dict[str, int] = defaultdict(lambda: NEVER)
@@ -195,6 +200,8 @@ class Gathers:
     def adopt(self, module: Module) -> None:
         """A recorded module has got parameters since (``register_external_parameter``); the order of gathers stays."""
         self._modules = [module if recorded.name == module.name else recorded for recorded in self._modules]
+        self._places.clear()
+        self._numel_before = [0]
 
     @property
     def is_recorded(self) -> bool:
@@ -325,6 +332,8 @@ class Gathers:
             return names
         names -= self.persistent
         names = {name for name in names if self._fetched_for[name] <= self._step}
+        if not module.is_leaf:
+            return {name for name in names if not self._is_near(name)}
         traversed = 0
         for later in self._modules[self._step :]:
             if traversed >= self.limits.max_reuse_numel or not names:
@@ -333,6 +342,22 @@ class Gathers:
                 names.discard(param.name)
                 traversed += param.grad_numel
         return names
+
+    def _is_near(self, name: str) -> bool:
+        """Whether a parameter is needed again before as many elements as a reuse distance have passed: what the loop
+        over later modules finds, without the loop."""
+        if not self._places:
+            for index, module in enumerate(self._modules):
+                passed = list(self._passed(module, under=False))
+                for param in passed:
+                    self._places[param.name].append(index)
+                self._numel_before.append(self._numel_before[-1] + sum(param.grad_numel for param in passed))
+        places = self._places.get(name, [])
+        found = bisect_left(places, self._step)
+        if found == len(places):
+            return False
+        traversed = self._numel_before[places[found]] - self._numel_before[self._step]
+        return traversed < self.limits.max_reuse_numel
 
     def _passed(self, module: Module, under: bool) -> Iterable[Parameter]:
         """The parameters that a module counts with when reuse is looked for: its own, and those under it if it is a

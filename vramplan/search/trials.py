@@ -17,6 +17,7 @@ from vramplan.search.plan import Refusal
 from vramplan.search.price import Priced
 from vramplan.search.room import fits_with_margin, limit_bytes, shortfall, why_not
 from vramplan.search.space import Candidate
+from vramplan.spec.run import RunSpec
 
 
 class Trials:
@@ -71,15 +72,11 @@ class Trials:
     def _used_floor(self, each: Priced) -> int:
         if each.candidate in self.excluded:
             return 0
-        job = job_from_run(each.run, self.node, self.architecture)
         try:
-            check_covered(job)
+            return used_floor(each.run, self.node, self.architecture)
         except UncoveredError as error:
             self._results[each.candidate] = error
             return 0
-        allocated = floor_bytes(job)
-        beyond = overhead(self.node, job.layout, each.run.alloc_conf, allocated)
-        return allocated + sum(term.num_bytes for term in beyond.terms)
 
     def _try(self, each: Priced) -> Estimate | UncoveredError:
         if each.candidate not in self._results:
@@ -95,6 +92,19 @@ class Trials:
                 result = error
             self._results[each.candidate] = result
         return self._results[each.candidate]
+
+
+def used_floor(run: RunSpec, node: Node, architecture: Architecture) -> int:
+    """Bytes that any rank of a closed run uses at the highest moment, or fewer.
+
+    Raises:
+        UncoveredError: the arithmetic does not cover the run.
+    """
+    job = job_from_run(run, node, architecture)
+    check_covered(job)
+    allocated = floor_bytes(job)
+    beyond = overhead(node, job.layout, run.alloc_conf, allocated)
+    return allocated + sum(term.num_bytes for term in beyond.terms)
 
 
 class _Refusals(Sequence[Refusal]):
