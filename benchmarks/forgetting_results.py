@@ -143,7 +143,7 @@ def trials(outcomes: Sequence[Outcome], shapes: Sequence[Shape]) -> list[str]:
     return [
         "## Trials",
         "",
-        "Rates were chosen by trial, and these are all trials (`--domain D --lr RATE --steps STEPS --only none`):",
+        "Rates were chosen by trial; those of this script (`--domain D --lr RATE --steps STEPS --only none`):",
         "",
         "| domain | run | steps x batch x tokens | peak rate | gained | lost |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
