@@ -108,7 +108,7 @@ def test_quantized_weights(path, count):
 
 @pytest.fixture(
     scope="module",
-    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7), (KEYS, 67, 8), (DRAWS, 101, 29)],
+    params=[(FAMILIES, 340, 17), (LATENT, 105, 2), (EXPERTS, 72, 5), (WRAPPED, 37, 7), (KEYS, 67, 8), (DRAWS, 130, 29)],
     ids=["dense", "latent", "experts", "wrapped", "keys", "draws"],
 )
 def families(request):

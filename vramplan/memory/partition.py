@@ -101,6 +101,7 @@ def see_flattened(stretch: Stretch, job: Job, flat: Flat, frozen_bytes: int) -> 
     frozen, width, share = {labels.FROZEN: frozen_bytes}, job.dtype.nbytes, 0
     master_width = 0 if job.offload_optimizer else Dtype.FP32.nbytes
     left = sum(numel for group in job.groups for _, numel in group)
+    stretch.see("adapters cast", frozen, {labels.INIT: _cast_bytes(job)})
     for group, partition in zip(job.groups, flat.partitions, strict=True):
         masters = {labels.MASTER: share * master_width}
         share += partition
@@ -109,6 +110,22 @@ def see_flattened(stretch: Stretch, job: Job, flat: Flat, frozen_bytes: int) -> 
         left -= sum(numel for _, numel in group)
         masters = {labels.MASTER: share * master_width}
         stretch.see("master weights cast", frozen, buffers, masters, {labels.INIT: (left + partition) * width})
+
+
+def _cast_bytes(job: Job) -> int:
+    """Adapters as PEFT made them and as the engine casts them, one after the other, at the highest instant."""
+    numels, width, wide = (
+        [param.numel for param in job.parameters if param.adapter],
+        job.dtype.nbytes,
+        Dtype.FP32.nbytes,
+    )
+    if width == wide:
+        return wide * sum(numels)
+    total = highest = wide * sum(numels)
+    for numel in numels:
+        highest = max(highest, total + numel * width)
+        total += numel * (width - wide)
+    return highest
 
 
 @dataclass(frozen=True, slots=True)

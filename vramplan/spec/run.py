@@ -42,7 +42,7 @@ class ZeroSpec(UserModel):
     """0 replicates everything; 1 partitions optimizer states, 2 gradients too, 3 weights too. None: searched."""
     reduce_bucket_size: int = Field(default=500_000_000, ge=1)
     """Elements of the buffer that collects gradients for one reduction."""
-    allgather_bucket_size: int = Field(default=500_000_000, ge=1)
+    allgather_bucket_size: int = Field(default=500_000_000, ge=0)
     """Elements gathered at once after the optimizer step (unused by torch >= 1.13's in-place gather)."""
     contiguous_gradients: bool = True
     """Copy gradients into one buffer as they appear."""
@@ -92,7 +92,7 @@ class ZeroSpec(UserModel):
     """Read checkpoints a rank at a time under stage 3."""
     memory_efficient_linear: bool = True
     """Whether linears are DeepSpeed's own under stage 3, which save no whole weights."""
-    sub_group_size: int = Field(default=1_000_000_000, ge=1)
+    sub_group_size: int = Field(default=1_000_000_000, ge=0)
     """Elements that stage 3's optimizer steps at once."""
     hpz_partition_size: int = Field(default=1, ge=1)
     """Ranks, those of a node, that keep whole weights among them besides every rank's own part, so that backward

@@ -148,14 +148,16 @@ def one_to_all(ctx: BlockContext, x: Tensor, numel: Size) -> Tensor:
     return ops.spread(x, numel, CORE, copied=not ctx.lone_sequence)
 
 
-def to_all_heads(x: Tensor, block: Mixer) -> Tensor:
-    """``repeat_kv``."""
-    return ops.spread(x, tokens(block.q_width), CORE) if block.num_heads > block.num_kv_heads else x
+def to_all_heads(x: Tensor, block: Mixer, copied: bool | None = None) -> Tensor:
+    """``repeat_kv``: a copy, unless there is one head, of which all are a view; or as ``copied`` says."""
+    if block.num_heads == block.num_kv_heads:
+        return x
+    return ops.spread(x, tokens(block.q_width), CORE, copied=block.num_kv_heads > 1 if copied is None else copied)
 
 
 def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> Tensor:
     """``eager_attention_forward``: repeated heads, scores, fp32 softmax, dropout, values."""
-    wide, repeated = tokens(block.out_width), block.num_heads > block.num_kv_heads
+    wide, repeated = tokens(block.out_width), block.num_heads > block.num_kv_heads > 1
     keys = to_all_heads(k, block)
     values = to_all_heads(v, block)
     weights = ops.scaled(_scores(ctx, q, keys, block, repeated), CORE)
@@ -192,7 +194,8 @@ def _scores(ctx: BlockContext, q: Tensor, keys: Tensor, block: Mixer, repeated: 
     q, keys = ctx.low(q, CORE), ctx.low(keys, CORE)
     if not joined(block):
         q = whole_heads(ctx, q)
-        keys = keys if repeated else whole_heads(ctx, keys)
+    if not repeated and (not joined(block) or block.num_heads > block.num_kv_heads):
+        keys = whole_heads(ctx, keys)
     return ops.matmul(q, keys, per_score(block.num_heads), CORE)
 
 
@@ -213,7 +216,7 @@ def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, 
     wide_q, wide_k, wide_v = (ops.to(part, Dtype.FP32, CORE) for part in (q, k, v))
     apart = not isinstance(block, LatentAttention)
     if spread and isinstance(block, Attention) and block.core != "falcon":  # told of (``enable_gqa``): repeated first
-        wide_k, wide_v = to_all_heads(wide_k, block), to_all_heads(wide_v, block)
+        wide_k, wide_v = to_all_heads(wide_k, block, True), to_all_heads(wide_v, block, True)
         spread, between = False, False
     else:
         between = apart
