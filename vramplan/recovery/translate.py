@@ -48,8 +48,8 @@ def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: b
     length = seq_len or getattr(args, "max_length", None)
     if length is None:
         raise SpecError("FitCallback needs seq_len: the training arguments have no max_length")
-    if _has_fused_head(model):
-        raise UncoveredError("TRL's fused head, which makes logits and loss tile by tile, is not counted")
+    if getattr(args, "activation_offloading", False):
+        raise UncoveredError("TRL's activation_offloading, which moves every activation, is not counted")
     zero = _zero(args)
     engine = "torch" if zero is None else "deepspeed"
     world_size, micro = int(args.world_size), int(args.per_device_train_batch_size)
@@ -72,10 +72,44 @@ def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: b
         checkpoint_every=(args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1),
         checkpoint_reentrant=bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)),
         optimizer=_optimizer(args),
+        **_loss_and_kernels(args, model),
         zero=ZeroSpec(**zero or {"stage": 0, "offload_optimizer": "none", "offload_param": "none"}),
         hardware=HardwareSpec(gpu=kind, gpus_per_node=world_size),
         training=TrainingSpec(max_grad_norm=args.max_grad_norm or 0.0),
     )
+
+
+_LIGER_KERNELS = ("rope", "rms_norm", "swiglu")
+
+
+def _loss_and_kernels(args: Any, model: Any) -> dict[str, str]:
+    """Which loss and which kernels compute, as ``loss`` and ``kernels`` of a run.
+
+    transformers' ``use_liger_kernel`` puts liger's in, all but its plain cross-entropy unless ``liger_kernel_config``
+    says otherwise (liger_kernel/transformers/monkey_patch.py, ``apply_liger_kernel_to_llama``). Of TRL's ``loss_type``
+    ``nll`` is the model's own; left out it is ``chunked_nll``, with liger ``nll`` (trl/trainer/sft_config.py).
+
+    Raises:
+        UncoveredError: a loss of TRL's that makes logits in parts or keeps more of them, or some of liger's kernels.
+    """
+    if _has_fused_head(model):
+        raise UncoveredError("TRL's fused head, which makes logits and loss tile by tile, is not counted")
+    uses_liger = bool(getattr(args, "use_liger_kernel", False))
+    kind = getattr(args, "loss_type", "nll") or ("nll" if uses_liger else "chunked_nll")
+    if kind != "nll":
+        raise UncoveredError(f"TRL's loss_type {kind} is not counted: set loss_type nll")
+    if not uses_liger:
+        return {"loss": "hf", "kernels": "hf"}
+    asked = getattr(args, "liger_kernel_config", None) or {}
+    if asked.get("cross_entropy", False):
+        raise UncoveredError("liger's cross_entropy over whole logits is not counted: use fused_linear_cross_entropy")
+    chosen = {asked.get(name, True) for name in _LIGER_KERNELS}
+    if len(chosen) > 1:
+        raise UncoveredError(
+            f"some of liger's kernels ({', '.join(_LIGER_KERNELS)}) without the others are not counted"
+        )
+    fused = asked.get("fused_linear_cross_entropy", True)
+    return {"loss": "liger" if fused else "hf", "kernels": "liger" if chosen.pop() else "hf"}
 
 
 def _has_fused_head(model: Any) -> bool:

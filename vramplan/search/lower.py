@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
-from vramplan.search.plan import Plan, Prediction, plan_id
+from vramplan.search.plan import Plan, Prediction
 from vramplan.search.price import TIE_FRAC, Priced, priced
 from vramplan.search.remedy import get_field, with_field, with_open
 from vramplan.search.space import divisors
 from vramplan.spec.layout import Layout
-from vramplan.spec.run import RunSpec
+from vramplan.spec.run import Loss, RunSpec
 
 RUNGS = (
     "training.eval_micro_batch_size",
+    "training.snapshot_every",
     "alloc_conf",
     "micro_batch_size",
     "grad_accum_steps",
     "loss",
     "activation_checkpointing",
+    "checkpoint_every",
     "zero.reduce_bucket_size",
     "zero.stage3_prefetch_bucket_size",
     "zero.stage",
@@ -40,7 +43,7 @@ RUNGS = (
 )
 """Fields that may change, in the order in which they are changed where that costs about the same time."""
 _BUCKETS = ("zero.reduce_bucket_size", "zero.stage3_prefetch_bucket_size")
-_BUCKET_DIVISORS = (1, 4, 16, 64)
+_BUCKET_DIVISORS = (1, 8, 64)
 LEAST_BUCKET = 1_000_000
 """Elements: a smaller bucket saves less than it costs in messages."""
 
@@ -66,12 +69,16 @@ class Below:
 
     def __init__(self, plan: Plan, architecture: Architecture, *, keep_stage: bool) -> None:
         self._plan, self._architecture = plan, architecture
-        every: dict[str, Priced] = {}
         opened = _opened(plan.run, keep_stage)
-        for run in (each for layout in more_sequence_parallel(opened) for each in _variants(layout)):
-            for each in self._priced(run):
-                every.setdefault(plan_id(each.run), each)
-        self._ranked = sorted(every.values(), key=lambda each: each.seconds_per_sequence)
+        every = [
+            replace(each, run=each.run.model_copy(update={"loss": loss}))
+            for layout in more_sequence_parallel(opened)
+            for run in _variants(layout)
+            for each in self._priced(run)
+            if each.run.activation_checkpointing == "full" or each.run.checkpoint_every == opened.checkpoint_every
+            for loss in self._losses()
+        ]
+        self._ranked = sorted(every, key=lambda each: each.seconds_per_sequence)
 
     def fastest(self, accept: Accept) -> Lowered | None:
         """The fastest that ``accept`` takes; of about equally fast ones that which changes least."""
@@ -104,6 +111,12 @@ class Below:
         return self._lowered(
             run, estimate_run(run, self._plan.node, self._architecture), self._plan.prediction.step_time_s
         )
+
+    def _losses(self) -> Iterator[Loss]:
+        """Those that the plan's ranks can compute; step times do not tell them apart."""
+        has_liger = importlib.util.find_spec("liger_kernel") is not None and self._plan.node.device.kind != "cpu"
+        losses: tuple[Loss, ...] = (self._plan.run.loss, "hf", "chunked")
+        yield from dict.fromkeys((*losses, "liger") if has_liger else losses)
 
     def _priced(self, run: RunSpec) -> list[Priced]:
         try:
@@ -163,22 +176,23 @@ def _opened(run: RunSpec, keep_stage: bool) -> RunSpec:
 
 
 def more_sequence_parallel(run: RunSpec) -> Iterator[RunSpec]:
-    """``run``, and the same with each larger number of ranks that share a sequence: the states are cut over as many
+    """``run``, and the same with the next larger number of ranks that share a sequence: the states are cut over as many
     ranks (``Layout.zero_degree``), the global batch among fewer groups."""
     yield run
     layout = run.layout or Layout()
-    for factor in divisors(layout.dp)[1:]:
+    for factor in divisors(layout.dp)[1:2]:
         yield with_field(with_field(run, "layout.dp", layout.dp // factor), "layout.sp", layout.sp * factor)
 
 
 def _variants(run: RunSpec) -> Iterator[RunSpec]:
-    """``run`` with each loss that can be had and with smaller buckets."""
-    for loss in dict.fromkeys((run.loss, "hf", "liger")):
-        if loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
-            continue
-        for divisor in _BUCKET_DIVISORS:
-            smaller = run.model_copy(update={"loss": loss})
-            for name in _BUCKETS:
-                size = get_field(run, name)
-                smaller = with_field(smaller, name, max(size // divisor, min(size, LEAST_BUCKET)))
-            yield smaller
+    """``run`` with every layer recomputed, and with smaller buckets."""
+    sizes = dict.fromkeys(tuple(_smaller(get_field(run, name), by) for name in _BUCKETS) for by in _BUCKET_DIVISORS)
+    for every, chosen in product(dict.fromkeys((run.checkpoint_every, 1)), sizes):
+        smaller = run.model_copy(update={"checkpoint_every": every})
+        for name, size in zip(_BUCKETS, chosen, strict=True):
+            smaller = with_field(smaller, name, size)
+        yield smaller
+
+
+def _smaller(size: int, divisor: int) -> int:
+    return max(size // divisor, min(size, LEAST_BUCKET))

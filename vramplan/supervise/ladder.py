@@ -59,12 +59,15 @@ class Ladder:
         return found or Exhausted(self._why_none(keep_stage))
 
     def _own_step(self, verdict: Verdict) -> Lowered | None:
-        """What mends a cause without slowing the training: a setting of the allocator, a smaller evaluation batch."""
+        """What mends a cause without slowing the training: a setting of the allocator, a smaller evaluation batch, no
+        snapshots in the host's memory."""
         run = self._plan.run
         if verdict.cause is Cause.FRAGMENTATION and EXPANDABLE not in run.alloc_conf:
             changed = run.model_copy(update={"alloc_conf": ",".join(filter(None, (run.alloc_conf, EXPANDABLE)))})
         elif verdict.cause is Cause.EVALUATION and eval_batch(run) > 1:
             changed = with_field(run, "training.eval_micro_batch_size", self._eval_batch_that_fits(run))
+        elif verdict.phase == "save" and run.training.snapshot_every is not None:
+            changed = with_field(run, "training.snapshot_every", None)
         else:
             return None
         return None if plan_id(changed) in self._forbidden else self._below_itself(changed)

@@ -168,6 +168,8 @@ def _go_on(plan: Plan, run_dir: RunDir, decided: Lowered | Offer | None) -> tupl
     _put_record_aside(run_dir, plan)
     decided.plan.save(run_dir.plan)
     if isinstance(decided, Lowered):
+        if decided.plan.run.training.snapshot_every is None:
+            put_away(run_dir)  # the memory of those that were written
         return decided.plan, True
     put_away(run_dir)
     if run_dir.checkpoints.exists():  # of another training: nothing of it is of use to this one

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vramplan.memory.estimate import UncoveredError
-from vramplan.recovery.translate import _method
+from vramplan.recovery.translate import _loss_and_kernels, _method
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -43,3 +45,36 @@ def test_plain_adapters_are_understood():
 def test_adapters_that_hold_more_or_less_are_refused(fields):
     with pytest.raises(UncoveredError, match=next(iter(fields))):
         _method(adapted(**fields))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, ("hf", "hf")),
+        ({"loss_type": "nll"}, ("hf", "hf")),
+        ({"use_liger_kernel": True}, ("liger", "liger")),
+        ({"use_liger_kernel": True, "loss_type": None}, ("liger", "liger")),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}, ("hf", "liger")),
+        (
+            {"use_liger_kernel": True, "liger_kernel_config": {"rope": False, "rms_norm": False, "swiglu": False}},
+            ("liger", "hf"),
+        ),
+    ],
+)
+def test_a_trainers_loss_and_kernels_are_ours(arguments, expected):
+    found = _loss_and_kernels(SimpleNamespace(**arguments), LlamaForCausalLM(CONFIG))
+    assert (found["loss"], found["kernels"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"loss_type": None}, "loss_type chunked_nll"),
+        ({"loss_type": "dft"}, "loss_type dft"),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"cross_entropy": True}}, "cross_entropy"),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}, "some of liger's kernels"),
+    ],
+)
+def test_a_loss_that_is_not_counted_is_refused_by_its_name(arguments, said):
+    with pytest.raises(UncoveredError, match=said):
+        _loss_and_kernels(SimpleNamespace(**arguments), LlamaForCausalLM(CONFIG))

@@ -11,12 +11,13 @@ from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.memory.estimate import estimate_run
-from vramplan.search.lower import RUNGS, changes
+from vramplan.search.lower import RUNGS, Below, changes
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.planner import make_plan
 from vramplan.search.recalibrate import eval_batch, predicted_bytes
 from vramplan.search.remedy import with_field
-from vramplan.spec.run import HardwareSpec, RunSpec, ZeroSpec
+from vramplan.spec.run import HardwareSpec, OptimizerSpec, RunSpec, ZeroSpec
+from vramplan.spec.training import TrainingSpec
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.classify import Cause, Verdict
 from vramplan.supervise.ladder import Exhausted, Ladder, predicted_of
@@ -25,12 +26,12 @@ GIB = 2**30
 FORWARD, BACKWARD = "step2.micro1.forward", "step7.micro1.backward"
 
 
-def plan_for(gpu: str = "h100-80gb", **fields) -> Plan:
+def plan_for(gpu: str = "h100-80gb", gpus: int = 4, **fields) -> Plan:
     base = {
         "model": "meta-llama/Llama-3.2-1B-Instruct",
         "global_batch_size": 64,
         "seq_len": 2048,
-        "hardware": HardwareSpec(gpu=gpu, gpus_per_node=4, host_memory="512GiB"),
+        "hardware": HardwareSpec(gpu=gpu, gpus_per_node=gpus, host_memory="512GiB"),
     }
     run = RunSpec(**{**base, **fields})
     return make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
@@ -84,16 +85,18 @@ def test_the_seen_capacity_holds_for_every_phase_and_the_bytes_beyond_the_estima
     assert max(phase.peak_bytes for phase in found.estimate.phases) <= memory.capacity
 
 
-def test_a_faster_plan_that_fits_what_was_seen_is_preferred_to_a_leaner_one(plan):
+def test_a_faster_plan_that_fits_what_was_seen_is_preferred_to_a_leaner_one():
+    plan = plan_for(gpus=2, global_batch_size=8, micro_batch_size=4)
     architecture, verdict, attempt = failed(plan, Cause.ACTIVATIONS, BACKWARD)
     roomy = Ladder(plan, architecture, [attempt]).next(verdict, keep_stage=False)
-    small = replace(attempt, capacity_bytes=8 * GIB)
+    small = replace(attempt, capacity_bytes=16 * GIB)
     lean = Ladder(plan, architecture, [small]).next(verdict, keep_stage=False)
-    assert lean.estimate.allocated_peak_bytes <= 8 * GIB < roomy.estimate.allocated_peak_bytes
+    assert lean.estimate.allocated_peak_bytes <= 16 * GIB < roomy.estimate.allocated_peak_bytes
     assert lean.plan.prediction.step_time_s > roomy.plan.prediction.step_time_s
 
 
-def test_going_down_ends_and_never_comes_back(plan):
+def test_going_down_ends_and_never_comes_back():
+    plan = plan_for(global_batch_size=2, gpus=2)
     architecture = resolve_architecture(plan.run)
     tried, current = [], plan
     for _ in range(200):
@@ -127,6 +130,61 @@ def test_the_first_step_goes_up_a_stage_or_off_the_device():
     kept = Ladder(fixed, architecture, [attempt]).next(verdict, keep_stage=True)
     assert isinstance(kept, Exhausted)
     assert "ZeRO 0" in kept.reason
+
+
+def test_states_in_8_bits_stay_as_they_are_cut_and_the_reason_says_so():
+    tied = plan_for(
+        zero=ZeroSpec(stage=0, offload_optimizer="none", offload_param="none"),
+        optimizer=OptimizerSpec(kind="adamw_8bit"),
+        micro_batch_size=1,
+    )
+    architecture, verdict, attempt = failed(tied, Cause.FIRST_STEP, "step1.micro16.optimizer_step", step=1)
+    kept = Ladder(tied, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert isinstance(kept, Exhausted)
+    assert "no other with ZeRO 0, to which adamw_8bit ties it, needs less there" in kept.reason
+
+
+def test_ranks_share_a_sequence_where_one_alone_is_too_long():
+    long = plan_for(
+        seq_len=32768, global_batch_size=8, micro_batch_size=1, activation_checkpointing="full", loss="chunked"
+    )
+    architecture, verdict, attempt = failed(long, Cause.ACTIVATIONS, BACKWARD)
+    found = Ladder(long, architecture, [attempt]).next(verdict, keep_stage=True)
+    changed, layout = dict(found.changes), found.plan.run.layout
+    assert changed["layout.sp"] == layout.sp > 1
+    assert layout.dp * layout.sp == 4
+    run = found.plan.run
+    assert run.micro_batch_size * run.grad_accum_steps * layout.dp == run.global_batch_size == 8
+    assert run.seq_len == 32768
+
+
+def test_logits_that_do_not_fit_are_met_with_a_loss_that_keeps_them_in_their_own_format():
+    whole = plan_for(micro_batch_size=1, activation_checkpointing="full", layout={"dp": 4})
+    architecture, verdict, attempt = failed(whole, Cause.LOGITS, BACKWARD)
+    losses = {each.loss for each in below_of(whole, architecture)}
+    assert {"hf", "chunked"} <= losses
+    found = Ladder(whole, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert dict(found.changes).get("loss") in ("chunked", "liger")
+
+
+def test_recomputing_one_layer_of_two_becomes_recomputing_all():
+    half = plan_for(micro_batch_size=1, activation_checkpointing="full", checkpoint_every=2, layout={"dp": 4})
+    architecture, verdict, attempt = failed(half, Cause.ACTIVATIONS, BACKWARD)
+    runs = {(each.activation_checkpointing, each.checkpoint_every) for each in below_of(half, architecture)}
+    assert runs == {("full", 2), ("full", 1), ("none", 2)}
+    assert not isinstance(Ladder(half, architecture, [attempt]).next(verdict, keep_stage=True), Exhausted)
+
+
+def below_of(plan: Plan, architecture):
+    return [each.run for each in Below(plan, architecture, keep_stage=True)._ranked]
+
+
+@pytest.mark.parametrize("cause", [Cause.SAVE, Cause.HOST_MEMORY])
+def test_a_save_that_does_not_fit_goes_without_snapshots_and_nothing_else(cause):
+    keen = plan_for(training=TrainingSpec(snapshot_every=1))
+    architecture, verdict, attempt = failed(keen, cause, "save")
+    found = Ladder(keen, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert found.changes == (("training.snapshot_every", None),)
 
 
 def test_fragmentation_is_met_with_the_allocators_setting_and_nothing_else(plan):
