@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vramplan.errors import SpecError
+from vramplan.measure.zero_keys import renamed
 from vramplan.spec.base import UserModel
 from vramplan.spec.layout import Layout, shard
 from vramplan.spec.retain import RetainSpec
@@ -31,26 +32,6 @@ from vramplan.spec.run import (
 from vramplan.spec.trainable import FullMethod, Method
 
 Outcome = Literal["ok", "oom", "error", "died"]
-
-
-_OTHER_NAMES = {
-    "zero_hpz_partition_size": "hpz_partition_size",
-    **{
-        name: f"stage3_{name}"
-        for name in (
-            "prefetch_bucket_size",
-            "param_persistence_threshold",
-            "model_persistence_threshold",
-            "max_live_parameters",
-            "max_reuse_distance",
-            "gather_16bit_weights_on_model_save",
-            "module_granularity_threshold",
-            "use_all_reduce_for_fetch_params",
-            "allgather_sequential",
-        )
-    },
-}
-"""DeepSpeed's names of its keys (deepspeed/runtime/zero/config.py) where they are not those of ``ZeroSpec``."""
 
 
 class JobModel(UserModel):
@@ -177,15 +158,7 @@ class JobSpec(UserModel):
     @field_validator("zero", mode="before")
     @classmethod
     def _as_deepspeed_spells(cls, value: Any) -> Any:
-        """Records have DeepSpeed's names; some have two, and offload can be a section of its own."""
-        if not isinstance(value, dict):
-            return value
-        renamed = {_OTHER_NAMES.get(name, name): each for name, each in value.items()}
-        for name in ("offload_optimizer", "offload_param"):
-            section = renamed.get(name)
-            if isinstance(section, dict) and not section.keys() - {"device", "pin_memory"}:
-                renamed[name] = section.get("device", "none")
-        return renamed
+        return renamed(value) if isinstance(value, dict) else value
 
     @property
     def layout(self) -> Layout:
