@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
@@ -136,13 +137,14 @@ class Zero12(Engine):
         """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
         arriving = [each for group in self.job.groups for each in group]
         most, whole = self.job.zero.reduce_bucket_size, self.trained_numel * self.width
+        moved_before = list(accumulate((numel if numel <= most else 0 for _, numel in arriving), initial=0))
         instants: list[tuple[int, str, int, int, int]] = [(whole, "before reduction", whole, 0, 0)]
         partition = sum(self._partition().values())
         filled = gone = 0
         for flush in self._flushes(tuple(name for name, _ in arriving)):
             moves = self.contiguous and flush.numel <= most
             # whatever came before, into either bucket, has moved there
-            moved = sum(numel for _, numel in arriving[: flush.before] if numel <= most) if self.contiguous else 0
+            moved = moved_before[-1 if flush.before is None else flush.before] if self.contiguous else 0
             left = whole - moved * self.width - gone
             if self.offloads and not moves:  # _offload_gradient_safety_enabled: it gets a storage of its own
                 clone = flush.numel * self.width
