@@ -11,6 +11,10 @@ from vramplan.facts.architecture import Architecture
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of ``config.json`` with one entry a block."""
+BY_INDEX = ("mlp_only_layers", "moe_layers")
+"""Fields that list blocks by their indices (Qwen's dense ones; Llama-4's with experts)."""
+DERIVED = (*PER_LAYER, *BY_INDEX, "first_k_dense_replace", "decoder_sparse_step")
+"""Fields by which a block's kind depends on its index."""
 
 
 def new_block_positions(num_layers: int, num_new: int) -> tuple[int, ...]:
@@ -37,7 +41,7 @@ def block_sources(num_layers: int, num_new: int) -> list[tuple[int, bool]]:
 def expand_config(fields: Mapping[str, Any], num_new: int) -> dict[str, Any]:
     """The fields of ``config.json`` for the expanded model; a new block is of the kind of the one that it copies.
 
-    What transformers derives from a block's index must stand in ``fields`` (``PER_LAYER``).
+    What transformers derives from a block's index must stand in ``fields`` (``DERIVED``).
     """
     name = "n_layer" if "n_layer" in fields else "num_hidden_layers"
     source = block_sources(int(fields[name]), num_new)
@@ -45,6 +49,16 @@ def expand_config(fields: Mapping[str, Any], num_new: int) -> dict[str, Any]:
     for each in PER_LAYER:
         if isinstance(fields.get(each), list):
             changed[each] = [fields[each][old] for old, _ in source]
+    for each in BY_INDEX:
+        if isinstance(fields.get(each), list):
+            changed[each] = [new for new, (old, _) in enumerate(source) if old in fields[each]]
+    if fields.get("first_k_dense_replace"):
+        changed["first_k_dense_replace"] = sum(old < fields["first_k_dense_replace"] for old, _ in source)
+    step = fields.get("decoder_sparse_step") or 1
+    if step > 1:  # of the expanded blocks no longer every so many: the dense ones are listed
+        dense = [new for new, (old, _) in enumerate(source) if (old + 1) % step]
+        changed["mlp_only_layers"] = sorted({*dense, *(changed.get("mlp_only_layers") or ())})
+        changed["decoder_sparse_step"] = 1
     return changed
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vramplan.errors import ConfigError
-from vramplan.facts.expansion import PER_LAYER, block_sources, expand_config, new_block_positions
+from vramplan.facts.expansion import DERIVED, block_sources, expand_config, new_block_positions
 
 _BLOCK = re.compile(r"^((?:\w+\.)*(?:layers|h)\.)(\d+)(\..*)$")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj", "attn.c_proj", "mlp.c_proj", "self_attn.dense", "mlp.fc2")
@@ -77,7 +77,7 @@ def _layer_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("model_type") not in CONFIG_MAPPING:
         return {}
     resolved = AutoConfig.for_model(**fields).to_dict()
-    return {name: resolved[name] for name in PER_LAYER if isinstance(resolved.get(name), list)}
+    return {name: resolved[name] for name in DERIVED if resolved.get(name) is not None}
 
 
 def _num_writers(state: Mapping[str, torch.Tensor], num_layers: int, num_new: int) -> int:
