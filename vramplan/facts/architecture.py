@@ -51,7 +51,8 @@ class DecoderLayer:
     ``residual`` is the arrangement, ``x`` being the layer's input:
 
     ``sequential``  ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` (Llama)
-    ``parallel``    ``x + attention(norm(x)) + mlp(norm(x))``: two norms (GPT-NeoX) or one for both (Phi)
+    ``parallel``    ``x + (attention(norm(x)) + mlp(norm(x)))``: two norms (GPT-NeoX) or one for both (Phi)
+    ``in_turn``     ``(x + attention(norm(x))) + mlp(norm(x))``: the same, added in another order (Cohere, StableLM)
     ``post``        ``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))`` (OPT-350m)
     ``norm_after``  ``x += norm(attention(x))``, then ``x += norm(mlp(x))`` (OLMo-2)
     ``sandwich``    ``x += norm(attention(norm(x)))``, then ``x += norm(mlp(norm(x)))`` (Gemma-2)

@@ -45,6 +45,7 @@ def linear_cast_zero3(
         if need_b:
             grad_b = tape.new(b_numel, Dtype.FP32, WEIGHT_GRADIENT)
         del cast_w
+        grads.clear()  # a Python function has let go of what it was given when its results are cast
         if grad_x is not None:
             grad_x = to(grad_x, x_dtype, GRADIENTS)
         if grad_w is not None:

@@ -149,7 +149,8 @@ class Job:
     def lone_sequence(self) -> bool:
         """Whether a micro-batch is one sequence, where that decides what is copied: in products of heads that are not
         left to one kernel."""
-        unfused = self.attention == "eager" or self.device == "cpu" or self.layout.sp > 1
+        in_fp32 = self.dtype is Dtype.FP32 and self.autocast is None  # there torch leaves grouped heads to its own path
+        unfused = self.attention == "eager" or self.device == "cpu" or self.layout.sp > 1 or in_fp32
         return self.micro_batch_size == 1 and (unfused or self.architecture.has_own_core)
 
     @property

@@ -31,7 +31,7 @@ class Parameter:
     adapter: bool = False
     packable: bool = False
     """Whether it is a weight that bitsandbytes keeps in 4 bits if asked: of linears, but for the head's and those that
-    a class of their own multiplies."""
+    a class of their own multiplies (transformers/quantizers/base.py, ``get_keys_to_not_convert``)."""
     factored_numel: int = 0
     """Elements of a row and a column of each of its matrices; of a vector all."""
 
@@ -85,7 +85,8 @@ def counted_numels(
 
 def _parameters(architecture: Architecture, method: Method, adapted: frozenset[str]) -> Iterator[Parameter]:
     linears = dict(architecture.named_linears())
-    packable = {f"{name}.weight" for name, linear in linears.items() if not linear.by_matmul}
+    *_, last = architecture.named_tensors()  # the module of the last parameter stays whole, whatever it is
+    packable = {f"{name}.weight" for name, linear in linears.items() if not linear.by_matmul} - {last.name}
     linears[architecture.head.name] = architecture.head
     if isinstance(method, FullMethod):
         nn_linears = {name for name, linear in linears.items() if linear.is_nn_linear}

@@ -71,7 +71,7 @@ class Runner:
         self.run = run
         self.tape = Tape()
         if run.device == "cpu":
-            self.tape.widens_operands = True
+            self.tape.widens_operands = self.tape.kernel_buffers = True
             self.tape.random_state_bytes = CPU_RANDOM_STATE_BYTES
         self.gathers = Gathers(self.tape, run.gathers, run.autocast) if run.gathers is not None else None
         self.ctx = BlockContext(
@@ -92,6 +92,7 @@ class Runner:
             adapted_parameters=run.adapted_parameters,
             leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
             num_layers=run.architecture.num_layers,
+            last_parameter=list(run.architecture.named_tensors())[-1].name,
             liger_kernels=run.liger_kernels,
             tile_rows=run.tile_rows,
             router_scores=[] if run.architecture.router_scores != "dropped" else None,

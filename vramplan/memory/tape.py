@@ -207,6 +207,8 @@ class Tape:
         self.widens_operands = False
         """Whether an addition of two formats first copies the narrower operand (``TensorIterator.cpp``,
         ``compute_types``: on the CPU)."""
+        self.kernel_buffers = False
+        """Whether a matrix product holds buffers of its own while it runs (oneDNN's: on the CPU)."""
         self.random_state_bytes = 0
         """What a checkpointed region keeps of the device's random state (``preserve_rng_state``)."""
         self.in_first_forward = True

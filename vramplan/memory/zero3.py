@@ -162,6 +162,9 @@ class Zero3(Engine):
         copy = {labels.INIT: self.trained_share * self.trained_width if job.device == "cpu" else 0}
         if not job.offload_param:
             stretch.see("partitions moved together", weights, copy)
+        elif job.device != "cpu":
+            whole = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
+            stretch.see("adapters before they are cut", {labels.WEIGHTS: whole})
         if job.offload_optimizer:
             self.resident = self._offloaded()
             # initialize_optimizer_states: a buffer that no sub-group takes, and the last one's gradients before they

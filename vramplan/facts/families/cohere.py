@@ -14,7 +14,7 @@ def build(fields: Fields) -> Architecture:
     heads = read_heads(fields, default_kv_heads=None)
     hidden = heads.hidden_size
     norm = Norm("input_layernorm", hidden, "layer_python")
-    layer = DecoderLayer((_attention(fields, heads), standard_mlp(fields, hidden), norm), residual="parallel")
+    layer = DecoderLayer((_attention(fields, heads), standard_mlp(fields, hidden), norm), residual="in_turn")
     layers = (layer,) * fields.required_size("num_hidden_layers")
     final_norm = Norm("model.norm", hidden, "layer_python")
     frame = decoder(fields, layers, hidden=hidden, default_positions=8192, default_tied=True, final_norm=final_norm)

@@ -25,7 +25,7 @@ def build(fields: Fields) -> Architecture:
     parallel = fields.flag("use_parallel_residual", default=False)
     layer = DecoderLayer(
         (_attention(fields, heads), standard_mlp(fields, hidden), *(norms[:1] if parallel else norms)),
-        residual="parallel" if parallel else "sequential",
+        residual="in_turn" if parallel else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
         drops_attention=False,
         names_attention="input and result",

@@ -122,6 +122,9 @@ class BlockContext:
     router_scores: list[Tensor] | None = None
     """The scores of every router that the model collects, or None where it collects none."""
     num_layers: int = 0
+    last_parameter: str = ""
+    """The model's last, whose module is never quantized (transformers/quantizers/base.py,
+    ``get_keys_to_not_convert``)."""
     liger_kernels: bool = False
     """Whether norms, rotary positions and MLPs are liger-kernel's."""
     tile_rows: int = 0
@@ -146,7 +149,9 @@ class BlockContext:
         """Whether its weight is kept in 4 bits: every linear's but the head's, and none that a class of its own
         multiplies (transformers/integrations/bitsandbytes.py, ``replace_with_bnb_linear``)."""
         packs = isinstance(self.method, LoraMethod) and self.method.kind == "qlora"
-        return packs and linear.role is not Role.HEAD and not linear.by_matmul
+        name = f"{self.prefix}{linear.name}".removesuffix(".base_layer")
+        whole = linear.role is Role.HEAD or linear.by_matmul or f"{name}.weight" == self.last_parameter
+        return packs and not whole
 
     def linear_parameters(self, linear: Linear) -> tuple[Parameter, Parameter | None]:
         numel = linear.weight_numel

@@ -90,7 +90,8 @@ def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 
 
 def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
-    """``PhiDecoderLayer.forward`` (one norm for both), ``GPTNeoXLayer.forward`` (one for each)."""
+    """``PhiDecoderLayer.forward`` (one norm for both), ``GPTNeoXLayer.forward`` (one for each); in turn:
+    ``CohereDecoderLayer.forward``."""
     first, second = layer.norms[0], layer.norms[-1]
     normed = normalise(ctx, x, first)
     also_normed = normalise(ctx, x, second) if second is not first and layer.norms_first else normed
@@ -99,6 +100,8 @@ def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
         also_normed = normalise(ctx, x, second)
     del normed
     mixed = _mlp_branch(ctx, also_normed, layer)
+    if layer.residual == "in_turn":
+        return ops.add(ops.add(x, attended, RESIDUAL), mixed, RESIDUAL)
     both = ops.add(mixed, attended, RESIDUAL, in_place=layer.norms_first)
     return ops.add(x, both, RESIDUAL)
 
@@ -145,6 +148,7 @@ def _sandwich(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 _ARRANGEMENTS: dict[str, Callable[[BlockContext, Tensor, DecoderLayer], Tensor]] = {
     "sequential": _sequential,
     "parallel": _parallel,
+    "in_turn": _parallel,
     "post": _post,
     "norm_after": _norm_after,
     "sandwich": _sandwich,

@@ -30,7 +30,10 @@ Parameters = tuple[Parameter | None, Parameter | None]
 
 
 def _layer(ctx: BlockContext, x: Tensor, params: Parameters, rows: Size, label: str) -> Tensor:
-    """``nn.LayerNorm``."""
+    """``nn.LayerNorm``, which CUDA's autocast takes in fp32 (aten/src/ATen/autocast_mode.h,
+    ``AT_FORALL_FP32``)."""
+    if ctx.autocast is not None and ctx.device == "cuda":
+        x = ops.to(x, Dtype.FP32, label)
     statistics = Dtype.FP32 if ctx.device == "cuda" else x.dtype
     return ops.layer_norm(x, *params, rows, statistics, label)
 
