@@ -39,6 +39,7 @@ from support.matrix import (
     Difference,
     Prepared,
     beyond_the_bar,
+    cover_in_turns,
     covered_models,
     differences,
     known_reason,
@@ -208,9 +209,7 @@ def main() -> None:
     if options.full:
         cases = full_matrix()
     elif options.quick:
-        cases = pairwise(
-            {name: FACTORS[name] for name in FACTORS if name != "model"}, turns=("model", covered_models())
-        )
+        cases = cover_in_turns()
     else:
         cases = pairwise({**FACTORS, "model": covered_models()})
     run(cases[: options.limit], options.output, options.parallel)

@@ -5,9 +5,13 @@ The pairwise covers and the whole matrix are ``benchmarks/matrix.py``, which wri
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import pytest
+
 from vramplan.simulate.request import simulate_jobs
 
-from support.matrix import Case, Prepared, beyond_the_bar, prepare
+from support.matrix import Case, Prepared, beyond_the_bar, cover_in_turns, known_reason, prepare
 
 QUICK = (
     "gpt2.0/full/3/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
@@ -21,19 +25,34 @@ QUICK = (
     "qwen2.18/qlora/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
     "falcon.9/qlora/0/full/flash_attention_2/bf16/none/cuda/4/2/1/adamw/none/small/let go",
     "qwen2_moe.20/lora/3/none/sdpa/fp16/none/cuda/4/2/1/adamw/none/small/let go",
+    "phi3.34/frozen/3/none/sdpa/bf16-autocast/padded/cuda/4/2/2/adamw_torch/optimizer/small/let go",
+    "mistral.16/expanded/1/full/sdpa/fp32/none/cuda/4/1/2/adamw_torch/optimizer/small/kept",
+    "stablelm.36/full/3/none/sdpa/bf16-autocast/padded/cuda/1/2/1/adamw/none/small/kept",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 
 
-def test_estimate_and_simulation_agree():
+def _beyond(cases: Iterable[Case]) -> list[str]:
+    """What differs by more than it may without a known reason, or was not simulated."""
     prepared = {}
-    for key in QUICK:
-        found = prepare(Case.parse(key))
+    for case in cases:
+        found = prepare(case)
         assert isinstance(found, Prepared), found
-        prepared[key] = found
+        prepared[case.key] = found
     failed = []
     for key, result in simulate_jobs((each.request() for each in prepared.values()), parallel=2):
         phases = [phase.as_phase_bytes() for phase in result.phases]
         beyond = [result.error] if result.error else beyond_the_bar(prepared[key].estimate, phases)
-        failed += [f"{key}: {each}" for each in beyond[:2]]
+        failed += [f"{key}: {each}" for each in beyond[:2] if not known_reason(prepared[key].case)]
+    return failed
+
+
+def test_estimate_and_simulation_agree():
+    failed = _beyond(map(Case.parse, QUICK))
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.slow
+def test_a_pairwise_cover_agrees():
+    failed = _beyond(cover_in_turns())
     assert not failed, "\n".join(failed)

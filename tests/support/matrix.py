@@ -290,6 +290,12 @@ def pairwise(
     return cases
 
 
+def cover_in_turns() -> list[Case]:
+    """A pairwise cover of all factors but the models, which take turns: about 50 cases."""
+    others = {name: values for name, values in FACTORS.items() if name != "model"}
+    return pairwise(others, turns=("model", covered_models()))
+
+
 def _order(pair: frozenset[tuple[str, Any]]) -> list[str]:
     return sorted(f"{name}={value}" for name, value in pair)
 
