@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch._subclasses import FakeTensorMode
@@ -62,6 +62,8 @@ def trace_rank(
     tracker, device = _tracker_of(device_type, four_bit_answers() if quantized else {}, black_box)
     join_fake_group(layout.world_size)
     sole_use_counts()
+    # a model that makes a mask of its own where none is passed (OPT) hides nothing by it
+    conditions = replace(conditions, padded=conditions.padded and run.attention_mask)
     if run.attention == "flash_attention_2":
         run = run.model_copy(update={"attention": register_flash(padded=conditions.padded)})
     player = RankPlayer(

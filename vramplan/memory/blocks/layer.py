@@ -109,12 +109,12 @@ def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
 def _post(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``OPTDecoderLayer.forward`` of OPT-350m."""
     first, second = layer.norms
-    attended = _attention_branch(ctx, x, layer)
-    x = normalise(ctx, ops.add(x, attended, RESIDUAL), first)
-    del attended
     residual = x
-    x = _mlp_branch(ctx, x, layer)
-    return normalise(ctx, ops.add(residual, x, RESIDUAL), second)
+    x = ops.add(residual, _attention_branch(ctx, x, layer), RESIDUAL)
+    x = normalise(ctx, x, first)
+    residual = x
+    x = ops.add(residual, _mlp_branch(ctx, x, layer), RESIDUAL)
+    return normalise(ctx, x, second)
 
 
 def _norm_after(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
