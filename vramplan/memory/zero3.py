@@ -368,7 +368,8 @@ class Zero3(Engine):
             stretch.see("weights sent to the host", base, with_own, flat, self._brought(numel * self.trained_width))
 
     def _see_small_gathered(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
-        part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree)
+        # on one rank what is copied from the host is the whole (``NoGatherCoalescedHandle``)
+        part = shard(whole.get(labels.GATHERED, ZERO)[0], self.job.degree) if self.job.degree > 1 else 0
         stretch.see("small tensors gathered", self.resident, kept, whole, self._brought(part))
 
     def _see_finalised(self, stretch: Stretch) -> None:
