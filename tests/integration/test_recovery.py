@@ -100,6 +100,21 @@ def test_a_rank_that_the_kernel_kills_for_memory_goes_on_with_a_plan_that_needs_
     assert processes_about(str(tmp_path / run_dir)) == []
 
 
+@pytest.mark.slow
+def test_four_ranks_go_on_where_the_last_of_them_ran_out_of_memory(wide_model, tmp_path):
+    four = {"micro_batch_size": 2, "grad_accum_steps": 1, "hardware": {"gpu": "cpu", "gpus_per_node": 4}}
+    spec, run_dir = write_spec(tmp_path / "spec.yaml", wide_model, 2, **four), tmp_path / "run"
+    done = train_with([fault(3, r"step5\.micro1\.forward", "data", more=20 * 10**6)], spec, run_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, last = attempts_of(run_dir)
+    assert (first.rank, first.phase, first.last_saved_step) == (3, "step5.micro1.forward", 3)
+    assert (last.cause, last.first_step) == ("finished", 3)
+    assert train(spec, "-o", tmp_path / "whole").returncode == 0
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert samples_of(run_dir) == samples_of(tmp_path / "whole")
+    assert processes_about(str(run_dir)) == []
+
+
 def test_a_plan_that_can_never_fit_ends_with_its_reason(tiny_model, tmp_path):
     spec, run_dir = write_spec(tmp_path / "spec.yaml", tiny_model, 2), tmp_path / "run"
     done = train_with([fault(0, "model_load", "data", EVERY_TIME, more=2 * MIB)], spec, run_dir)
