@@ -51,13 +51,21 @@ def test_momentum_of_sgd_is_the_same_to_the_bit(tiny_model, tmp_path):
     layouts = ["0+sgd", "2+sgd", "3+sgd"]
     tasks = [f"{task}:{','.join(layouts)}" for task in ("save", "load")]
     run_workers("convert_worker", 2, tmp_path, tiny_model, "full", "fp32", *tasks)
-    _assert_all_same(tmp_path, layouts)
+    _assert_all_same(tmp_path, layouts, "momentum_buffer")
 
 
-def _assert_all_same(root, layouts):
+@pytest.mark.slow
+def test_momentum_of_lion_is_the_same_to_the_bit(tiny_model, tmp_path):
+    layouts = ["1+lion", "2+lion", "3+lion"]
+    tasks = [f"{task}:{','.join(layouts)}" for task in ("save", "load")]
+    run_workers("convert_worker", 2, tmp_path, tiny_model, "full", "fp32", *tasks)
+    _assert_all_same(tmp_path, layouts, "exp_avg")
+
+
+def _assert_all_same(root, layouts, moment):
     for saved in layouts:
         before = torch.load(root / f"{saved}.saved")
-        assert any("momentum_buffer" in name for name in before["state"])
+        assert any(moment in name for name in before["state"])
         for loaded in layouts:
             after = torch.load(root / f"{saved}-{loaded}-2.loaded")
             assert any("was converted to" in note for note in after["notes"]) == (saved != loaded)

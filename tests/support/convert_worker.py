@@ -37,6 +37,7 @@ _OFFLOAD = {
     "cpuadam": ("adamw", "cpu", "none"),
     "param": ("adamw", "cpu", "cpu"),
     "sgd": ("sgd", "none", "none"),
+    "lion": ("lion", "cpu", "none"),  # DeepSpeed's CPULion: its FusedLion needs a GPU
 }
 """(optimizer, offload_optimizer, offload_param)"""
 

@@ -143,9 +143,10 @@ class OptimizerSpec(UserModel):
     @property
     def state_can_be_cut_anew(self) -> bool:
         """Whether what it keeps is fp32, element by element, so that any ZeRO stage and number of ranks can take it
-        over (``train/fragments.py``). 8-bit states share scales among neighbours; Lion's and the paged ones' could be,
-        and are not yet."""
-        return self.kind in ("adamw", "adamw_torch", "adamw_torch_fused", "sgd")
+        over to the bit (``train/fragments.py``). 8-bit states share a scale among 256 neighbours of a rank's stretch:
+        cut elsewhere they would be rounded once more, and the training would not be the same, so a run that has them
+        keeps its ZeRO stage and its ranks. The paged ones are not trained."""
+        return self.kind in ("adamw", "adamw_torch", "adamw_torch_fused", "lion", "sgd")
 
     @property
     def is_elementwise(self) -> bool:

@@ -19,9 +19,10 @@ _MOMENTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "adamw_torch": ("exp_avg", "exp_avg_sq"),
     "adamw_torch_fused": ("exp_avg", "exp_avg_sq"),
+    "lion": ("exp_avg",),
     "sgd": (),
 }
-COUNTING = frozenset({"adamw", "adamw_torch", "adamw_torch_fused"})
+COUNTING = frozenset({"adamw", "adamw_torch", "adamw_torch_fused", "lion"})
 """Optimizers that count their steps."""
 
 
