@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
-from vramplan.facts.devices import all_devices
+from vramplan.facts.devices import all_devices, find_device
 from vramplan.memory.ledger import Estimate
 from vramplan.search.choose import search
 from vramplan.search.lean import fewest_bytes, leanest_fit
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
-from vramplan.units import MIB, format_bytes
+from vramplan.units import MIB, format_bytes, parse_bytes
 
 Value = TypeVar("Value")
+Search = Callable[[RunSpec, Node, Architecture], "Remedy | None"]
 
 MAX_REMEDIES = 4
 _MAX_NODES = 128
@@ -60,8 +61,7 @@ def remedies(run: RunSpec, node: Node, architecture: Architecture) -> tuple[Reme
     opened = list(_opened(run, node, architecture))
     if opened:
         return tuple(opened[:MAX_REMEDIES])
-    free = with_open(run, PLANNED_FIELDS)
-    found = [way for find in _SEARCHES if (way := find(free, node, architecture)) is not None]
+    found = [way for find in _SEARCHES if (way := _found(find, run, node, architecture)) is not None]
     return tuple(found[:MAX_REMEDIES])
 
 
@@ -81,6 +81,33 @@ def with_field(run: RunSpec, name: str, value: Any) -> RunSpec:
     return run.model_copy(update={section: getattr(run, section).model_copy(update={key: value})})
 
 
+def applied(run: RunSpec, node: Node, changes: Sequence[tuple[str, Any]]) -> tuple[RunSpec, Node]:
+    """The run and the node with a remedy's changes made."""
+    for name, value in changes:
+        if name in _ON_NODE:
+            field, read = _ON_NODE[name]
+            node = replace(node, **{field: read(value)})
+        elif name == "method.kind":
+            run = run.model_copy(update={"method": _adapters_of_kind(run, value)})
+        else:
+            run = with_field(run, name, value)
+    return run, node
+
+
+_ON_NODE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "hardware.gpu": ("device", find_device),
+    "hardware.gpus_per_node": ("gpus_per_node", int),
+    "hardware.nodes": ("num_nodes", int),
+    "hardware.host_memory": ("host_memory_bytes", parse_bytes),
+    "hardware.memory_cap": ("memory_cap_bytes", parse_bytes),
+}
+
+
+def _adapters_of_kind(run: RunSpec, kind: Literal["lora", "qlora"]) -> LoraMethod:
+    """Adapters with the numbers that the run gives them, if it has any."""
+    return run.method.model_copy(update={"kind": kind}) if isinstance(run.method, LoraMethod) else LoraMethod(kind=kind)
+
+
 def with_open(run: RunSpec, names: Sequence[str]) -> RunSpec:
     """``run`` with these fields left to the planner; accumulation too, where it follows from the micro-batch."""
     for name in names:
@@ -92,11 +119,32 @@ def with_open(run: RunSpec, names: Sequence[str]) -> RunSpec:
 
 def _opened(run: RunSpec, node: Node, architecture: Architecture) -> Iterator[Remedy]:
     """Leaving the planner one of the fields that the user fixed; where no one is enough, all of them."""
-    fixed = [name for name in PLANNED_FIELDS if get_field(run, name) is not None]
+    fixed = _fixed(run)
     single = [way for name in fixed if (way := _reopen(run, (name,), node, architecture)) is not None]
     yield from single
     if not single and len(fixed) > 1 and (way := _reopen(run, fixed, node, architecture)) is not None:
         yield way
+
+
+def _found(find: Search, run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """What ``find`` gives with all that the user fixed; else with that left to the planner, and what is given up of it
+    named beside."""
+    fixed = _fixed(run)
+    way = find(run, node, architecture)
+    if way is not None or not fixed:
+        return way
+    way = find(with_open(run, PLANNED_FIELDS), node, architecture)
+    if way is None:
+        return None
+    changed, cured = applied(run, node, way.changes)
+    given_up = _reopen(changed, fixed, cured, architecture)
+    if given_up is None:
+        return None
+    return replace(way, changes=way.changes + given_up.changes, used_peak_bytes=given_up.used_peak_bytes)
+
+
+def _fixed(run: RunSpec) -> list[str]:
+    return [name for name in PLANNED_FIELDS if get_field(run, name) is not None]
 
 
 def _reopen(run: RunSpec, names: Sequence[str], node: Node, architecture: Architecture) -> Remedy | None:
@@ -121,17 +169,18 @@ def _fused_loss(run: RunSpec, node: Node, architecture: Architecture) -> Remedy 
 
 def _adapters(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
     """LoRA instead of full training, QLoRA instead of LoRA."""
-    if run.method.kind == "full":
-        tried = [LoraMethod(kind="lora"), LoraMethod(kind="qlora")]
-    elif run.method.kind == "lora":
-        tried = [run.method.model_copy(update={"kind": "qlora"})]
-    else:
-        return None
-    for method in tried:
-        found = _try_fit(run.model_copy(update={"method": method}), node, architecture)
+    for kind in _LIGHTER_KINDS[run.method.kind]:
+        found = _try_fit(run.model_copy(update={"method": _adapters_of_kind(run, kind)}), node, architecture)
         if found is not None:
-            return Remedy((("method.kind", method.kind),), found.used_peak_bytes, changes_training=True)
+            return Remedy((("method.kind", kind),), found.used_peak_bytes, changes_training=True)
     return None
+
+
+_LIGHTER_KINDS: dict[str, tuple[Literal["lora", "qlora"], ...]] = {
+    "full": ("lora", "qlora"),
+    "lora": ("qlora",),
+    "qlora": (),
+}
 
 
 def _small_optimizer(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
@@ -204,7 +253,7 @@ def format_size(num_bytes: int) -> str:
     return f"{-(-num_bytes // MIB)}MiB"
 
 
-_SEARCHES: tuple[Callable[[RunSpec, Node, Architecture], Remedy | None], ...] = (
+_SEARCHES: tuple[Search, ...] = (
     _fused_loss,
     _more_devices,
     _more_memory,

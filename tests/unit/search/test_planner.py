@@ -20,11 +20,10 @@ from vramplan.search.lean import leanest_fit
 from vramplan.search.plan import Plan, asked_fields, is_plan
 from vramplan.search.planner import make_plan
 from vramplan.search.price import TIE_FRAC, priced
-from vramplan.search.remedy import with_field
+from vramplan.search.remedy import applied
 from vramplan.search.room import fits_with_margin
 from vramplan.spec.load import merge, run_from_mapping
 from vramplan.spec.run import RunSpec
-from vramplan.units import parse_bytes
 
 GIB = 2**30
 H100 = Node(find_device("h100-80gb"), 8, host_memory_bytes=2048 * GIB)
@@ -138,34 +137,10 @@ def test_every_remedy_does_make_it_fit(fields: RunSpec, node: Node):
     assert not fit.fits
     assert fit.remedies
     for way in fit.remedies:
-        run, cured = apply(fields, node, way.changes)
+        run, cured = applied(fields, node, way.changes)  # these and nothing else
         found = leanest_fit(run, cured, architecture)
         assert found is not None, way
         assert way.used_peak_bytes <= cured.capacity_bytes
-
-
-def apply(run: RunSpec, node: Node, changes: tuple[tuple[str, object], ...]) -> tuple[RunSpec, Node]:
-    """The run and node that a remedy asks for; what it does not name is left to the search."""
-    for name in ("micro_batch_size", "activation_checkpointing", "zero.stage"):
-        run = with_field(run, name, None)
-    if len(changes) == 1 and changes[0][0].startswith("hardware"):
-        run = with_field(with_field(run, "zero.offload_optimizer", None), "zero.offload_param", None)
-    for name, value in changes:
-        if name == "hardware.gpus_per_node":
-            node = replace(node, gpus_per_node=int(str(value)))
-        elif name == "hardware.nodes":
-            node = replace(node, num_nodes=int(str(value)))
-        elif name == "hardware.memory_cap":
-            node = replace(node, memory_cap_bytes=parse_bytes(str(value)))
-        elif name == "hardware.host_memory":
-            node = replace(node, host_memory_bytes=parse_bytes(str(value)))
-        elif name == "hardware.gpu":
-            node = replace(node, device=find_device(str(value)))
-        elif name == "method.kind":
-            run = run_from_mapping(merge(run.model_dump(), {"method": {"kind": value}}))
-        else:
-            run = with_field(run, name, value)
-    return run, node
 
 
 def test_a_longer_sequence_than_the_remedys_does_not_fit():
