@@ -57,7 +57,7 @@ class World(UserModel):
 
 
 class ForwardShape(UserModel):
-    """Sequences of one rank's forward, and tokens of each."""
+    """Sequences of one rank's forward, and tokens of each, whole also where ranks share them (``world.sp``)."""
 
     size: int = Field(ge=1)
     """Sequences."""

@@ -189,6 +189,8 @@ def check_covered(job: Job) -> None:
         "pipeline or expert parallelism": max(job.layout.pp, job.layout.ep) > 1,
         job.split_refused: bool(job.split_refused),
         "tensor parallelism under ZeRO-3": job.layout.tp > 1 and job.stage == 3,
+        "tensor parallelism with adapters": job.layout.tp > 1 and method.kind != "full",
+        "tensor parallelism with sequence parallelism": job.layout.tp > 1 and job.layout.sp > 1,
         "tensor parallelism with the fused (liger) loss, liger's kernels or tiled MLPs": job.layout.tp > 1
         and (job.loss == "liger" or job.liger_kernels or job.tile_rows > 0),
         "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",

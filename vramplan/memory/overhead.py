@@ -50,8 +50,11 @@ def overhead(node: Node, layout: Layout, alloc_conf: str, allocated_bytes: int) 
 
 
 def num_communicators(layout: Layout) -> int:
-    """NCCL communicators of a rank: the world's, and one more for the ranks of a sequence."""
-    return 0 if layout.world_size == 1 else 1 + (layout.sp > 1)
+    """NCCL communicators of a rank: the world's, one more for the ranks of a sequence, one for those of a model's
+    shares, and then one for those that ZeRO cuts states over (deepspeed/utils/groups.py, ``_init_tp_mesh_device``)."""
+    if layout.world_size == 1:
+        return 0
+    return 1 + (layout.sp > 1) + (layout.tp > 1) * (1 + (layout.dp > 1))
 
 
 def expands_segments(alloc_conf: str) -> bool:

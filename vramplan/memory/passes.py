@@ -10,7 +10,7 @@ from vramplan.spec.run import RunSpec
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's forward: sequences, and tokens of each."""
+    """One rank's forward: sequences, and tokens of each, whole also where ranks share them."""
 
     size: int
     length: int
@@ -50,11 +50,12 @@ STEPS_ONLY = Passes()
 
 
 def job_of_batch(job: Job, batch: Batch) -> Job:
-    """The job as it evaluates a batch."""
+    """The job as it evaluates a batch, of whose sequences a rank may have a stretch (Ulysses)."""
+    length = batch.length // job.layout.sp
     return replace(
         job,
         micro_batch_size=batch.size,
         seq_len=batch.length,
-        tile_rows=tile_rows(batch.size, batch.length, job.architecture) if job.tile_rows else 0,
-        chunk_rows=chunk_rows(job.loss, batch.size * batch.length, job.architecture) if job.device == "cpu" else (0, 0),
+        tile_rows=tile_rows(batch.size, length, job.architecture) if job.tile_rows else 0,
+        chunk_rows=chunk_rows(job.loss, batch.size * length, job.architecture) if job.device == "cpu" else (0, 0),
     )

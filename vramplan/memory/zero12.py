@@ -381,10 +381,9 @@ class Zero12(Engine):
         stretch.see("gradients flattened", self.resident, self.outputs, flat, joined)
         # one buffer for all groups goes with the last (grads_in_partition)
         whole = self.resident.get(labels.GRAD_PARTITION, ZERO)[0]
-        held = whole - (0 if self.contiguous else self._whole_bytes(names))
-        left = {labels.GRAD_PARTITION: 0 if is_last else held}
-        viewed = {labels.GRAD_PARTITION: whole - left[labels.GRAD_PARTITION] if lone else 0}
-        self.resident = merged(self.resident.without(labels.GRAD_PARTITION), left)
+        left = 0 if is_last else whole - (0 if self.contiguous else self._whole_bytes(names))
+        viewed = {labels.GRAD_PARTITION: whole - left if lone else 0}
+        self.resident = merged(self.resident.without(labels.GRAD_PARTITION), {labels.GRAD_PARTITION: left})
         if first:
             states = self.moments(self.optimizer, *self.flat.partitions[: index + 1])
             self.resident = merged(self.resident.without(labels.MOMENTS, labels.HOST_PAGED), states)

@@ -137,6 +137,9 @@ class _Refusals(Sequence[Refusal]):
     def __repr__(self) -> str:
         return repr(self._every)
 
+    def __reduce__(self) -> tuple[type[tuple[Refusal, ...]], tuple[tuple[Refusal, ...]]]:
+        return tuple, (self._every,)  # copied and pickled as what they are
+
 
 def _refuse(each: Priced, result: Estimate | UncoveredError, margin_frac: float) -> Refusal:
     tokens_per_s = each.run.seq_len / each.seconds_per_sequence

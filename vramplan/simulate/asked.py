@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vramplan.errors import ConfigError, NoPlanError, SpecError, UnknownNameError
+from vramplan.errors import ConfigError, LegalityError, NoPlanError, SpecError, UnknownNameError
 from vramplan.facts.device import Device, Node
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture, resolve_config
@@ -13,7 +13,7 @@ from vramplan.memory.ledger import Estimate
 from vramplan.memory.overhead import overhead
 from vramplan.memory.term import Term
 from vramplan.search.choose import check_sequence_length, search
-from vramplan.search.legality import with_usual_attention
+from vramplan.search.legality import illegality, with_usual_attention
 from vramplan.search.space import Candidate, batch_splits, layout_of
 from vramplan.simulate.request import Conditions, DeviceType, SimulationRequest
 from vramplan.spec.layout import Layout
@@ -66,6 +66,7 @@ def close_run(asked: RunSpec, node: Node) -> ClosedRun:
     There the rest is left as lean as DeepSpeed makes it without offload: ZeRO-3 (0 on one rank), full checkpointing.
 
     Raises:
+        LegalityError: a run that leaves nothing open is one that DeepSpeed refuses.
         SpecError: what is asked cannot be; the text names the field.
     """
     asked = asked.model_copy(update={"model_config_fields": dict(resolve_config(asked))})
@@ -74,8 +75,10 @@ def close_run(asked: RunSpec, node: Node) -> ClosedRun:
         check_sequence_length(asked, architecture)
         asked = with_usual_attention(asked, architecture)
         if _is_closed(asked):
-            run = asked
-            return ClosedRun(asked, run, node, estimate(run, node, architecture))
+            refused = illegality(asked, node, architecture)
+            if refused is not None:
+                raise LegalityError(f"{refused.reason} ({refused.source})")
+            return ClosedRun(asked, asked, node, estimate(asked, node, architecture))
         answer = search(asked, node, architecture)
         return ClosedRun(asked, answer.best.run, node, answer.estimate)
     except NoPlanError:

@@ -120,7 +120,7 @@ class TrainEngine:
         """This micro-batch's part of the global batch's loss (a scalar with its graph); ``is_last``: the step follows
         its backward; ``row_losses``: as in ``batch_loss``."""
         if not self.module.training:
-            shape = batch.input_ids.shape[0], batch.input_ids.shape[1]
+            shape = batch.input_ids.shape[0], batch.input_ids.shape[1] * self.sp_degree
             self._largest_evaluated = max(self._largest_evaluated, shape, key=lambda each: each[0] * each[1])
         if self._managed and self.module.training:
             self.deepspeed.set_gradient_accumulation_boundary(is_last)

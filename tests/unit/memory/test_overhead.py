@@ -36,6 +36,9 @@ def test_communicators_come_with_ranks_and_groups():
     alone, world, sequence = (terms("h100-80gb", Layout(dp=dp, sp=sp)) for dp, sp in ((1, 1), (8, 1), (4, 2)))
     assert "communicators" not in alone
     assert sequence["communicators"].num_bytes == 2 * world["communicators"].num_bytes
+    shares, shares_alone = (terms("h100-80gb", Layout(dp=dp, tp=8 // dp)) for dp in (4, 1))
+    assert shares["communicators"].num_bytes == 3 * world["communicators"].num_bytes
+    assert shares_alone["communicators"].num_bytes == 2 * world["communicators"].num_bytes
 
 
 def test_segments_that_grow_fragment_less():

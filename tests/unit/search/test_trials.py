@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from vramplan.facts.device import Node
@@ -27,3 +29,4 @@ def test_the_answer_is_that_of_a_search_that_estimates_every_candidate(
     every = search(run, node, architecture)
     assert found == every
     assert list(found.refused) == list(every.refused)
+    assert pickle.loads(pickle.dumps(found.refused)) == tuple(found.refused)

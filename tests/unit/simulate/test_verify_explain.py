@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vramplan.errors import LegalityError
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.search.choose import search
@@ -54,6 +55,19 @@ def test_the_choice_is_simulated():
     assert verified.text.startswith("verified by simulation")
     predicted = verified.plan.prediction.allocated_peak_bytes
     assert verified.found.allocated_peak_bytes == pytest.approx(predicted, rel=0.01)
+
+
+def test_what_is_illegal_is_refused_though_nothing_is_left_open():
+    run = asked(
+        method="lora",
+        layout={"dp": 2, "tp": 2},
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        activation_checkpointing="none",
+        zero={"stage": 1, "offload_optimizer": "none", "offload_param": "none"},
+    )
+    with pytest.raises(LegalityError, match=r"layout\.tp splits linears by their names"):
+        close_run(run, node_to_simulate(run))
 
 
 def test_each_change_is_simulated():
