@@ -11,9 +11,8 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.search.plan import Plan
 from vramplan.search.planner import make_plan
-from vramplan.search.remedy import PLANNED_FIELDS, remedies, with_field, with_open
+from vramplan.search.remedy import PLANNED_FIELDS, applied, remedies, with_field, with_open
 from vramplan.spec.run import RunSpec
-from vramplan.spec.trainable import LoraMethod
 from vramplan.units import format_bytes, format_seconds
 
 ALLOWABLE = ("seq_len", "method", "optimizer")
@@ -51,7 +50,7 @@ def offers(plan: Plan, architecture: Architecture, room_bytes: int) -> tuple[Off
     found = [
         Offer(way.changes, replace(made, node=plan.node, versions=plan.versions))
         for way in remedies(run, node, architecture)
-        if way.changes_training and (made := _made(_changed(run, way.changes), node, architecture)) is not None
+        if way.changes_training and (made := _made(_changed(run, node, way.changes), node, architecture)) is not None
     ]
     return tuple(sorted(found, key=lambda offer: offer.plan.prediction.step_time_s))
 
@@ -69,14 +68,9 @@ def first_allowed(every: tuple[Offer, ...], allowed: Collection[str]) -> Offer |
     return next((offer for offer in every if offer.needs <= set(allowed)), None)
 
 
-def _changed(run: RunSpec, changes: tuple[tuple[str, Any], ...]) -> RunSpec:
-    for name, value in changes:
-        if name == "method.kind":
-            before = run.method
-            kept = before.model_copy(update={"kind": value}) if isinstance(before, LoraMethod) else None
-            # the rate of full training is too low for adapters: that of the method follows
-            run = with_field(run, "optimizer.lr", None) if kept is None else run
-            run = run.model_copy(update={"method": kept or LoraMethod(kind=value)})
-        else:
-            run = with_field(run, name, value)
-    return run
+def _changed(run: RunSpec, node: Node, changes: tuple[tuple[str, Any], ...]) -> RunSpec:
+    changed, _ = applied(run, node, changes)  # none of these changes the node
+    if run.method.kind == "full" and changed.method.kind != "full":
+        # the rate of full training is too low for adapters: that of the method follows
+        return with_field(changed, "optimizer.lr", None)
+    return changed
