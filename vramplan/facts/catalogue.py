@@ -58,6 +58,9 @@ def list_models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
     )
 
 
+_WHERE_MODELS_ARE = "(`vramplan models` lists those known; a local directory with a config.json works too)"
+
+
 def find_model(name: str) -> ModelEntry:
     """The entry of that name: in full, or without its owner where that is unique; case does not matter.
 
@@ -67,7 +70,7 @@ def find_model(name: str) -> ModelEntry:
     found = _matches(name, all_models())
     if len(found) == 1:
         return found[0]
-    hint = f"(it could be any of {', '.join(entry.name for entry in found)})" if found else ""
+    hint = f"(it could be any of {', '.join(entry.name for entry in found)})" if found else _WHERE_MODELS_ARE
     raise UnknownNameError("model", name, (entry.name for entry in all_models()), hint=hint)
 
 

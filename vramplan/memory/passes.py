@@ -51,7 +51,7 @@ STEPS_ONLY = Passes()
 
 def job_of_batch(job: Job, batch: Batch) -> Job:
     """The job as it evaluates a batch, of whose sequences a rank may have a stretch (Ulysses)."""
-    length = batch.length // job.layout.sp
+    length = -(-batch.length // job.layout.sp)
     return replace(
         job,
         micro_batch_size=batch.size,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vramplan.errors import SpecError
+from vramplan.measure.zero_keys import renamed
 from vramplan.memory.estimate import UncoveredError
 from vramplan.spec.run import HardwareSpec, OptimizerSpec, RunSpec, ZeroSpec
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
@@ -68,15 +69,35 @@ def run_of_trainer(args: Any, model: Any, seq_len: int | None, attention_mask: b
         grad_accum_steps=accumulation,
         attention=model.config._attn_implementation,
         attention_mask=attention_mask,
-        activation_checkpointing="full" if args.gradient_checkpointing else "none",
-        checkpoint_every=(args.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1),
-        checkpoint_reentrant=bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)),
+        **_checkpointing(args),
         optimizer=_optimizer(args),
         **_loss_and_kernels(args, model),
         zero=ZeroSpec(**zero or {"stage": 0, "offload_optimizer": "none", "offload_param": "none"}),
         hardware=HardwareSpec(gpu=kind, gpus_per_node=world_size),
         training=TrainingSpec(max_grad_norm=args.max_grad_norm or 0.0),
     )
+
+
+def _checkpointing(args: Any) -> dict[str, Any]:
+    """Which layers are computed again, and how: without keywords for torch transformers says ``use_reentrant=False``
+    (modeling_utils.py, ``gradient_checkpointing_enable``), with others of them torch takes its own default, True
+    (utils/checkpoint.py, ``checkpoint``).
+
+    Raises:
+        UncoveredError: what is kept lies in pinned host memory.
+    """
+    if not args.gradient_checkpointing:
+        return {"activation_checkpointing": "none"}
+    asked = dict(args.gradient_checkpointing_kwargs or {})
+    every = asked.pop("every_n_layers", 1)
+    if asked.pop("offload", False):
+        raise UncoveredError("gradient_checkpointing_kwargs: offload to pinned host memory is not counted")
+    reentrant = asked.get("use_reentrant")
+    return {
+        "activation_checkpointing": "full",
+        "checkpoint_every": every,
+        "checkpoint_reentrant": bool(asked) if reentrant is None else bool(reentrant),
+    }
 
 
 _LIGER_KERNELS = ("rope", "rms_norm", "swiglu")
@@ -123,19 +144,40 @@ def _has_fused_head(model: Any) -> bool:
 
 
 def _zero(args: Any) -> dict[str, Any] | None:
-    """DeepSpeed's section in our words; None where there is no DeepSpeed."""
+    """DeepSpeed's section in our words; None where there is no DeepSpeed.
+
+    Raises:
+        UncoveredError: FSDP, or a key of the section that is not counted.
+    """
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is None:
         if getattr(args, "fsdp", None):
             raise UncoveredError("FSDP is not counted")
         return None
-    section = plugin.deepspeed_config.get("zero_optimization", {})
-    known = ZeroSpec.model_fields.keys() - {"offload_optimizer", "offload_param"}
-    values = {name: value for name, value in section.items() if name in known and value != "auto"}
-    places = {
-        name: (section.get(name) or {}).get("device") or "none" for name in ("offload_optimizer", "offload_param")
+    section = {
+        name: value
+        for name, value in renamed(plugin.deepspeed_config.get("zero_optimization", {})).items()
+        if value not in (None, "auto")
     }
-    return {"stage": 0, **values, **places}
+    places = {name: _place(name, section.pop(name, "none")) for name in ("offload_optimizer", "offload_param")}
+    for name in section.keys() - ZeroSpec.model_fields.keys() - {_OLD_NAME_OF_GATHER}:
+        if section.pop(name):
+            raise UncoveredError(f"zero_optimization.{name} is not counted")
+    section.pop(_OLD_NAME_OF_GATHER, None)
+    return {"stage": 0, **section, **places}
+
+
+_OLD_NAME_OF_GATHER = "stage3_gather_fp16_weights_on_model_save"
+"""deepspeed/runtime/zero/config.py: deprecated; it says how weights are saved."""
+
+
+def _place(name: str, section: Any) -> str:
+    """Where states or weights lie; DeepSpeed has it as a section of its own, whose other keys leave all of it there."""
+    if not isinstance(section, dict):
+        return str(section)
+    if section.get("ratio", 1.0) != 1.0 or section.get("super_offload", False):
+        raise UncoveredError(f"zero_optimization.{name}: a part of it elsewhere (ratio, super_offload) is not counted")
+    return section.get("device") or "none"
 
 
 def _precision(args: Any, model: Any, engine: str) -> str:

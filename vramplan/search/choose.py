@@ -16,6 +16,7 @@ from vramplan.search.price import TIE_FRAC, Priced, priced
 from vramplan.search.room import MARGIN_FRAC
 from vramplan.search.space import Candidate
 from vramplan.search.trials import Trials
+from vramplan.spec.check import check_run
 from vramplan.spec.run import RunSpec
 
 
@@ -48,9 +49,11 @@ def search(
 
     Raises:
         NoPlanError: no candidate can be made; the text says which number to change.
-        LegalityError: DeepSpeed refuses every one.
+        LegalityError: DeepSpeed refuses every one, or methods do not go together.
+        SpecError: the run watches a held-out set that it does not have.
         UncoveredError: the arithmetic covers none.
     """
+    check_run(run)
     check_sequence_length(run, architecture)
     run = with_usual_attention(run, architecture)
     ranked = sorted(priced(run, node, architecture), key=lambda each: (each.seconds_per_sequence, each.complexity))

@@ -163,10 +163,15 @@ def _or(allowed: str) -> str:
     return f"{head} or {last}" if comma else allowed
 
 
+_PLAIN_DEMANDS = {"a valid boolean": "true or false", "a valid string": "text"}
+"""Where pydantic's words are not those of YAML's users."""
+
+
 def _demand(detail: ErrorDetails) -> str:
     """pydantic's own words, made to follow ``KEY is VALUE``."""
     if detail["type"].startswith(("model_", "dict_", "dataclass_")):
         return " but must be a mapping of keys"
     message = detail["msg"]
-    demand = message.removeprefix("Input should be ")
+    demand = message.removeprefix("Input should be ").partition(", unable to ")[0]
+    demand = _PLAIN_DEMANDS.get(demand, demand)
     return f" but must be {demand}" if demand != message else f": {message[:1].lower()}{message[1:]}"

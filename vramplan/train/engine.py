@@ -158,7 +158,8 @@ class TrainEngine:
             self._sampling = False
 
     def take_largest_evaluated(self) -> tuple[int, int]:
-        """Sequences and their length of the largest forward of evaluations since this was last asked."""
+        """Sequences and their whole length (however many ranks share each) of the largest forward of evaluations since
+        this was last asked."""
         taken, self._largest_evaluated = self._largest_evaluated, (0, 0)
         return taken
 

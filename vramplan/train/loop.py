@@ -163,6 +163,7 @@ class Loop:
         elif self.saving.snapshot_is_due(steps_done):
             with self.phases.phase("save", steps_done):
                 self.saving.snapshot(self._state_to_save(steps_done))
+            self.phases.evaluated("save", self.engine.take_largest_evaluated())
         if self.stopped and not is_last:
             self.metrics.event("note", text=f"stopped after step {steps_done}: {self.watch.stop_reason}")
 
@@ -208,7 +209,7 @@ class Loop:
         RunFailedError: the last update broke the weights, which gradients can do whose loss was still finite.
         """
         loss = self.pinned_loss()
-        ids = self.data.stream.batch(steps_done - 1, batch_size(self.run, self.engine.world_size))
+        ids = self.data.stream.batch(steps_done - 1, batch_size(self.run, self.engine.dp_degree))
         self._check_finite(loss, f"on the run's first samples after the update of step {steps_done}", ids)
         return replace(self.state(steps_done), pinned_loss=loss)
 

@@ -31,6 +31,7 @@ class Phases:
         self._status = status
         self._probe: PhaseProbe | None = PhaseProbe(device)
         self._kept: list[PhaseReading] = []
+        self._num_kept = 0
         self._wanted: set[str] | None = None
         """Phases that are still to be measured; None: all."""
         self._met: set[str] = set()
@@ -90,6 +91,11 @@ class Phases:
                 highest[reading.phase] = reading
         return list(highest.values())
 
+    @property
+    def num_read(self) -> int:
+        """How often a phase was read so far: as often on every rank, whatever was read."""
+        return self._num_kept if self._probe is None else len(self._probe.readings)
+
     def stop_measuring_steps(self) -> None:
         """From now on only what comes between steps is measured, once."""
         self._wanted = set(BETWEEN_STEPS)
@@ -97,6 +103,6 @@ class Phases:
     def stop_measuring(self) -> None:
         """Keeps what was read and ends the probe."""
         if self._probe is not None:
-            self._kept = self.readings
+            self._kept, self._num_kept = self.readings, self.num_read
             self._probe.close()
             self._probe = None

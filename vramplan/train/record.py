@@ -34,7 +34,13 @@ def highest_of_ranks(readings: Sequence[PhaseReading]) -> list[PhaseReading]:
     """Phase by phase the reading of the rank with the highest peak; every rank calls."""
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, list(readings))
-    return [max(phase, key=lambda reading: reading.allocated_peak_bytes) for phase in zip(*of_ranks, strict=True)]
+    return [
+        max(
+            (reading for rank in of_ranks for reading in rank if reading.phase == own.phase),
+            key=lambda reading: reading.allocated_peak_bytes,
+        )
+        for own in of_ranks[0]
+    ]
 
 
 class Recorder:
@@ -49,22 +55,23 @@ class Recorder:
     ) -> None:
         self._plan, self._run_dir, self._config = plan, run_dir, config
         self._phases, self._parameters = phases, parameters
-        self._written: list[PhaseReading] = []
+        self._num_written = 0
         self._seconds_per_step: float | None = None
 
     def write(self, seconds_per_step: float) -> list[PhaseReading]:
         """The record of what was read so far; gives the readings, of all ranks."""
         self._seconds_per_step = seconds_per_step
-        self._written = self._phases.readings
-        readings = highest_of_ranks(self._written)
+        self._num_written = self._phases.num_read
+        readings = highest_of_ranks(self._phases.readings)
         passed = passed_moments(readings, _largest_of_ranks(self._phases.shapes))
         if dist.get_rank() == 0:
             self._write_line(readings, passed)
         return readings
 
     def refresh(self) -> None:
-        """The record anew, where phases were read since it was written."""
-        if self._seconds_per_step is not None and self._phases.readings != self._written:
+        """The record anew, where phases were read since it was written. By their number, on which ranks agree: what
+        they read may be new on one rank and the same on another."""
+        if self._seconds_per_step is not None and self._phases.num_read != self._num_written:
             self.write(self._seconds_per_step)
 
     def add_resume(self) -> None:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vramplan.memory.estimate import UncoveredError
-from vramplan.recovery.translate import _loss_and_kernels, _method
+from vramplan.recovery.translate import _checkpointing, _loss_and_kernels, _method, _zero
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -78,3 +78,50 @@ def test_a_trainers_loss_and_kernels_are_ours(arguments, expected):
 def test_a_loss_that_is_not_counted_is_refused_by_its_name(arguments, said):
     with pytest.raises(UncoveredError, match=said):
         _loss_and_kernels(SimpleNamespace(**arguments), LlamaForCausalLM(CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "every", "reentrant"),
+    [
+        (None, 1, False),
+        ({"every_n_layers": 2}, 2, False),
+        ({"use_reentrant": True}, 1, True),
+        ({"use_reentrant": False, "preserve_rng_state": False}, 1, False),
+        ({"preserve_rng_state": False}, 1, True),  # torch's own default
+    ],
+)
+def test_checkpointing_is_what_transformers_makes_of_the_keywords(keywords, every, reentrant):
+    args = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs=keywords)
+    found = _checkpointing(args)
+    assert (found["checkpoint_every"], found["checkpoint_reentrant"]) == (every, reentrant)
+
+
+def test_inputs_in_pinned_memory_are_refused():
+    args = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs={"offload": True})
+    with pytest.raises(UncoveredError, match="offload"):
+        _checkpointing(args)
+
+
+def zero(**section):
+    return _zero(SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": section})))
+
+
+def test_deepspeeds_section_is_read_with_all_its_names():
+    found = zero(
+        stage=3,
+        zero_hpz_partition_size=2,
+        reduce_bucket_size="auto",
+        stage3_gather_fp16_weights_on_model_save=True,
+        zero_quantized_weights=False,
+        offload_optimizer={"device": "cpu", "pin_memory": True, "buffer_count": 4},
+    )
+    expected = {"stage": 3, "hpz_partition_size": 2, "offload_optimizer": "cpu", "offload_param": "none"}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "section", [{"zero_quantized_weights": True}, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}]
+)
+def test_zero_keys_that_are_not_counted_are_refused(section):
+    with pytest.raises(UncoveredError, match=next(iter(section))):
+        zero(**section)

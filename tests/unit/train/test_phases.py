@@ -63,3 +63,12 @@ def test_a_record_says_what_was_measured_besides_steps(phases):
     assert found.saved_after_evaluation
     assert not found.resumed
     assert not found.exported
+
+
+def test_readings_are_counted_also_where_they_are_lower_than_what_is_kept(phases):
+    """Ranks decide by the number whether a record is written anew, and so all do or none."""
+    passes(phases, "evaluation", 3 * MIB)
+    passes(phases, "evaluation", MIB)
+    assert (phases.num_read, len(phases.readings)) == (2, 1)
+    phases.stop_measuring()
+    assert phases.num_read == 2
