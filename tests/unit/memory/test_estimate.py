@@ -114,11 +114,13 @@ def test_what_is_not_counted_is_refused_by_name(fields, named):
         ask(**fields)
 
 
+@pytest.mark.parametrize("loss", ["hf", "chunked", "liger"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_terms_add_up_to_their_moment(stage):
-    found = ask(zero={"stage": stage})
+def test_terms_add_up_to_their_moment(stage, loss):
+    found = ask(zero={"stage": stage}, loss=loss)
     for moment, phase in zip(found.moments, found.phases, strict=True):
         assert moment.num_bytes == phase.peak_bytes >= phase.end_bytes
+        assert all(term.num_bytes >= 0 for term in moment.terms)
     assert found.allocated_peak_bytes == max(phase.peak_bytes for phase in found.phases)
 
 

@@ -24,3 +24,4 @@ def test_an_evaluation_of_the_batch_of_a_step_has_its_chunks():
     evaluated = job_of_batch(job, Batch(1, 6000))
     assert job.chunk_rows == (1365, 635)
     assert (evaluated.chunk_rows, evaluated.tile_rows, evaluated.basis) == (job.chunk_rows, job.tile_rows, job.basis)
+    assert job_of_batch(job, Batch(1, 1)).tile_rows == 1  # an export's, whose ranks share no sequence

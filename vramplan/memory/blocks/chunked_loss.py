@@ -34,7 +34,8 @@ def chunked_loss(ctx: BlockContext, scores: Tensor, vocab_size: int, rows: Rows)
     out_of_range = tape.new(tokens(1), Dtype.BOOL, LOSS)
     losses = _by_kernel(scores, targets) if ctx.device == "cuda" else _by_block(scores, vocab_size, rows)
     valid = tape.new(tokens(1), Dtype.BOOL, LOSS)  # how many targets there are
-    result = Tensor(tape.new(const(1), Dtype.FP32, LOSS).storage, const(1), Dtype.FP32, losses.node)
+    result = tape.new(const(1), Dtype.FP32, LOSS)
+    result.node = losses.node
     del losses, valid, out_of_range, padded, targets
     return result
 
