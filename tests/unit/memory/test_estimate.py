@@ -73,8 +73,9 @@ def test_paged_moments_lie_in_the_hosts_memory(stage):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "bf16-autocast"])
 def test_the_chunked_loss_takes_less_than_whole_logits_in_fp32(precision):
-    fields = {"precision": precision, "seq_len": 8192, "zero": {"stage": 0}}
-    assert ask(loss="chunked", **fields).allocated_peak_bytes < ask(**fields).allocated_peak_bytes
+    fields = {"precision": precision, "seq_len": 2048, "micro_batch_size": 4, "zero": {"stage": 0}}
+    whole = 4 * 4 * 2048 * 49152  # the gradient of log-softmax beside its result's
+    assert ask(loss="chunked", **fields).allocated_peak_bytes + 0.9 * whole < ask(**fields).allocated_peak_bytes
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
