@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from vramplan.errors import VramplanError
+from vramplan.errors import SpecError, VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
@@ -20,6 +21,7 @@ from vramplan.search.plan import Plan, Prediction
 from vramplan.search.price import TIE_FRAC, Priced, priced
 from vramplan.search.remedy import get_field, with_field, with_open
 from vramplan.search.space import divisors
+from vramplan.spec.check import check_run
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import Loss, RunSpec
 
@@ -113,10 +115,13 @@ class Below:
         )
 
     def _losses(self) -> Iterator[Loss]:
-        """Those that the plan's ranks can compute; step times do not tell them apart."""
+        """Those that the plan's ranks can compute and its methods go with; step times do not tell them apart."""
         has_liger = importlib.util.find_spec("liger_kernel") is not None and self._plan.node.device.kind != "cpu"
         losses: tuple[Loss, ...] = (self._plan.run.loss, "hf", "chunked")
-        yield from dict.fromkeys((*losses, "liger") if has_liger else losses)
+        for loss in dict.fromkeys((*losses, "liger") if has_liger else losses):
+            with suppress(SpecError):  # e.g. logits that a method needs: the other losses are left
+                check_run(self._plan.run.model_copy(update={"loss": loss}))
+                yield loss
 
     def _priced(self, run: RunSpec) -> list[Priced]:
         try:

@@ -27,7 +27,10 @@ _BOUNDS = {
 def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     """One sentence for all that ``error`` says against ``model``."""
     problems: dict[str, str] = {}
-    for detail in error.errors(include_url=False, include_context=True):
+    details = error.errors(include_url=False, include_context=True)
+    for detail in details:
+        if detail["type"] == "too_short" and any(_is_below(other["loc"], detail["loc"]) for other in details):
+            continue  # it is too short only for the members that are wrong
         path = _path(model, detail["loc"])
         problems.setdefault(
             ".".join(path), _describe(model, path, detail)
@@ -35,6 +38,10 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     texts = list(problems.values())
     more = f"; and {len(texts) - _MAX_PROBLEMS} more" if len(texts) > _MAX_PROBLEMS else ""
     return "; ".join(texts[:_MAX_PROBLEMS]) + more
+
+
+def _is_below(loc: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(loc) > len(other) and loc[: len(other)] == other
 
 
 def _describe(model: type[BaseModel], path: list[str], detail: ErrorDetails) -> str:

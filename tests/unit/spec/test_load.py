@@ -98,6 +98,20 @@ def test_what_fields_demand_of_each_other_is_said_with_their_key(fields, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"seq_len": "many"}, "seq_len is 'many' but must be a valid integer"),
+        ({"tiled_mlp": "maybe"}, "tiled_mlp is 'maybe' but must be true or false"),
+        ({"data": {"train": [5]}}, "data.train.0 is 5 but must be a mapping of keys"),
+    ],
+)
+def test_nothing_is_said_beside_what_is_wrong(fields, said):
+    with pytest.raises(SpecError) as caught:
+        run_from_mapping({"model": "m", **fields})
+    assert str(caught.value) == said
+
+
 def test_a_missing_model_is_said():
     with pytest.raises(SpecError, match="model is missing"):
         run_from_mapping({"seq_len": 8})

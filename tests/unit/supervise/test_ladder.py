@@ -167,6 +167,14 @@ def test_logits_that_do_not_fit_are_met_with_a_loss_that_keeps_them_in_their_own
     assert dict(found.changes).get("loss") in ("chunked", "liger")
 
 
+def test_a_loss_without_logits_is_not_tried_where_a_method_needs_them(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # liger is installed
+    architecture = resolve_architecture(RunSpec(model="meta-llama/Llama-3.2-1B-Instruct"))
+    for retain, expected in (({}, {"hf", "chunked", "liger"}), ({"kl": {"weight": 0.1}}, {"hf", "chunked"})):
+        plan = plan_for(method={"kind": "lora"}, micro_batch_size=1, layout={"dp": 4}, retain=retain)
+        assert {each.loss for each in below_of(plan, architecture)} == expected
+
+
 def test_recomputing_one_layer_of_two_becomes_recomputing_all():
     half = plan_for(micro_batch_size=1, activation_checkpointing="full", checkpoint_every=2, layout={"dp": 4})
     architecture, verdict, attempt = failed(half, Cause.ACTIVATIONS, BACKWARD)
