@@ -112,13 +112,33 @@ def _check_packing(run: RunSpec) -> None:
         raise DataError("data.packing under flash_attention_2 needs micro_batch_size 1, or attention: sdpa")
 
 
-def read_samples(source: str | SourceSpec, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """One more set, such as a named held-out one, read and masked as the run's own data, unpacked.
+def read_samples(
+    source: str | SourceSpec, run: RunSpec, tokenizer: PreTrainedTokenizerBase, notes: list[str] | None = None
+) -> list[Sample]:
+    """One more set, such as a named held-out one, read and masked as the run's own data, unpacked. ``notes`` takes what
+    the user should read of it.
 
     Raises:
         DataError: as ``load_data``.
     """
-    return list(Reader(run, tokenizer).samples(as_source(source)))
+    reader = Reader(run, tokenizer)
+    samples = list(reader.samples(as_source(source)))
+    if notes is not None:
+        notes += (f"{as_source(source).path}: {text}" for text in reader.notes)
+    return samples
+
+
+def with_eval_sets(
+    data: RunData, run: RunSpec, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RunData, dict[str, list[Sample]]]:
+    """``data`` with the notes on the run's named held-out sets, and these.
+
+    Raises:
+        DataError: as ``load_data``.
+    """
+    notes: list[str] = []
+    found = {name: read_samples(source, run, tokenizer, notes) for name, source in run.data.eval_sets.items()}
+    return replace(data, notes=(*data.notes, *notes)), found
 
 
 class Reader:

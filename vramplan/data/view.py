@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vramplan.data.dataset import RunData, load_data, read_samples
+from vramplan.data.dataset import RunData, load_data, with_eval_sets
 from vramplan.data.sample import Sample
 from vramplan.data.template import DEFAULT_TEMPLATE
 from vramplan.spec.run import RunSpec
@@ -23,10 +23,9 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
     """Sources with their shares, lengths, notes, the held-out sets, and the first sequences of the first steps.
 
     Raises:
-        DataError: as ``load_data``, and ``read_samples`` for ``data.eval_sets``.
+        DataError: as ``load_data``, also of ``data.eval_sets``.
     """
-    data = load_data(run, tokenizer)
-    eval_sets = {name: len(read_samples(source, run, tokenizer)) for name, source in run.data.eval_sets.items()}
+    data, eval_sets = with_eval_sets(load_data(run, tokenizer), run, tokenizer)
     lengths = data.lengths
     return {
         "parts": [
@@ -35,7 +34,7 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
         ],
         "num_held_out": len(data.held_out),
         "num_held_out_replay": len(data.held_out_replay),
-        "eval_sets": eval_sets,
+        "eval_sets": {name: len(samples) for name, samples in eval_sets.items()},
         "lengths": {**asdict(lengths), "planned_seq_len": lengths.planned_seq_len},
         "padding_frac": padding_frac(run, data),
         "template": "stated default" if tokenizer.chat_template == DEFAULT_TEMPLATE else "tokenizer's",

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from vramplan.data.augment import add_embedding_noise
-from vramplan.data.dataset import RunData, load_data, read_samples
+from vramplan.data.dataset import RunData, load_data, with_eval_sets
 from vramplan.data.sample import Sample
 from vramplan.emit.deepspeed import ds_config
 from vramplan.errors import ConfigError
@@ -130,8 +130,7 @@ def _read_inputs(plan: Plan) -> Inputs:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory}/config.json: transformers cannot read it ({error})") from error
     check_fit_of_tokenizer(run, parsed, tokenizer)
-    data = load_data(run, tokenizer)
-    eval_sets = {name: read_samples(source, run, tokenizer) for name, source in run.data.eval_sets.items()}
+    data, eval_sets = with_eval_sets(load_data(run, tokenizer), run, tokenizer)
     return Inputs(directory, config, tokenizer, data, eval_sets, general_samples(run, tokenizer))
 
 

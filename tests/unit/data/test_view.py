@@ -142,3 +142,13 @@ def test_tokens_on_disk_are_those_in_memory():
             assert (one.where, one.num_cut, one.weight) == (other.where, other.num_cut, other.weight)
             assert np.array_equal(one.ids, other.ids)
             assert np.array_equal(one.trained, other.trained)
+
+
+def test_rows_that_a_named_held_out_set_leaves_out_are_told(tokenizer, tmp_path):
+    path = tmp_path / "general.jsonl"
+    path.write_text(f'{{"prompt": "{"long " * 600}", "completion": "c"}}\n{{"prompt": "p", "completion": "c"}}\n')
+    asked = run(data={"drop_unlearnable": True, "eval_sets": {"general": str(path)}})
+    found = describe_data(asked, tokenizer, 0)
+    assert found["eval_sets"] == {"general": 1}
+    (said,) = [note for note in found["notes"] if "left out" in note]
+    assert said.startswith(f"{path}: 1 of 2 rows were left out")
