@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
-from vramplan.errors import NoPlanError
+from vramplan.errors import NoPlanError, UnknownNameError
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.probe import PhaseProbe
@@ -83,7 +83,7 @@ class FitCallback(TrainerCallback):  # type: ignore[misc]
         try:
             run = run_of_trainer(args, model, self._seq_len, self._attention_mask)
             self.fit = fit_run(run, resolve_node(run.hardware), resolve_architecture(run))
-        except UncoveredError as error:
+        except (UncoveredError, UnknownNameError) as error:  # the latter: a family or a GPU of no catalogue
             self.note = f"vramplan: whether this run fits is not known: {error}"
             print(self.note)  # noqa: T201  # as Trainer's own progress callback does
             return

@@ -60,7 +60,7 @@ class TrainingSpec(UserModel):
     best_on: str | None = None
     """The held-out set (``held_out``, ``replay``, or a name of ``data.eval_sets``) whose lowest loss marks the best
     checkpoint, which is kept and exported; where ``retain.early_stop`` says how much may be forgotten, a step that
-    forgot more is not the best. None: the last is."""
+    forgot more is the best only if every one did. None: the last is."""
     patience: int | None = Field(default=None, ge=1)
     """Evaluations in a row without a new lowest loss on ``best_on``'s set that end the run. None: it is never ended for
     that."""
