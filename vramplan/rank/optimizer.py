@@ -8,6 +8,7 @@ import torch
 
 from vramplan.emit.deepspeed import CLIENT_OPTIMIZERS
 from vramplan.errors import SpecError
+from vramplan.spec.rates import rate_groups
 from vramplan.spec.run import RunSpec
 
 _BITSANDBYTES = {
@@ -15,6 +16,15 @@ _BITSANDBYTES = {
     "paged_adamw": "PagedAdamW32bit",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
+
+
+def trained_groups(run: RunSpec, module: Any) -> list[Any]:
+    """What the optimizer is given: the trained parameters, in groups where rates differ."""
+    trained = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+    if run.retain.layer_lr_decay == 1.0:
+        return [param for _, param in trained]
+    num_layers = module.config.get_text_config().num_hidden_layers
+    return rate_groups(trained, num_layers, run.retain.layer_lr_decay)
 
 
 def client_optimizer(run: RunSpec, params: list[Any]) -> torch.optim.Optimizer | None:

@@ -13,7 +13,7 @@ import torch
 from vramplan.emit.deepspeed import ds_config
 from vramplan.rank.group import join_fake_group, sequence_parallel_group
 from vramplan.rank.model import build_model, leave_undefined
-from vramplan.rank.optimizer import client_optimizer
+from vramplan.rank.optimizer import client_optimizer, trained_groups
 from vramplan.rank.plain import PlainEngine
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
@@ -94,7 +94,7 @@ class RankPlayer:
         import deepspeed
 
         mpu = sequence_parallel_group(self.layout, model, self.run.attention, self.run.micro_batch_size or 1)
-        trainable = [param for param in model.parameters() if param.requires_grad]
+        trainable = trained_groups(self.run, model)
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=trainable,

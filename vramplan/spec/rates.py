@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from vramplan.spec.trainable import block_of
 
 
@@ -15,6 +18,14 @@ def rate_share(name: str, num_layers: int, decay: float) -> float:
     if block is not None:
         return float(decay ** (num_layers - 1 - block))
     return 1.0 if _is_at_the_end(name) else float(decay**num_layers)
+
+
+def rate_groups(named_params: Iterable[tuple[str, Any]], num_layers: int, decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups of parameters with an equal share, which stands under ``lr_share``; the highest first."""
+    by_share: dict[float, list[Any]] = {}
+    for name, param in named_params:
+        by_share.setdefault(rate_share(name, num_layers, decay), []).append(param)
+    return [{"params": params, "lr_share": share} for share, params in sorted(by_share.items(), reverse=True)]
 
 
 def _is_at_the_end(name: str) -> bool:

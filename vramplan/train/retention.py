@@ -11,7 +11,6 @@ from vramplan.data.batch import collate, padded_length
 from vramplan.data.dataset import read_samples
 from vramplan.data.sample import Sample
 from vramplan.retain.anchored import AnchoredPenalties
-from vramplan.retain.layer_lr import rate_groups
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -32,15 +31,6 @@ def anchored_penalties(run: RunSpec, module: Any, rank: int, world_size: int) ->
         ewc_weight=ewc.weight if ewc is not None else 0.0,
         max_stiffness=ewc.max_stiffness if ewc is not None else math.inf,
     )
-
-
-def trained_groups(run: RunSpec, module: Any) -> list[Any]:
-    """What the optimizer is given: the trained parameters, in groups where rates differ."""
-    trained = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
-    if run.retain.layer_lr_decay == 1.0:
-        return [param for _, param in trained]
-    num_layers = module.config.get_text_config().num_hidden_layers
-    return rate_groups(trained, num_layers, run.retain.layer_lr_decay)
 
 
 def general_samples(run: RunSpec, tokenizer: Any) -> list[Sample]:

@@ -10,6 +10,7 @@ from vramplan.facts.resolve import resolve_architecture
 from vramplan.search.choose import search
 from vramplan.simulate.asked import close_run, node_to_simulate
 from vramplan.simulate.changes import explain
+from vramplan.simulate.request import simulate_jobs
 from vramplan.simulate.verify import make_verified_plan
 from vramplan.spec.load import run_from_mapping
 
@@ -68,6 +69,25 @@ def test_what_is_illegal_is_refused_though_nothing_is_left_open():
     )
     with pytest.raises(LegalityError, match=r"layout\.tp splits linears by their names"):
         close_run(run, node_to_simulate(run))
+
+
+def test_a_rate_for_each_layer_is_simulated():
+    run = asked(
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        activation_checkpointing="full",
+        layout={"dp": 4},
+        zero={"stage": 3, "reduce_bucket_size": 100_000, "offload_optimizer": "none", "offload_param": "none"},
+        retain={"layer_lr_decay": 0.8},
+    )
+    closed = close_run(run, node_to_simulate(run))
+    ((_, found),) = simulate_jobs([closed.request()])
+    assert closed.estimate is not None
+    estimated = {phase.phase: phase.peak_bytes for phase in closed.estimate.phases}
+    steps = [phase for phase in found.phases if phase.phase.endswith("optimizer_step")]
+    assert len(steps) == 2
+    for phase in steps:
+        assert phase.peak_bytes == pytest.approx(estimated[phase.phase], rel=0.01), phase.phase
 
 
 def test_each_change_is_simulated():
