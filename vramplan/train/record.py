@@ -88,6 +88,7 @@ class Recorder:
         pinned = passes.pinned or _forward_shape(shapes.get("resume"))
         others = [reading for reading in record.measured.phases if reading.phase != "resume"]
         self._write_line([*others, *readings], passes.model_copy(update={"resumed": True, "pinned": pinned}))
+        self._seconds_per_step = None  # else this rank alone would go on to gather the others' readings in ``refresh``
 
     def _spec(self, passed: PassedMoments) -> JobSpec:
         run = self._plan.run
