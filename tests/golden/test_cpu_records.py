@@ -40,7 +40,6 @@ DRAWS = Path(__file__).with_name("measured") / "cpu_draws.jsonl"
 """Taken by `vramplan bench run` of jobs that benchmarks/draws.py drew: every family of the catalogue, real widths (of
 large models a quarter), few layers, every other setting at random, sequence parallelism and sliding windows under it
 too."""
-"""Taken with torch 2.13.0, transformers 5.17.0 and deepspeed 0.19.8; profiler memory events of rank 0."""
 QUANTIZED = Path(__file__).with_name("measured") / "cpu_qlora.jsonl"
 """Taken by `vramplan bench run` with bitsandbytes 0.50.2 on the CPU. That program builds the model whole and
 quantizes it then, so its ``model_load`` is not that of a checkpoint being read."""
