@@ -101,7 +101,7 @@ class Zero3(Engine):
         if job.autocast is None:
             return numel * self.travels
         trained = (param for param in job.parameters if param.trained)
-        return numel * sum({job.autocast.nbytes if param.in_linear else self.width for param in trained})
+        return numel * sum({job.autocast.nbytes if param.in_linear else self._width_of(param) for param in trained})
 
     def load(self) -> None:
         """``zero.Init``: every module is built whole and cut at once; adapters are added whole. Weights in 4 bits are
