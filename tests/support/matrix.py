@@ -77,6 +77,8 @@ FACTORS: dict[str, Sequence[Any]] = {
     "outputs": ["let go", "kept"],
 }
 SEQ_LEN = 512
+SHALLOW = "x2"
+"""After a model's name: the same, two layers deep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Case:
     def parse(cls, key: str) -> Case:
         words = key.split("/")
         named = {name: {str(value): value for value in values} for name, values in FACTORS.items()}
+        named["model"] |= {f"{model}{SHALLOW}": f"{model}{SHALLOW}" for model in FACTORS["model"]}
         return cls(tuple((name, named[name][word]) for name, word in zip(FACTORS, words, strict=True)))
 
     @property
@@ -158,8 +161,10 @@ class Prepared:
 
 def config_of(model: str) -> dict[str, Any]:
     """The fields of a widened small config by its name in ``FACTORS``."""
-    family, _, number = model.partition(".")
+    family, _, number = model.removesuffix(SHALLOW).partition(".")
     fields = SMALL[int(number)][1]
+    if model.endswith(SHALLOW):
+        fields = {**fields, **{name: 2 for name in ("num_hidden_layers", "n_layer") if name in fields}}
     return {"model_type": family, "pad_token_id": 0, **{name: _widened(name, value) for name, value in fields.items()}}
 
 
