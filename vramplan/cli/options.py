@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_type_hints
 
 from vramplan.errors import SpecError
 from vramplan.search.plan import asked_fields
-from vramplan.spec.load import merge, nest, parse_assignments, run_from_mapping
+from vramplan.spec.load import expand_kinds, merge, nest, parse_assignments, run_from_mapping
 from vramplan.spec.run import RunSpec
 
 _OFFLOADS = {
@@ -113,14 +113,34 @@ def with_run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _overrides(options: RunOptions) -> dict[str, Any]:
     """The given options as a nested mapping, as in a spec file."""
     laid: dict[str, Any] = {}
+    assigned = parse_assignments(options.assign) if options.assign else {}
     for each in fields(RunOptions):
         value = getattr(options, each.name)
-        if value is None or each.name in ("offload", "assign"):
+        if value is None or each.name == "assign":
             continue
-        laid = merge(laid, nest(_PLACES.get(each.name, each.name), value))
-    if options.offload is not None:
-        laid = merge(laid, {"zero": _offload(options.offload)})
-    return merge(laid, parse_assignments(options.assign)) if options.assign else laid
+        placed = (
+            {"zero": _offload(value)} if each.name == "offload" else nest(_PLACES.get(each.name, each.name), value)
+        )
+        _check_agree(f"--{each.name.replace('_', '-')} {value}", placed, assigned)
+        laid = merge(laid, placed)
+    return merge(laid, assigned)
+
+
+def _check_agree(option: str, placed: Mapping[str, Any], assigned: Mapping[str, Any]) -> None:
+    """Raises SpecError where ``--set`` gives a field another value than an option does."""
+    said = dict(_leaves(expand_kinds(assigned)))
+    for key, value in _leaves(expand_kinds(placed)):
+        if key in said and str(said[key]) != str(value):
+            raise SpecError(f"{option} and --set {key}={said[key]} say different things: give one of them")
+
+
+def _leaves(nested: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values."""
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _offload(name: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vramplan.cli.options import RunOptions, asked_run, with_run_options
-from vramplan.errors import SimulationError
+from vramplan.errors import SimulationError, SpecError
 from vramplan.simulate.asked import ClosedRun, close_run, node_to_simulate
 from vramplan.simulate.request import simulate_jobs
 from vramplan.spec.load import merge, run_from_mapping
@@ -38,6 +38,8 @@ def closed_from_options(model: str, options: RunOptions, cap: str | None, trust_
     Raises:
         SpecError: an option, file or value that cannot be.
     """
+    if None not in (cap, options.memory_cap) and cap != options.memory_cap:
+        raise SpecError(f"--cap {cap} and --memory-cap {options.memory_cap} say different things: give one of them")
     run = asked_run(model, options)
     if trust_remote_code:
         run = run_from_mapping(merge(run.model_dump(exclude_unset=True), {"training": {"trust_remote_code": True}}))

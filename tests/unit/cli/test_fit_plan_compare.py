@@ -100,6 +100,9 @@ def test_options_reach_the_plan(vramplan: Shell, options: tuple[str, ...], expec
         (("--zero", "7"), "zero.stage is 7 but must be 0, 1, 2 or 3"),
         (("--offload", "disk"), "--offload is 'disk' but must be none, optimizer or all"),
         (("--zero", "2", "--offload", "all"), "offload_param needs ZeRO stage 3"),
+        (("--set", "hardware.gpu=rtx4090"), "--gpu h100-80gb and --set hardware.gpu=rtx4090 say different things: give"),
+        (("--offload", "none", "--set", "zero={offload_param: cpu}"), "--set zero.offload_param=cpu say different"),
+        (("--method", "lora", "--set", "method=full"), "--method lora and --set method.kind=full say different"),
         (("--set", "zero.stag=3"), "unknown key 'stag' in zero; did you mean stage"),
         (("--memory-cap", "lots"), "lots"),
         (("--gpu", "h1oo"), "H100"),
@@ -111,6 +114,10 @@ def test_bad_input_exits_2_with_one_sentence(vramplan: Shell, options: tuple[str
     assert said in vramplan.err
     assert len(vramplan.err.strip().splitlines()) == 1
     assert vramplan.out == ""
+
+
+def test_an_option_and_a_field_that_say_the_same_agree(vramplan: Shell):
+    assert vramplan("fit", *LLAMA, *H100S, "--zero", "2", "--set", "zero.stage=2") == 0
 
 
 def test_a_spec_file_may_stand_for_the_model_and_options_lie_over_it(vramplan: Shell, tmp_path: Path):

@@ -62,6 +62,12 @@ def test_json_has_the_keys_of_fit_and_its_own(model, found):
     assert found["largest_live"][0]["frame"]
 
 
+def test_two_capacities_are_one_too_many(model):
+    done = vramplan("simulate", model, *CLOSED, "--cap", "24GiB", "--memory-cap", "20GiB")
+    assert done.returncode == 2
+    assert "--cap 24GiB and --memory-cap 20GiB say different things: give one of them" in done.stderr
+
+
 def test_a_page_and_a_snapshot_are_written(found, out):
     assert sorted(path.name for path in out.iterdir()) == ["snapshot.pickle", "timeline.html"]
     assert found["files"] == [str(out / "timeline.html"), str(out / "snapshot.pickle")]
