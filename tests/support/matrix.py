@@ -17,7 +17,7 @@ from vramplan.memory.job import job_from_run
 from vramplan.memory.ledger import Estimate, PhaseBytes
 from vramplan.search.legality import illegality
 from vramplan.simulate.asked import request_on
-from vramplan.simulate.request import SimulationRequest
+from vramplan.simulate.request import Conditions, SimulationRequest
 from vramplan.spec.run import RunSpec
 
 from support.small_configs import SMALL
@@ -110,6 +110,11 @@ class Case:
     def family(self) -> str:
         return str(self["model"]).partition(".")[0]
 
+    @property
+    def halved(self) -> bool:
+        """Whether fp32 weights are halved as they are split, as in records of the CPU (``weights_were_halved``)."""
+        return self["device"] == "cpu" and self["stage"] == 3 and self["precision"] in ("fp32", "bf16-autocast")
+
     def run(self) -> RunSpec:
         """The closed run."""
         value = dict(self.values)
@@ -156,7 +161,7 @@ class Prepared:
     estimate: Estimate
 
     def request(self) -> SimulationRequest:
-        return request_on(self.run, self.node, key=self.case.key)
+        return request_on(self.run, self.node, Conditions(halved_weights=self.case.halved), key=self.case.key)
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -179,9 +184,7 @@ def prepare(case: Case) -> Prepared | str:
         return refused
     run = case.run()
     node = resolve_node(run.hardware)
-    # on a CPU without fp16 DeepSpeed halves fp32 weights as it splits them (measure/record.py, weights_were_halved)
-    halved = case["device"] == "cpu" and case["stage"] == 3 and case["precision"] in ("fp32", "bf16-autocast")
-    found = estimate(run, node, resolve_architecture(run), rank=0, weights_halved=halved)
+    found = estimate(run, node, resolve_architecture(run), rank=0, weights_halved=case.halved)
     return Prepared(case, run, node, found)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vramplan.errors import VramplanError
 from vramplan.measure.compare import Comparison, RecordComparison
-from vramplan.measure.record import Record, UnreadRecord, steps_were_skipped
+from vramplan.measure.record import Record, UnreadRecord, steps_were_skipped, weights_were_halved
 from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.simulate.request import SimulationRequest, record_request, simulate_jobs
 from vramplan.simulate.result import SimulationResult
@@ -43,6 +43,7 @@ def _request(record: Record, key: str) -> SimulationRequest:
         key=key,
         steps=record.spec.steps,
         skip_steps=steps_were_skipped(record),
+        halved=weights_were_halved(record),
         masked=record.spec.masked,
         trained=record.env.get("backend") != "fake",
     )

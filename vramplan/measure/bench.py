@@ -96,7 +96,8 @@ def needed_bytes(job: JobSpec) -> int | None:
     try:
         from vramplan.memory.estimate import estimate
 
-        found = estimate(run, Node(device=boundless, gpus_per_node=1), resolve_architecture(run), managed=True)
+        node, architecture = Node(device=boundless, gpus_per_node=1), resolve_architecture(run)
+        found = estimate(run, node, architecture, weights_halved=job.halved_weights, managed=True)
     except (VramplanError, ImportError):
         return None
     return max(phase.peak_bytes for phase in found.phases)

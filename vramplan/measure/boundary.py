@@ -181,6 +181,6 @@ class _NeitherOkNorOom(VramplanError):
 def _with_cap(job: JobSpec, cap_bytes: int | None) -> JobSpec:
     if job.cap_bytes is None and cap_bytes is None:
         raise SpecError(f"job {job.id!r}: has no cap_bytes; give it one, or all of them one by --cap")
-    if job.undefined_weights:  # a boundary is of runs whose steps come through
-        job = job.model_copy(update={"undefined_weights": False})
+    if job.undefined_weights or job.halved_weights:  # a boundary is of runs as they are trained
+        job = job.model_copy(update={"undefined_weights": False, "halved_weights": False})
     return job if job.cap_bytes is not None else job.model_copy(update={"cap_bytes": cap_bytes})

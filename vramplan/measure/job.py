@@ -47,6 +47,7 @@ class _Job:
         run, layout = run_from_record_spec(spec)
         self.player = RankPlayer(run, layout, self.phase, device=str(device), steps=spec.steps, padded=spec.masked)
         self.player.undefined_weights = spec.undefined_weights
+        self.player.halved_weights = spec.halved_weights
 
     def run(self) -> tuple[Outcome, str | None]:
         try:

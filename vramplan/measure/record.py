@@ -140,6 +140,8 @@ class JobSpec(UserModel):
     undefined_weights: bool = False
     """Whether weights that ZeRO-3 splits were left undefined and read as NaN: DeepSpeed then takes every step for an
     overflow and discards it, and no optimizer state comes to be."""
+    halved_weights: bool = False
+    """Whether weights that ZeRO-3 splits were made in bf16 where fp32 was asked for (``weights_were_halved``)."""
     keep_outputs: bool = True
     """Whether the loop held the model's output until after the step, as the measuring program of records does."""
     retain: RetainSpec = RetainSpec()
@@ -150,9 +152,10 @@ class JobSpec(UserModel):
     """Only in jobs made from a user's spec: what the estimate beside the measurement is held against."""
 
     @model_validator(mode="after")
-    def _undefined_only_where_split(self) -> Self:
-        if self.undefined_weights and self.zero.stage != 3:
-            raise ValueError("undefined_weights is for zero.stage 3, which splits weights; set it to false")
+    def _marks_only_where_split(self) -> Self:
+        for name in ("undefined_weights", "halved_weights"):
+            if getattr(self, name) and self.zero.stage != 3:
+                raise ValueError(f"{name} is for zero.stage 3, which splits weights; set it to false")
         return self
 
     @field_validator("zero", mode="before")
@@ -278,12 +281,14 @@ def steps_were_skipped(record: Record) -> bool:
 def weights_were_halved(record: Record) -> bool:
     """Whether an fp32 run under ZeRO-3 was built with weights of two bytes.
 
-    The measuring program tells ``zero.Init`` its dtype; on a CPU without fp16 DeepSpeed 0.19.8 then takes bf16
-    (partition_parameters.py, ``_set_dtype``). The bytes after loading say so: less than four for each element.
+    The first measuring program told ``zero.Init`` a dtype, as the trainer does not; on a CPU without fp16 DeepSpeed
+    0.19.8 then takes bf16 (partition_parameters.py, ``_set_dtype``): after loading each element has less than 4 bytes.
     """
     spec, measured = record.spec, record.measured
-    if spec.zero.stage != 3 or spec.precision not in ("fp32", "bf16-autocast") or not measured.numel_total:
+    if spec.zero.stage != 3 or spec.precision not in ("fp32", "bf16-autocast"):
         return False
+    if spec.halved_weights or not measured.numel_total:
+        return spec.halved_weights
     loaded = next((phase.allocated_end_bytes for phase in measured.phases if phase.phase == "model_load"), None)
     # a tied head is loaded too, so the model's elements are a lower bound of what is held
     return loaded is not None and loaded < 4 * shard(measured.numel_total, spec.layout.zero_degree)
@@ -330,14 +335,16 @@ def read_jobs(path: Path | str) -> list[JobSpec]:
     """Every job of a JSONL file, whose lines are specs, bare or under ``spec`` (so a records file is a jobs file).
 
     A job without an ``id`` is named by its line. A record is run again under its own conditions: where its steps were
-    discarded, so they are again. Raises SpecError as ``read_records`` does.
+    discarded or its weights halved, so they are again. Raises SpecError as ``read_records`` does.
     """
     jobs = []
     for where, raw in _json_lines(Path(path)):
         spec = {**raw["spec"], "id": raw.get("id", raw["spec"].get("id", ""))} if "spec" in raw else raw
         job = _job_from_dict(spec, where)
-        if "measured" in raw and not job.undefined_weights and steps_were_skipped(_record_from_dict(raw, where)):
-            job = job.model_copy(update={"undefined_weights": True})
+        if "measured" in raw:
+            record = _record_from_dict(raw, where)
+            marks = {"undefined_weights": steps_were_skipped(record), "halved_weights": weights_were_halved(record)}
+            job = job.model_copy(update={name: True for name, holds in marks.items() if holds})
         jobs.append(job if job.id else job.model_copy(update={"id": where.rsplit(" ", 1)[1]}))
     repeated = {job.id for job in jobs if sum(other.id == job.id for other in jobs) > 1}
     if repeated:

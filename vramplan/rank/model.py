@@ -74,17 +74,18 @@ def _config_of_own_code(run: RunSpec) -> Any:
     return config
 
 
-def build_model(run: RunSpec, ds_config: dict[str, Any]) -> torch.nn.Module:
+def build_model(run: RunSpec, ds_config: dict[str, Any], *, halved: bool = False) -> torch.nn.Module:
     """The model with random weights, adapters and checkpointing as the run asks, before DeepSpeed's engine.
 
     Under ZeRO-3 it is built inside ``deepspeed.zero.Init``, which splits each weight as soon as it exists; adapters
     are added after it, in their own dtype, and split by the engine. 4-bit weights are made whole and split by the
-    engine too, as where transformers loads them (modeling_utils.py, ``get_init_context``).
+    engine too, as where transformers loads them (modeling_utils.py, ``get_init_context``). ``halved``: what is split so
+    is made in bf16, whatever the precision.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with _partitioned_from_the_start(run, ds_config), no_init_weights():
+    with _partitioned_from_the_start(run, ds_config, halved), no_init_weights():
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             transformers_config(run),
             dtype=weight_dtype(run),
@@ -281,13 +282,15 @@ def leave_undefined(model: torch.nn.Module) -> None:
             param.ds_tensor.fill_(float("nan"))
 
 
-def _partitioned_from_the_start(run: RunSpec, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+def _partitioned_from_the_start(run: RunSpec, ds_config: dict[str, Any], halved: bool) -> AbstractContextManager[Any]:
+    """``zero.Init`` as transformers enters it (modeling_utils.py, ``get_init_context``): its config says the format.
+    Told one, DeepSpeed 0.19.8 takes bf16 instead of it on a CPU without fp16 (partition_parameters.py:397)."""
     if run.zero.stage != 3 or run.method.kind == "qlora":
         return nullcontext()
     import deepspeed
 
     context: AbstractContextManager[Any] = deepspeed.zero.Init(
-        config_dict_or_path=ds_config, dtype=weight_dtype(run), remote_device=None
+        config_dict_or_path=ds_config, dtype=torch.bfloat16 if halved else None, remote_device=None
     )
     return context
 

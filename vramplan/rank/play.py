@@ -50,6 +50,8 @@ class RankPlayer:
     """Whether a padding mask that is passed hides something: each sequence's last token."""
     undefined_weights: bool = False
     """Whether weights that ZeRO-3 splits are left undefined."""
+    halved_weights: bool = False
+    """Whether weights that ZeRO-3 splits are made in bf16, as in some records (``measure/record.py``)."""
     on_model: Callable[[torch.nn.Module], None] = lambda model: None
     """Told the model when it is built, before the engine."""
 
@@ -62,7 +64,7 @@ class RankPlayer:
         join_fake_group(self.layout.world_size)
         config = self._engine_config()
         with self.phase("model_load"):
-            self.model = build_model(self.run, config)
+            self.model = build_model(self.run, config, halved=self.halved_weights)
         if self.undefined_weights:
             leave_undefined(self.model)
         self._count(self.model)

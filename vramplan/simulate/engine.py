@@ -74,6 +74,7 @@ def trace_rank(
         steps=conditions.steps,
         managed=conditions.managed,
         padded=conditions.padded,
+        halved_weights=conditions.halved_weights,
     )
     player.on_model = tracker.learn_model
     traced = Traced(tracker.trace, notes=tracker.notes)

@@ -39,6 +39,8 @@ class Conditions:
     """Where a padding mask is passed, it masks something."""
     skip_steps: bool = False
     """Every optimizer step is discarded as an overflow."""
+    halved_weights: bool = False
+    """ZeRO-3's weights are made in bf16 where fp32 is asked for, as in some records (``measure/record.py``)."""
     by_depth: bool = True
     """A deep model's trace may be followed from those of fewer layers where that is exact; else it is taken in full."""
 
@@ -150,15 +152,24 @@ def record_request(
     key: str = "",
     steps: int = 2,
     skip_steps: bool = False,
+    halved: bool = False,
     masked: bool = False,
     trained: bool = False,
 ) -> SimulationRequest:
     """What simulates a measurement record taken on a CPU; ``run`` is the record's, with its layout in it.
 
-    ``skip_steps``: whether the record's optimizer steps were discarded (``measure/record.py``). ``masked``: whether
-    its masks hid something. ``trained``: whether the trainer took it, whose loop steps after the last micro-batch.
+    ``skip_steps``: whether the record's optimizer steps were discarded, ``halved``: whether its weights were halved
+    (``measure/record.py``). ``masked``: whether its masks hid something. ``trained``: whether the trainer took it,
+    whose loop steps after the last micro-batch.
     """
-    conditions = replace(AS_RECORDED, steps=steps, skip_steps=skip_steps, padded=masked, managed=not trained)
+    conditions = replace(
+        AS_RECORDED,
+        steps=steps,
+        skip_steps=skip_steps,
+        halved_weights=halved,
+        padded=masked,
+        managed=not trained,
+    )
     return SimulationRequest(run, "cpu", conditions=conditions, key=key)
 
 

@@ -100,7 +100,7 @@ def test_options_reach_the_plan(vramplan: Shell, options: tuple[str, ...], expec
         (("--zero", "7"), "zero.stage is 7 but must be 0, 1, 2 or 3"),
         (("--offload", "disk"), "--offload is 'disk' but must be none, optimizer or all"),
         (("--zero", "2", "--offload", "all"), "offload_param needs ZeRO stage 3"),
-        (("--set", "hardware.gpu=rtx4090"), "--gpu h100-80gb and --set hardware.gpu=rtx4090 say different things: give"),
+        (("--set", "hardware.gpu=rtx4090"), "--gpu h100-80gb and --set hardware.gpu=rtx4090 say different"),
         (("--offload", "none", "--set", "zero={offload_param: cpu}"), "--set zero.offload_param=cpu say different"),
         (("--method", "lora", "--set", "method=full"), "--method lora and --set method.kind=full say different"),
         (("--set", "zero.stag=3"), "unknown key 'stag' in zero; did you mean stage"),

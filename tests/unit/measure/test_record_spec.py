@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.errors import SpecError
-from vramplan.measure.record import JobSpec, read_jobs, read_records, steps_were_skipped
+from vramplan.measure.record import JobSpec, read_jobs, read_records, steps_were_skipped, weights_were_halved
 from vramplan.measure.record_spec import run_from_record_spec
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
@@ -28,6 +28,14 @@ def test_a_record_is_run_again_with_its_steps_discarded_where_they_were():
     discarded = {record.id for record in records if steps_were_skipped(record)}
     assert 0 < len(discarded) < len(records)
     assert {job.id for job in jobs if job.undefined_weights} == discarded
+
+
+def test_a_record_is_run_again_with_halved_weights_where_they_were():
+    records, jobs = read_records(GOLDEN / "cpu_records.jsonl"), read_jobs(GOLDEN / "cpu_records.jsonl")
+    halved = {record.id for record in records if weights_were_halved(record)}
+    assert 0 < len(halved) < len(records)
+    assert {job.id for job in jobs if job.halved_weights} == halved
+    assert not [job for job in read_jobs(GOLDEN / "measured/cpu_trainer.jsonl") if job.halved_weights]
 
 
 def test_weights_are_undefined_only_where_they_are_split():

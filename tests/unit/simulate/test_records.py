@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vramplan.measure.compare import quantile
-from vramplan.measure.record import read_records, steps_were_skipped
+from vramplan.measure.record import read_records, steps_were_skipped, weights_were_halved
 from vramplan.measure.record_spec import run_from_record_spec
 from vramplan.simulate import record_request, simulate_jobs
 
@@ -20,7 +20,12 @@ QUICK = ("CA009", "CA022", "CA028", "CA050", "EA011")
 def simulated(records):
     by_id = {record.id: record for record in records}
     requests = [
-        record_request(run_from_record_spec(record.spec)[0], key=record.id, skip_steps=steps_were_skipped(record))
+        record_request(
+            run_from_record_spec(record.spec)[0],
+            key=record.id,
+            skip_steps=steps_were_skipped(record),
+            halved=weights_were_halved(record),
+        )
         for record in records
     ]
     return [(by_id[key], result) for key, result in simulate_jobs(requests, parallel=2)]
