@@ -7,6 +7,7 @@ import pytest
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.estimate import estimate
+from vramplan.memory.labels import PINNED
 from vramplan.simulate.asked import request_on
 from vramplan.simulate.request import simulate_jobs
 
@@ -34,9 +35,15 @@ def test_estimate_and_simulation_agree_with_offload():
     for key, result in simulate_jobs((each.request() for each in found.values()), parallel=2):
         beyond = [result.error] if result.error else beyond_the_bar(found[key].estimate, result)
         failed += [f"{key}: {each}" for each in beyond[:2]]
-        host = sum(term.num_bytes for term in found[key].estimate.host_terms if "pinned" not in term.name)
-        if Case.parse(key)["device"] == "cuda" and abs(host / result.host_peak_bytes - 1) > 0.02:
+        if Case.parse(key)["device"] == "cpu":
+            continue
+        terms = found[key].estimate.host_terms
+        host = sum(term.num_bytes for term in terms)
+        if abs(host / result.host_peak_bytes - 1) > 0.02:
             failed.append(f"{key}: host {host:,} against {result.host_peak_bytes:,}")
+        pinned = sum(term.num_bytes for term in terms if term.name in PINNED)
+        if pinned != result.pinned_bytes:
+            failed.append(f"{key}: pinned {pinned:,} against {result.pinned_bytes:,}")
     assert not failed, "\n".join(failed)
 
 

@@ -118,9 +118,7 @@ def _overrides(options: RunOptions) -> dict[str, Any]:
         value = getattr(options, each.name)
         if value is None or each.name == "assign":
             continue
-        placed = (
-            {"zero": _offload(value)} if each.name == "offload" else nest(_PLACES.get(each.name, each.name), value)
-        )
+        placed = {"zero": _offload(value)} if each.name == "offload" else nest(_PLACES.get(each.name, each.name), value)
         _check_agree(f"--{each.name.replace('_', '-')} {value}", placed, assigned)
         laid = merge(laid, placed)
     return merge(laid, assigned)

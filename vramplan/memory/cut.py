@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from vramplan.memory.job import Job
 from vramplan.memory.parameters import ADAPTER_DTYPE
+from vramplan.spec.layout import shard
 
 
 def highest_as_engine_starts(job: Job, frozen_bytes: int, stays: Callable[[int], int]) -> int:
@@ -35,3 +36,11 @@ def highest_while_cut(whole: int, cuts: Iterable[tuple[int, int]]) -> int:
 def higher(highest: tuple[int, str, int, int], name: str, weights: int, loading: int) -> tuple[int, str, int, int]:
     """The first of the highest instants so far, as bytes, name, weights and what is loaded."""
     return (weights + loading, name, weights, loading) if weights + loading > highest[0] else highest
+
+
+def tied_head_part(job: Job) -> int:
+    """Bytes of a rank's part of a tied head: ``zero.Init`` cuts it as any weight, before it gives way to the embedding
+    (not where weights are in 4 bits, which it does not make). 0 without one."""
+    if not job.architecture.tied_embeddings or job.quantized:
+        return 0
+    return shard(job.architecture.head.weight_numel, job.degree) * job.dtype.nbytes

@@ -36,6 +36,7 @@ HOST = "host: "
 """What a heading begins with if its bytes lie in the host's memory."""
 HOST_WEIGHTS = f"{HOST}weights"
 HOST_MASTER = f"{HOST}fp32 master weights"
+HOST_MASTER_PAGED = f"{HOST}fp32 master weights, not pinned"
 HOST_MOMENTS = f"{HOST}optimizer states"
 HOST_PAGED = f"{HOST}paged optimizer states"
 HOST_SCRATCH = f"{HOST}temporaries of the optimizer"
@@ -96,6 +97,9 @@ LABELS: dict[str, Label] = {
     OFFLOAD_BUFFER: Label(Category.COMMUNICATION, "width x largest trained tensor (temp_grad_buffer_for_gpu_offload)"),
     HOST_WEIGHTS: Label(Category.PARAMETER, "width x elements / ranks, a flat pinned buffer (offload_param)"),
     HOST_MASTER: Label(Category.OPTIMIZER, "4 B x trained elements / ranks", Basis.EXACT),
+    HOST_MASTER_PAGED: Label(
+        Category.OPTIMIZER, "4 B x trained elements / ranks (stage3.py:1158 clones and does not pin)", Basis.EXACT
+    ),
     HOST_MOMENTS: Label(Category.OPTIMIZER, "trained elements / ranks x 8 B with CPUAdam; made in the first step"),
     HOST_PAGED: Label(
         Category.OPTIMIZER,

@@ -84,7 +84,7 @@ class Zero3Nvme(Zero3):
         if self.job.zero.offload_param == "nvme":
             small = [size for size in self._parts(trained=True) if size < MIN_SWAPPED]
             parts |= merged({labels.HOST_CACHED: self.pinned(*small), labels.HOST_POOL: self._pool()})
-        states: Parts = {labels.HOST_MASTER: kept, labels.HOST_GRAD: kept, labels.HOST_SWAP: self._buffers()}
+        states: Parts = {labels.HOST_MASTER_PAGED: kept, labels.HOST_GRAD: kept, labels.HOST_SWAP: self._buffers()}
         return Bytes({**parts, **merged(states), **merged(self.pinned_rounding(*pinned))})
 
     def _pool(self) -> int:

@@ -11,6 +11,8 @@ class Place(Enum):
 
     DEVICE = "device"
     HOST = "host"
+    PINNED = "pinned"
+    """Page-locked memory of the host (in simulated traces; the ledger has headings for it, ``labels.PINNED``)."""
     NVME = "nvme"
 
 

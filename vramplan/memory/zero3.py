@@ -8,7 +8,7 @@ from itertools import groupby
 from vramplan.memory import labels
 from vramplan.memory.activations import undominated
 from vramplan.memory.between import Files
-from vramplan.memory.cut import higher, highest_as_engine_starts
+from vramplan.memory.cut import higher, highest_as_engine_starts, tied_head_part
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.gathered import GatheredProfiles, gathered_profiles
 from vramplan.memory.gathers import second_part
@@ -199,7 +199,7 @@ class Zero3(Engine):
         on_device = {labels.FROZEN: frozen + self.four_bit_states, labels.WEIGHTS: weights, **self.second}
         parts = {
             labels.BUCKET: self._bucket_bytes(),
-            labels.HOST_MASTER: whole,
+            labels.HOST_MASTER_PAGED: whole,
             labels.HOST_GRAD: whole,
             labels.HOST_PARTITION: low,
         }
@@ -209,7 +209,7 @@ class Zero3(Engine):
     def _weights_on_host(self) -> Bytes:
         """The rank's parts of weights in the host's memory: the trained ones together."""
         frozen, weights = self.frozen_share * self.width, self.trained_share * self.trained_width
-        cached = self.pinned(*self._parts(trained=True))
+        cached = self.pinned(*self._parts(trained=True), tied_head_part(self.job))
         parts = {labels.HOST_WEIGHTS: frozen + weights, labels.HOST_CACHED: cached, **self.second}
         parts[labels.FROZEN] = self.four_bit_states
         return merged(parts, self.pinned_rounding(weights, *self._parts(trained=False)))

@@ -43,7 +43,7 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "used_band_bytes": None if reserved is None else [found.used_peak_bytes, found.used_peak_bytes],
         "capacity_bytes": found.capacity_bytes,
         "host_bytes_per_node": closed.node.gpus_per_node * found.host_peak_bytes,
-        "pinned_host_bytes_per_node": None,  # a simulation does not tell pinned tensors from others
+        "pinned_host_bytes_per_node": closed.node.gpus_per_node * found.pinned_bytes,
         "host_capacity_bytes": closed.node.host_memory_bytes,
         "terms": [term_to_dict(term) for term in terms_of(closed, found)],
         "host_terms": [],
@@ -66,6 +66,7 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
                 "end_bytes": phase.end_bytes,
                 "reserved_peak_bytes": phase.reserved_peak_bytes,
                 "host_peak_bytes": phase.host_peak_bytes,
+                "pinned_bytes": phase.pinned_bytes,
                 "categories": dict(phase.categories),
             }
             for phase in found.phases

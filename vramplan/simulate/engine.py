@@ -103,6 +103,7 @@ def _tracker_of(device_type: str, answers: Mapping[Any, Answer], black_box: Blac
     tracker = Tracker(NAME, CUDA_SCRATCH, answers, black_box)
     module.on_stream = tracker.set_stream
     module.on_empty_cache = tracker.empty_cache
+    module.on_pin = tracker.pin
     return tracker, f"{NAME}:0"
 
 

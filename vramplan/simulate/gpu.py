@@ -79,6 +79,7 @@ class DeviceModule:
         self.stream_now = DEFAULT_STREAM
         self.on_stream: Callable[[int], None] = lambda number: None
         self.on_empty_cache: Callable[[], None] = lambda: None
+        self.on_pin: Callable[[torch.Tensor], None] = lambda tensor: None
 
     def is_initialized(self) -> bool:
         return True
@@ -233,12 +234,19 @@ class SimulatedGpu(CUDA_Accelerator):  # type: ignore[misc]  # DeepSpeed is unty
     def is_current_stream_capturing(self) -> bool:
         return False
 
-    def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True) -> torch.Tensor:
-        """A copy on the host, as pinning makes one."""
-        return tensor.clone() if make_copy else torch.empty_like(tensor)
+    def _torch_pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, as pinning makes one; ``pin_memory`` of DeepSpeed's accelerators comes here."""
+        return self._pinned(tensor.clone())
 
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
+    def _torch_empty_pinned(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._pinned(tensor.new_empty(shape))
+
+    def _torch_is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._module.on_pin(tensor)
+        return tensor
 
     def on_accelerator(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == NAME

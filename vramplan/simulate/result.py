@@ -26,7 +26,10 @@ class SimulatedPhase:
     reserved_peak_bytes: int | None = None
     """Highest held by the CUDA caching allocator; None on a CPU, which has none."""
     host_peak_bytes: int = 0
-    """Highest of the tensors on the host (offloaded ones), where the device is a GPU."""
+    """Highest of the tensors on the host (offloaded ones) and of what torch holds for pinned ones, where the device is
+    a GPU."""
+    pinned_bytes: int = 0
+    """Of them, what torch holds for pinned ones."""
 
     @property
     def is_step(self) -> bool:
@@ -131,6 +134,11 @@ class SimulationResult:
     @property
     def host_peak_bytes(self) -> int:
         return max((phase.host_peak_bytes for phase in self.phases), default=0)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of ``host_peak_bytes``, what torch holds for pinned tensors."""
+        return max(self.phases, key=lambda phase: phase.host_peak_bytes).pinned_bytes if self.phases else 0
 
     @property
     def used_peak_bytes(self) -> int:

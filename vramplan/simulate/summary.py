@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vramplan.memory.birth import Birth
 from vramplan.memory.term import Category, Place
+from vramplan.simulate.pinned import pinned_curve
 from vramplan.simulate.replay import Replay
 from vramplan.simulate.result import LiveGroup, SimulatedPhase, Timeline
 from vramplan.simulate.trace import CATEGORIES, Trace
@@ -28,6 +29,9 @@ class Curves:
 
     device: npt.NDArray[np.int64]
     host: npt.NDArray[np.int64]
+    """Tensors that can be paged, and what torch holds for pinned ones."""
+    pinned: npt.NDArray[np.int64]
+    """Of ``host``, what torch holds for pinned tensors."""
     by_category: tuple[npt.NDArray[np.int64], ...]
     """On the device, in the order of ``CATEGORIES``."""
 
@@ -36,7 +40,8 @@ class Curves:
         on_device = trace.in_place(Place.DEVICE)
         by_category = tuple(trace.live_curve(on_device & trace.in_category(category)) for category in CATEGORIES)
         device = np.sum(by_category, axis=0)
-        return cls(device, trace.live_curve(trace.in_place(Place.HOST)), by_category)
+        pinned = pinned_curve(trace)
+        return cls(device, trace.live_curve(trace.in_place(Place.HOST)) + pinned, pinned, by_category)
 
     def categories_at(self, instant: int) -> dict[str, int]:
         """Bytes of each category that has any."""
@@ -52,6 +57,7 @@ def summarise_phases(trace: Trace, curves: Curves, replay: Replay | None) -> tup
     for span in trace.phases:
         stretch = slice(span.start, span.end + 1)
         peak_at = span.start + int(np.argmax(curves.device[stretch]))
+        host_at = span.start + int(np.argmax(curves.host[stretch]))
         phases.append(
             SimulatedPhase(
                 phase=span.name,
@@ -59,7 +65,8 @@ def summarise_phases(trace: Trace, curves: Curves, replay: Replay | None) -> tup
                 end_bytes=int(curves.device[span.end]),
                 categories=curves.categories_at(peak_at),
                 reserved_peak_bytes=replay.reserved_peak_bytes(span.start, span.end) if replay else None,
-                host_peak_bytes=int(curves.host[stretch].max()),
+                host_peak_bytes=int(curves.host[host_at]),
+                pinned_bytes=int(curves.pinned[host_at]),
             )
         )
     return tuple(phases)

@@ -74,6 +74,10 @@ class Trace:
         self.num_instants += 1
         return len(self.num_bytes) - 1
 
+    def move(self, block: int, place: Place) -> None:
+        """The block was born in another place than was thought."""
+        self.place[block] = _PLACE_NUMBER[place]
+
     def bury(self, block: int) -> None:
         """The block dies now."""
         self.died_at[block] = self.num_instants

@@ -121,6 +121,12 @@ class Tracker(TorchDispatchMode):
         """The engine asks the allocator to give back what it does not use."""
         self.trace.cache_emptied_at.append(self.trace.num_instants)
 
+    def pin(self, tensor: torch.Tensor) -> None:
+        """The block that holds a tensor of the host is page-locked from its birth on."""
+        block = self.block_of(tensor)
+        if block is not None:
+            self.trace.move(block, Place.PINNED)
+
     def innermost_module(self) -> str:
         """Name of the module running now, or its class while it has none; empty outside of any."""
         if not self._modules:

@@ -32,7 +32,7 @@ def host(found: Estimate) -> dict[str, int]:
 def test_states_lie_in_files_and_come_through_four_buffers():
     found = ask({"offload_optimizer": "nvme", "offload_param": "none"})
     assert host(found)["host: buffers between memory and files"] == 4 * FILE
-    assert "host: fp32 master weights" not in host(found)
+    assert not [name for name in host(found) if name.startswith("host: fp32 master weights")]
     disk = {term.name: term.num_bytes for term in found.disk_terms}
     assert disk["disk: fp32 master weights"] == FILE
     assert disk["disk: optimizer states"] == 2 * FILE

@@ -62,6 +62,16 @@ def test_json_has_the_keys_of_fit_and_its_own(model, found):
     assert found["largest_live"][0]["frame"]
 
 
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_pinned_memory_of_the_host_is_fits(model, offload):
+    """Stage 3: masters are not pinned, the flat gradients are, each block as large as a power of two."""
+    words = (model, "--seq-len", "128", "--micro-batch", "2", "--zero", "3", "--offload", offload)
+    words += ("--checkpointing", "none", "--gpu", "rtx4090", "--gpus", "4", "--json")
+    simulated, fitted = (json.loads(vramplan(command, *words).stdout) for command in ("simulate", "fit"))
+    assert simulated["pinned_host_bytes_per_node"] == fitted["pinned_host_bytes_per_node"] > 0
+    assert simulated["pinned_host_bytes_per_node"] < simulated["host_bytes_per_node"]
+
+
 def test_two_capacities_are_one_too_many(model):
     done = vramplan("simulate", model, *CLOSED, "--cap", "24GiB", "--memory-cap", "20GiB")
     assert done.returncode == 2
