@@ -13,7 +13,7 @@ from vramplan.data.hard import Mining
 from vramplan.data.lengths import Lengths, measure_lengths
 from vramplan.data.mixture import Part, Stream, counts_text, make_parts
 from vramplan.data.packing import pack
-from vramplan.data.row import Conversation, Row
+from vramplan.data.row import Conversation, Row, Text
 from vramplan.data.sample import Sample
 from vramplan.data.sampler import permutation
 from vramplan.data.store import Joined, Picked, keep_samples
@@ -70,7 +70,7 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     stream = Stream(_parts(spec, [len(samples) for samples in units]), seed, mining)
     lengths = measure_lengths(units, _one([held_out, *worded]), run.seq_len)
     dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
-    notes = (*reader.notes, *lengths.notes(), *_mixture_note(stream))
+    notes = (*reader.notes, *reader.without_effect(), *lengths.notes(), *_mixture_note(stream))
     return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes, general, worded)
 
 
@@ -148,6 +148,7 @@ class Reader:
         """``template``: for every prompt, instead of each row's own of ``prompt_templates``."""
         self.run, self.tokenizer = run, tokenizer
         self._notes: dict[str, None] = {}
+        self._kinds: set[type[Row]] = set()
         self._encoding = encoding_of(run, tokenizer)
         if template is not None:
             self._encoding = replace(self._encoding, prompt_templates=(template,))
@@ -155,6 +156,15 @@ class Reader:
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
+
+    def without_effect(self) -> list[str]:
+        """What is asked for and changes nothing, for no row that was read is of the kind that it is for."""
+        spec, found = self.run.data, []
+        if spec.fim is not None and Text not in self._kinds:
+            found.append("data.fim changes nothing: no source holds raw text")
+        if spec.augment.prompt_templates and self._kinds == {Text}:
+            found.append("data.augment.prompt_templates changes nothing: raw text has no prompts")
+        return found
 
     def samples(self, source: SourceSpec) -> Sequence[Sample]:
         """The source's samples, in memory or on disk."""
@@ -174,6 +184,7 @@ class Reader:
 
     def _with_template(self, rows: Iterator[Row]) -> Iterator[Row]:
         for row in rows:
+            self._kinds.add(type(row))
             if isinstance(row, Conversation) and ensure_template(self.tokenizer):
                 self._notes[
                     "the tokenizer has no chat template: turns are written as <|role|>, content, end of sequence"

@@ -50,13 +50,23 @@ def parse_json(line: str, where: str) -> dict[str, Any]:
     Raises:
         DataError: the line is not JSON or not an object.
     """
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: is not valid JSON ({error.msg} at column {error.colno})") from error
+    fields = load_json(line, where)
     if not isinstance(fields, dict):
         raise DataError(f"{where}: is JSON, but {kind_of(fields)} instead of an object")
     return fields
+
+
+def load_json(text: str, where: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text else ""
+        raise DataError(f"{where}: is not valid JSON ({error.msg} at {line}column {error.colno})") from error
 
 
 def text_of(fields: dict[str, Any], key: str, where: str) -> str:
@@ -78,4 +88,4 @@ def kind_of(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     if value in ([], {}):
         return "an empty list" if value == [] else "an empty object"
-    return names.get(type(value), "nothing")
+    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,18 +1,21 @@
-"""Where rows come from: JSONL and text files, directories, globs, and the data sets that come with the package.
+"""Where rows come from: JSON and text files, directories, globs, and the data sets that come with the package.
 
 Reading validates every row and imports no torch, so that bad data is said before a process is started. Tables and hub
-data sets are read by ``datasets`` in ``tables.py``.
+data sets are read by ``datasets`` in ``tables.py``. JSON is not: ``datasets`` guesses types that JSON has not (its
+``packaged_modules/json/json.py``: texts that look like dates become times, and where one value of a column is no text
+all of the column comes as JSON, in quotation marks).
 """
 
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from vramplan.data.forms import ANY_SOURCE, parse_row
-from vramplan.data.row import Row, Text
+from vramplan.data.forms import ANY_SOURCE, parse_row, row_from_fields
+from vramplan.data.row import Row, Text, kind_of, load_json
 from vramplan.errors import DataError, UnknownNameError
 from vramplan.spec.data import SourceSpec, as_source
 
@@ -20,7 +23,8 @@ BUILTIN_PREFIX = "builtin:"
 HUB_PREFIX = "hub:"
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-TABLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet")
+JSON_SUFFIX = ".json"
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def read_rows(source: str | SourceSpec) -> list[Row]:
@@ -44,7 +48,7 @@ def check_rows(source: SourceSpec) -> None:
 
 
 def plain_rows(source: SourceSpec) -> Iterator[Row]:
-    """Rows of a built-in data set or of JSONL and text files.
+    """Rows of a built-in data set or of JSON and text files.
 
     Raises:
         DataError, UnknownNameError: as in ``read_rows``.
@@ -102,22 +106,50 @@ def is_table(path: Path) -> bool:
 
 
 def file_rows(path: Path, source: SourceSpec = ANY_SOURCE) -> Iterator[Row]:
-    """Rows of one JSONL or text file (a text file is one document).
+    """Rows of one JSON or text file (a text file is one document).
 
     Raises:
         DataError: it cannot be read or a row is malformed.
     """
     if is_table(path):
-        raise DataError(f"{path}: is a table, which only the trainer reads; give a .jsonl or a text file here")
+        raise DataError(f"{path}: is a table, which only the trainer reads; give JSON or a text file here")
     if path.suffix.lower() in TEXT_SUFFIXES:
         text = b"".join(_read_lines(path)).decode("utf-8-sig")
         if text.strip():
             yield Text(str(path), text)
-        return
+    elif path.suffix.lower() == JSON_SUFFIX and not _is_json_lines(path):
+        yield from _whole_json_rows(path, source)
+    else:
+        yield from _json_line_rows(path, source)
+
+
+def _json_line_rows(path: Path, source: SourceSpec) -> Iterator[Row]:
     for number, line in enumerate(_read_lines(path), start=1):
         # cut at newlines only: U+2028 and its like are allowed inside JSON texts, and str.splitlines cuts there
         if line.strip():
-            yield parse_row(line.decode("utf-8-sig" if number == 1 else "utf-8"), f"{path} line {number}", source)
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+            yield parse_row(text, f"{path} line {number}", source)
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a ``.json`` file, as many are, has an object of its own in each line."""
+    first = next((line for line in _read_lines(path) if line.strip()), b"[]")
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
+
+
+def _whole_json_rows(path: Path, source: SourceSpec) -> Iterator[Row]:
+    """Rows of a file that is one JSON text: a list of objects, or of texts, or one object."""
+    text = b"".join(_read_lines(path)).decode("utf-8-sig")
+    found = load_json(text, str(path)) if text.strip() else []
+    for number, fields in enumerate(found if isinstance(found, list) else [found], start=1):
+        where = f"{path} row {number}"
+        named = {"text": fields} if isinstance(fields, str) else fields
+        if not isinstance(named, dict):
+            raise DataError(f"{where}: is JSON, but {kind_of(fields)} instead of an object")
+        yield row_from_fields(named, where, source)
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
@@ -145,10 +177,11 @@ def _known(path: Path) -> Path:
 
 
 def _is_known(path: Path) -> bool:
-    return path.suffix.lower() in JSONL_SUFFIXES + TEXT_SUFFIXES + TABLE_SUFFIXES
+    return path.suffix.lower() in _KNOWN_SUFFIXES
 
 
-_KNOWN = ", ".join(JSONL_SUFFIXES + TEXT_SUFFIXES + TABLE_SUFFIXES)
+_KNOWN_SUFFIXES = (*JSONL_SUFFIXES, JSON_SUFFIX, *TEXT_SUFFIXES, *TABLE_SUFFIXES)
+_KNOWN = ", ".join(_KNOWN_SUFFIXES)
 
 
 def _builtin_rows(source: SourceSpec) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,6 @@ from vramplan.errors import DataError
 from vramplan.spec.data import SourceSpec
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),
@@ -45,7 +45,35 @@ def _table_rows(path: Path, source: SourceSpec) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"{path}: cannot be read (No such file or directory)")
     builder, options = _BUILDERS[path.suffix.lower()]
+    if builder == "csv":
+        options = {**options, **_as_text(path, **options)}
     yield from _loaded(str(path), source, builder, data_files=str(path), split="train", **options)
+
+
+def _as_text(path: Path, sep: str = ",") -> dict[str, Any]:
+    """Options with which every cell of a CSV file is read as the text that it is: a label 007 is no number, and an
+    answer None is not missing. (``datasets`` hands them to ``pandas.read_csv``, which guesses otherwise.)
+
+    Raises:
+        DataError: the first row has more cells than the header names, for which pandas would shift the names.
+    """
+    import pandas
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            header = pandas.read_csv(path, sep=sep, nrows=1, dtype=object, index_col=False).columns
+    except pandas.errors.ParserWarning as error:
+        raise DataError(f"{path} row 1: has more cells than the header has names") from error
+    except pandas.errors.EmptyDataError as error:
+        raise DataError(f"{path}: holds no rows") from error
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and ParserError are ValueErrors
+        raise DataError(f"{path}: cannot be read ({_innermost(error)})") from error
+    return {"converters": dict.fromkeys(header, _cell), "keep_default_na": False, "index_col": False}
+
+
+def _cell(text: str) -> str | None:
+    return text or None
 
 
 def _hub_rows(source: SourceSpec) -> Iterator[Row]:
@@ -58,7 +86,10 @@ def _loaded(shown: str, source: SourceSpec, *arguments: Any, **options: Any) -> 
 
     number = 0
     try:
-        for fields in load_dataset(*arguments, streaming=True, **options):
+        rows = load_dataset(*arguments, streaming=True, **options)
+        if rows.features is None and not options.get("data_files"):
+            rows = rows._resolve_features()  # else values of unlike kinds in one column come as JSON, undecoded
+        for fields in rows:
             number += 1
             yield row_from_fields(fields, f"{shown} row {number}", source)
     except DataError:

@@ -53,19 +53,21 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, train
         return Rendered(full, ((0, len(full)),))
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     learnt = turns[-1:] if train_on == "last" else turns
-    return Rendered(full, tuple(_assistant_span(tokenizer, conversation, turn, full) for turn in learnt))
+    mend = "take a template that writes every turn alike, or" if train_on == "last" else "set data.train_on to last, or"
+    return Rendered(full, tuple(_assistant_span(tokenizer, conversation, turn, full, mend) for turn in learnt))
 
 
 def _assistant_span(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, full: str
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, turn: int, full: str, mend: str
 ) -> tuple[int, int]:
+    """``mend``: what to do where the turn cannot be told apart, up to "or"."""
     messages, where = conversation.messages, conversation.where
     before = _apply(tokenizer, messages[:turn], where, prompt=True)
     through = _apply(tokenizer, messages[: turn + 1], where, prompt=False)
     if not through.startswith(before) or not full.startswith(through):
         raise DataError(
             f"{where}: the chat template renders turn {turn + 1} differently when more turns follow, so its "
-            "tokens cannot be told apart; set data.train_on to last, or give rows with one assistant turn at the end"
+            f"tokens cannot be told apart; {mend} give rows with one assistant turn at the end"
         )
     return len(before), _end_of_turn(through, len(before), messages[turn]["content"])
 

@@ -83,6 +83,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_what_it_does_
     assert trained_text(last, tokenizer) == "<think></think>b;"
     (everything,) = encode_rows([row], tokenizer, 100, "all")
     assert trained_text(everything, tokenizer) == "user:q;assistant:a;user:r;assistant:<think></think>b;"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] if loop.last else m['content'][:1] }};{% endfor %}"
+    )
+    row = conversation(("user", "question"), ("assistant", "answer"), ("user", "more"), ("assistant", "b"))
+    with pytest.raises(
+        DataError, match=r"renders turn 4 differently.*take a template that writes every turn alike, or"
+    ):
+        encode_rows([row], tokenizer, 100, "last")
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,61 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     check_rows(SourceSpec(path=str(tmp_path)))
 
 
+def test_csv_cells_are_the_text_that_they_are(tmp_path):
+    rows = [{"prompt": "007", "completion": "None"}, {"prompt": "1.50", "completion": "NA"}]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "text"])  # an empty cell is a missing one: the row is of one form
+        writer.writeheader()
+        writer.writerows(rows)
+    assert contents(tmp_path / "a.csv") == [("007", "None"), ("1.50", "NA")]
+    (tmp_path / "b.tsv").write_text("prompt\tcompletion\n1\t2\n3\t4\n")
+    assert contents(tmp_path / "b.tsv") == [("1", "2"), ("3", "4")]
+
+
+@pytest.mark.filterwarnings("ignore:Length of header")  # pandas' own words on the empty cells that it leaves out
+def test_a_csv_row_longer_than_the_header_does_not_shift_its_names(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\nhi, there,answer\n")
+    with pytest.raises(DataError, match="row 1: has more cells than the header has names"):
+        contents(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("prompt,completion\nhi,answer,\n")
+    assert contents(tmp_path / "b.csv") == [("hi", "answer")]
+
+
+def test_json_values_are_what_they_are(tmp_path):
+    path = tmp_path / "a.json"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "name": "x"}]
+    path.write_text(json.dumps([{"messages": turns}, {"messages": turns, "meta": 1}, {"messages": turns, "meta": "m"}]))
+    assert [row.messages[1]["content"] for row in iter_rows(SourceSpec(path=str(path)))] == ["ho"] * 3
+    path.write_text(json.dumps([{"prompt": "when", "completion": "2020-01-01"}], indent=2))
+    assert contents(path) == [("when", "2020-01-01")]
+    path.write_text(json.dumps([{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": 3}]))
+    rows = iter_rows(SourceSpec(path=str(path)))
+    assert next(rows).completion == "c"  # not in quotation marks for the number below it
+    with pytest.raises(DataError, match="row 2: 'completion' must be text, not a number"):
+        next(rows)
+
+
+def test_json_files_of_other_shapes(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))  # JSON lines under another name
+    assert contents(path) == [(row["prompt"], row["completion"]) for row in ROWS]
+    path.write_text(json.dumps(["one", "two"]))
+    assert [row.text for row in iter_rows(SourceSpec(path=str(path)))] == ["one", "two"]
+    path.write_text(json.dumps(ROWS[0], indent=1))
+    assert len(contents(path)) == 1
+    for text, said in (("", "holds no rows"), ("[1]", "row 1: is JSON, but a number instead of an object")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=said):
+            contents(path)
+
+
+def test_a_hub_set_with_values_of_unlike_kinds_comes_decoded(tmp_path):
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": 3}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = iter_rows(SourceSpec(path=f"hub:{tmp_path}"))
+    assert next(found).completion == "c"
+
+
 def test_a_directory_of_text(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.md").write_text("two")
@@ -109,7 +164,7 @@ def test_what_is_wrong_with_a_table_is_one_sentence(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"x")
     (tmp_path / "bad.csv").write_text("prompt,completion\np,\n")
     for name, said in (
-        ("bad.json", "bad.json: cannot be read"),
+        ("bad.json", "bad.json: is not valid JSON"),
         ("bad.parquet", "bad.parquet: cannot be read"),
         ("bad.csv", "bad.csv row 1: 'completion' must be text, not nothing"),
         ("none.csv", "none.csv: cannot be read"),

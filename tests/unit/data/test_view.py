@@ -50,6 +50,18 @@ def test_last_turn_only(tokenizer, tmp_path):
         assert [piece["text"] for piece in pieces(data.train[0], tokenizer) if piece["trained"]] == expected
 
 
+def test_what_is_asked_for_and_changes_nothing_is_said(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]})
+    augment = {"prompt_templates": ["Q: {prompt}"]}
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 2)
+    (tmp_path / "texts.jsonl").write_text('{"text": "some words"}\n' * 2)
+    for name, said in (("prompts", "data.fim changes nothing"), ("texts", "prompt_templates changes nothing")):
+        data = {"train": f"{tmp_path}/{name}.jsonl", "eval_frac": 0, "fim": {"rate": 1}, "augment": augment}
+        (note,) = [note for note in load_data(run(data=data), tokenizer).notes if "changes nothing" in note]
+        assert said in note
+
+
 def test_prompt_templates_change_the_prompt_alone(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"prompt": "p{i}", "completion": "c{i}"}}\n' for i in range(40)))
