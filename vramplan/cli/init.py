@@ -25,7 +25,7 @@ def init(
         str | None, typer.Option(help="A catalogue name, a hub id, or a local directory.", show_default=False)
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="full, lora or qlora, instead of the recipe's.", show_default=False)
+        str | None, typer.Option(help="full, lora, dora or qlora, instead of the recipe's.", show_default=False)
     ] = None,
     data: Annotated[str | None, typer.Option(help="Your rows, as data.train takes them.", show_default=False)] = None,
     general: Annotated[
@@ -37,12 +37,17 @@ def init(
     It runs as it stands on the model and data that come with the installation; put yours in and adapt it.
     """
     from vramplan.cli.output import show
+    from vramplan.facts.resolve import resolve_config
+    from vramplan.spec.check import check_run
     from vramplan.spec.load import run_from_mapping
 
     target = output or Path(f"{task}.yaml")
     recipe = read_recipe(task)
     recipe = recipe.with_values(_values(recipe, model, method, data, general))
-    run_from_mapping(recipe.fields)
+    run = run_from_mapping(recipe.fields)
+    check_run(run)
+    if model is not None:
+        resolve_config(run)  # a name that nothing has is an error here, not in the commands that read the recipe
     if target.exists():
         raise SpecError(f"{target} exists: give another file with -o")
     try:
@@ -57,12 +62,14 @@ def _values(
     recipe: Recipe, model: str | None, method: str | None, data: str | None, general: str | None
 ) -> dict[str, Any]:
     """By dotted key, what is put into the recipe."""
+    from vramplan.spec.load import expand_kinds
+
     fields = recipe.fields
     if general is not None and "replay" not in fields["data"]:
         raise SpecError(f"--general: the recipe for {recipe.task} replays nothing; add data.replay by hand")
     given = {
         "model": model,
-        "method": None if method in (None, fields["method"]["kind"]) else {"kind": method},
+        "method": None if method in (None, fields["method"]["kind"]) else expand_kinds({"method": method})["method"],
         "data.train.path" if isinstance(fields["data"]["train"], dict) else "data.train": data,
         "data.replay.path": general,
     }

@@ -30,7 +30,7 @@ def _option(help_text: str, name: str | None = None, panel: str = "Run") -> Any:
 class RunOptions:
     """One field an option; what is not given is left to the spec file, its defaults, or the search."""
 
-    method: Annotated[str | None, _option("full, lora or qlora (default: full)")] = None
+    method: Annotated[str | None, _option("full, lora, dora or qlora (default: full)")] = None
     lora_r: Annotated[int | None, _option("Rank of the adapters (default: 16)")] = None
     precision: Annotated[str | None, _option("bf16, fp16, fp32 or bf16-autocast (default: bf16)")] = None
     seq_len: Annotated[int | None, _option("Tokens of one sequence (default: 2048)")] = None

@@ -64,11 +64,15 @@ def run_from_mapping(fields: Mapping[str, Any], source: str = "") -> RunSpec:
 
 
 def expand_kinds(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``fields`` with ``method: lora`` written out as ``method: {kind: lora}``, and the same for ``optimizer``."""
+    """``fields`` with ``method: lora`` written out as ``method: {kind: lora}``, and the same for ``optimizer``; DoRA,
+    which is a key of lora's, may be named as a kind."""
     expanded = dict(fields)
     for section in _KIND_SECTIONS:
         if isinstance(expanded.get(section), str):
             expanded[section] = {"kind": expanded[section]}
+    method = expanded.get("method")
+    if isinstance(method, Mapping) and method.get("kind") == "dora":
+        expanded["method"] = {**method, "kind": "lora", "use_dora": True}
     return expanded
 
 

@@ -182,7 +182,7 @@ class RunSpec(UserModel):
     model_config_fields: dict[str, Any] | None = None
     """Fields of the model's ``config.json`` given in place; they decide over the name."""
     method: Method = FullMethod()
-    """full, lora or qlora."""
+    """full, lora (or dora, lora with use_dora) or qlora."""
     engine: Engine = "deepspeed"
     """deepspeed; or torch: plain PyTorch on one device or under DDP, as transformers' Trainer and TRL run without
     DeepSpeed (estimated, simulated and measured; training is DeepSpeed's)."""

@@ -98,7 +98,7 @@ class LoraMethod(UserModel):
     """Endings of names of parameters that get an adapter as they are, besides: weights of routed experts and routers,
     such as ``experts.gate_up_proj`` (PEFT's key of that name)."""
     use_dora: bool = False
-    """Weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
+    """Weight-decomposed adapters (DoRA, arXiv 2402.09353); ``method: dora`` is short for lora with it."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
     fp32_norms: bool = False

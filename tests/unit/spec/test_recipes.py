@@ -12,8 +12,9 @@ from vramplan.cli.app import main
 from vramplan.errors import UnknownNameError
 from vramplan.simulate.verify import verify_plan
 from vramplan.spec.check import check_run
-from vramplan.spec.load import load_run, merge
+from vramplan.spec.load import load_run, merge, run_from_mapping
 from vramplan.spec.recipes import TASKS, read_recipe
+from vramplan.spec.trainable import LoraMethod
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = {
@@ -97,6 +98,8 @@ def test_init_puts_in_what_is_given_and_leaves_the_rest(tmp_path):
         (["--task", "classify", "--general", "x.jsonl"], "the recipe for classify replays nothing"),
         (["--task", "sft-chat", "--method", "lorra"], "did you mean lora?"),
         (["--task", "sft-chat", "-o", "there.yaml"], "there.yaml exists"),
+        (["--task", "sft-chat", "--model", "Qwen/Qwen2.5-7B-Instrct"], "did you mean Qwen/Qwen2.5-7B-Instruct"),
+        (["--task", "domain-cpt", "--method", "dora"], "retain.interpolate cannot scale DoRA's adapters"),
     ],
 )
 def test_what_init_cannot_do_is_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
@@ -105,6 +108,13 @@ def test_what_init_cannot_do_is_one_sentence(arguments, said, tmp_path, monkeypa
     assert init(*arguments) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
+
+
+def test_dora_is_named_like_the_other_methods(tmp_path):
+    assert init("--task", "sft-chat", "--method", "dora", "-o", tmp_path / "run.yaml") == 0
+    assert load_run(tmp_path / "run.yaml").method == LoraMethod(use_dora=True)
+    run = run_from_mapping(merge({"model": "x", "method": {"kind": "lora", "r": 8}}, {"method": "dora"}))
+    assert run.method == LoraMethod(r=8, use_dora=True)
 
 
 def test_an_unknown_task_is_an_error():
