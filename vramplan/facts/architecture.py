@@ -66,7 +66,7 @@ class DecoderLayer:
     residual_scaled: bool = False
     """Both branches are multiplied by a constant before they are added (Granite)."""
     feed_forward_name: str = "mlp"
-    """The module that the MLP or the experts are."""
+    """The module that the MLP or the experts are; empty: the layer calls the MLP's linears itself (OPT)."""
     views_result: bool = False
     """In a sequential layer: the result of the MLP is added as a view (Llama-4)."""
     names_attention: Literal["", "result", "input and result"] = ""

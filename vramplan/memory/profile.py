@@ -247,11 +247,11 @@ class Runner:
         ctx, architecture = self.ctx, self.run.architecture
         with self.tape.at("embedding"):
             requires = self.run.checkpointing
-            x = embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)
+            given = [embed(ctx, architecture, self.kept[0], self._require_input_gradient if requires else None)]
         attentions = [layer.mixer for layer in architecture.layers]
         masks(ctx, attentions, architecture.spare_mask, architecture.both_masks)
         rotary_tables(ctx, attentions, architecture.rotary_of_kind)
-        x = self._layers(x)
+        x = self._layers(given)
         with self.tape.at("head"):
             if architecture.final_norm is not None:
                 x = normalise(ctx, x, architecture.final_norm)
@@ -278,7 +278,9 @@ class Runner:
         leaf.node = Node("AccumulateGrad", 1 << 61, [], backward, "embedding")
         return leaf
 
-    def _layers(self, x: Tensor) -> Tensor:
+    def _layers(self, given: list[Tensor]) -> Tensor:
+        """``given``: the first layer's input, which goes when that layer has returned."""
+        x = given.pop()
         costs: dict[Hashable, dict[str, Size]] = {}
         skipped: list[int] = []
         for index, key in enumerate(self.keys):

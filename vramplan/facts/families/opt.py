@@ -68,6 +68,7 @@ def _layer(fields: Fields, hidden: int, norm_first: bool) -> DecoderLayer:
         (attention, _norm(fields, "self_attn_layer_norm", hidden), mlp, _norm(fields, "final_layer_norm", hidden)),
         residual="sequential" if norm_first else "post",
         residual_dropout=fields.fraction("dropout", default=0.1),
+        feed_forward_name="",
     )
 
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vramplan.facts.architecture import Attention, DecoderLayer, GatedMLP, LatentAttention, MixtureOfExperts, PlainMLP
+from vramplan.facts.architecture import (
+    Attention,
+    DecoderLayer,
+    GatedMLP,
+    LatentAttention,
+    MixtureOfExperts,
+    Norm,
+    PlainMLP,
+)
 from vramplan.memory import ops
 from vramplan.memory.blocks.attention import attend
 from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.blocks.latent import attend_latent
+from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.mixture import mixture, mixture_parameters
-from vramplan.memory.blocks.mlp import gated, plain
+from vramplan.memory.blocks.mlp import MLP, activate, gated, plain
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.tiled import tiled
 from vramplan.memory.tape import Tensor
@@ -72,6 +81,23 @@ def _mlp_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     return ops.scaled(x, RESIDUAL) if layer.residual_scaled else x
 
 
+def _own_mlp(ctx: BlockContext, x: Tensor, norm: Norm | None, layer: DecoderLayer) -> Tensor:
+    """``OPTDecoderLayer.forward``: the layer calls the linears itself, on a matrix of all tokens, and one name stands
+    for each result in turn: the norm's is let go of as soon as the first linear returns (modeling_opt.py, lines 232 to
+    245)."""
+    block = layer.feed_forward
+    assert isinstance(block, PlainMLP)
+    ctx.flat = True
+    try:
+        x = normalise(ctx, x, norm) if norm is not None else x
+        x = project(ctx, x, block.projections[0], MLP)
+        x = activate(ctx, x, block.activation)
+        x = project(ctx, x, block.projections[1], MLP)
+    finally:  # recomputing can end in the middle
+        ctx.flat = False
+    return ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
+
+
 def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``LlamaDecoderLayer.forward``, ``GPT2Block.forward``."""
     first, second = layer.norms
@@ -82,8 +108,11 @@ def _sequential(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     del normed
     x = ops.add(residual, x, RESIDUAL)
     residual = x
-    x = normalise(ctx, x, second)
-    x = _mlp_branch(ctx, x, layer)
+    if layer.feed_forward_name:
+        x = normalise(ctx, x, second)
+        x = _mlp_branch(ctx, x, layer)
+    else:
+        x = _own_mlp(ctx, x, second, layer)
     x = ops.add(residual, ops.view(x) if layer.views_result else x, RESIDUAL)
     named.clear()
     return x
@@ -113,7 +142,7 @@ def _post(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     x = ops.add(residual, _attention_branch(ctx, x, layer), RESIDUAL)
     x = normalise(ctx, x, first)
     residual = x
-    x = ops.add(residual, _mlp_branch(ctx, x, layer), RESIDUAL)
+    x = ops.add(residual, _own_mlp(ctx, x, None, layer), RESIDUAL)
     return normalise(ctx, x, second)
 
 
