@@ -154,6 +154,8 @@ class Gathers:
         self._queue: deque[tuple[Parameter, int]] = deque()
         self._fetched_for: dict[str, int] = defaultdict(lambda: NEVER)
         self._backward: dict[str, Module] = {}
+        self._has_read: set[str] = set()
+        """Modules that have run once."""
         self._recomputed: dict[str, list[Parameter]] = defaultdict(list)
 
     def travels_in(self, param: Parameter) -> Dtype:
@@ -268,10 +270,12 @@ class Gathers:
     def _fetch(self, module: Module, forward: bool) -> None:
         if not forward:
             self._backward[module.name] = module
+        registered = self._read(module)
         self._gather(list(module.params))
         recompute = forward and bool(self._backward)
         for param in module.params:
-            self._active[param.name].add(module.name)
+            if param.name not in registered:
+                self._active[param.name].add(module.name)
             if recompute and not param.requires_grad:
                 owner = next(reversed(self._backward))
                 self._recomputed[owner].append(param)
@@ -281,6 +285,21 @@ class Gathers:
         if self._complete:
             self._prefetch(module)
         self._step += 1
+
+    def _read(self, module: Module) -> set[str]:
+        """Other modules' parameters are not known to be a module's before it reads them in its first forward: each is
+        then gathered by itself, into a tensor of its own even on a lone rank, whose weights are otherwise used where
+        they lie (parameter_offload.py, ``ZeROOrderedDict.__getitem__``; partition_parameters.py,
+        ``_allgather_params_sequential``). Gives those, which the module does not hold yet."""
+        if module.name in self._has_read:
+            return set()
+        self._has_read.add(module.name)
+        found = {name for name in module.read if name not in self.available and name not in self._inflight}
+        for param in module.params:
+            if param.name in found:
+                self.data[param.name] = self.tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
+        self.available |= found
+        return found
 
     def _prefetch(self, module: Module) -> None:
         wanted = {param.name for param in module.params if self._fetched_for[param.name] < self._step}

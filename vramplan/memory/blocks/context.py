@@ -23,6 +23,8 @@ class Module:
     name: str
     params: tuple[Parameter, ...]
     is_leaf: bool = False
+    read: frozenset[str] = frozenset()
+    """Of the parameters those of other modules, which it reads as it runs (``register_external_parameter``)."""
 
     @property
     def path(self) -> str:
@@ -199,16 +201,19 @@ class BlockContext:
         x: Tensor,
         positional: bool = True,
         is_leaf: bool = False,
+        read: tuple[Parameter, ...] = (),
     ) -> Tensor:
         """Run a module of the model. ZeRO-3 hangs its hooks here: fetch before, release after, and the same in
         backward by two identity nodes (deepspeed/runtime/zero/parameter_offload.py, ``_register_deepspeed_module``).
 
         ``positional``: whether ``x`` is a positional argument; the backward release hooks see no others.
+        ``read``: other modules' parameters that it reads, by which ZeRO-3 takes them for its own (``ZeROOrderedDict``).
         """
         hooks = self.hooks
         if hooks is None or self.in_leaf:
             return function(x)
-        module = Module(f"{self.prefix}{name}", tuple(param for param in params if param is not None), is_leaf)
+        own = tuple(param for param in params if param is not None)
+        module = Module(f"{self.prefix}{name}", (*own, *read), is_leaf, frozenset(param.name for param in read))
         hooks.before_forward(module)
         if positional:
             x = identity(x, lambda: hooks.after_backward(module))

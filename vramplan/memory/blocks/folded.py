@@ -44,7 +44,7 @@ def in_wrappers(
 ) -> Tensor:
     """The experts inside the wrappers that adapt their parameters; that of ``down_proj`` is the outermost.
 
-    A wrapper reads its factors and the weight, by which ZeRO-3 takes them for its own (``ZeROOrderedDict``).
+    A wrapper reads the weight besides its factors.
     """
     name, found = block.experts.name, factor_parameters(ctx, block)
     pairs = {suffix: found.get(f"{name}.{suffix}") for suffix in ("down_proj", "gate_up_proj")}
@@ -77,7 +77,7 @@ def _enter(
         hung = {weight.name.rpartition(".")[2]: hang(ctx, weight, pair)}
         return _enter(ctx, x, f"{name}.base_layer", rest, factors | hung, run)
 
-    return ctx.call(name, (*pair, weight), inside, x)
+    return ctx.call(name, (), inside, x, read=(*pair, weight))
 
 
 def hang(ctx: BlockContext, weight: Parameter, factors: tuple[Parameter, Parameter]) -> Factors:

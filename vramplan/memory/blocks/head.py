@@ -89,8 +89,7 @@ def _adapted_table(
         del found, added  # named until the function returns
         return on_tokens(result) if on_tokens is not None else result
 
-    # the wrapper reads its factors, by which ZeRO-3 takes them for its own (ZeROOrderedDict)
-    return ctx.call(table.name, (down, up), run, ids)
+    return ctx.call(table.name, (), run, ids, read=(down, up))
 
 
 def table_factors(ctx: BlockContext, table: Embedding, method: LoraMethod) -> tuple[Parameter, Parameter]:

@@ -22,9 +22,8 @@ def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     adapter = ctx.adapts(linear)
     if adapter is None:
         return _dense(ctx, x, linear, label)
-    # the wrapper reads lora_A's dtype, by which ZeRO-3 takes that weight for its own too (ZeROOrderedDict)
-    down = _down(ctx, linear, adapter)
-    return ctx.call(linear.name, (down,), lambda x: _with_adapter(ctx, x, linear, adapter, label), x)
+    down = _down(ctx, linear, adapter)  # the wrapper reads its dtype
+    return ctx.call(linear.name, (), lambda x: _with_adapter(ctx, x, linear, adapter, label), x, read=(down,))
 
 
 def linear_parameters(ctx: BlockContext, linear: Linear) -> list[Parameter]:
@@ -158,9 +157,10 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         magnitude = ctx.parameter(name, linear.out_features, True, ctx.adapter_dtype)
         added = ctx.call(
             f"{linear.name}.lora_magnitude_vector",
-            (magnitude, *_read_by_dora(ctx, base, given is not None)),
+            (magnitude,),
             lambda x: dora(ctx, x, base, magnitude, lambda x, count: _low_rank(ctx, x, linear, method, count), given),
             dropped,
+            read=_read_by_dora(ctx, base, given is not None),
         )
         del given, dropped
     else:  # one expression: what is dropped goes as soon as lora_A returns, unless that saved it
@@ -170,10 +170,10 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     return ops.to(result, narrow_format, label)
 
 
-def _read_by_dora(ctx: BlockContext, base: Linear, with_bias: bool) -> list[Parameter]:
-    """What DoRA's module reads of the base layer; ZeRO-3 takes it for its own too (``register_external_parameter``)."""
+def _read_by_dora(ctx: BlockContext, base: Linear, with_bias: bool) -> tuple[Parameter, ...]:
+    """What DoRA's module reads of the base layer."""
     weight, bias = ctx.linear_parameters(base)
-    return [param for param in (weight, bias if with_bias else None) if param is not None]
+    return (weight, bias) if with_bias and bias is not None else (weight,)
 
 
 def _dropped(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod) -> Tensor:
