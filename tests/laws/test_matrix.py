@@ -52,6 +52,17 @@ def test_estimate_and_simulation_agree():
     assert not failed, "\n".join(failed)
 
 
+def test_weights_in_4_bits_are_on_the_gpu_before_there_are_adapters():
+    """As transformers loads them (``update_device_map``), not moved there by the engine."""
+    found = prepare(Case.parse("llama.13/qlora/3/none/sdpa/bf16/none/cuda/4/1/1/adamw/both/small/let go"))
+    assert isinstance(found, Prepared), found
+    ((_, result),) = simulate_jobs([found.request()])
+    assert not result.error
+    loaded, estimated = result.phases[0], found.estimate.phases[0]
+    assert loaded.end_bytes == pytest.approx(estimated.end_bytes, rel=0.001)
+    assert not beyond_the_bar(found.estimate, [phase.as_phase_bytes() for phase in result.phases])
+
+
 @pytest.mark.slow
 def test_a_pairwise_cover_agrees():
     failed = _beyond(cover_in_turns())

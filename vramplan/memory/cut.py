@@ -13,7 +13,8 @@ def highest_as_engine_starts(job: Job, frozen_bytes: int, stays: Callable[[int],
     """Bytes alive at most as the engine takes a model that was not built in ``zero.Init``: adapters are cast to the
     weights' format one by one (runtime/engine.py, ``_cast_module_mixed_precision``), then every tensor is cut.
 
-    ``stays``: elements that stay of a tensor of so many.
+    ``stays``: elements that stay on the device of a tensor of so many; with offload of weights each part is made in the
+    host's memory (partition_parameters.py, ``_partition_param``).
     """
     width, adapters = job.dtype.nbytes, [param.numel for param in job.parameters if param.trained]
     made = frozen_bytes + sum(adapters) * ADAPTER_DTYPE.nbytes

@@ -151,7 +151,8 @@ class Zero3(Engine):
     def init(self) -> None:
         stretch, job = self.open("engine_init", Phase.ENGINE_INIT), self.job
         if job.quantized:
-            highest = highest_as_engine_starts(job, self.frozen_bytes, self._stays)
+            stays = (lambda numel: 0) if job.offload_param and job.device != "cpu" else self._stays
+            highest = highest_as_engine_starts(job, self.frozen_bytes, stays)
             stretch.see("a tensor before it is cut", {labels.WEIGHTS: highest})
         weights = {
             labels.FROZEN: self.frozen_share * self.width + self.four_bit_states,

@@ -74,13 +74,16 @@ def _config_of_own_code(run: RunSpec) -> Any:
     return config
 
 
-def build_model(run: RunSpec, ds_config: dict[str, Any], *, halved: bool = False) -> torch.nn.Module:
+def build_model(
+    run: RunSpec, ds_config: dict[str, Any], device: str = "cpu", *, halved: bool = False
+) -> torch.nn.Module:
     """The model with random weights, adapters and checkpointing as the run asks, before DeepSpeed's engine.
 
     Under ZeRO-3 it is built inside ``deepspeed.zero.Init``, which splits each weight as soon as it exists; adapters
     are added after it, in their own dtype, and split by the engine. 4-bit weights are made whole and split by the
-    engine too, as where transformers loads them (modeling_utils.py, ``get_init_context``). ``halved``: what is split so
-    is made in bf16, whatever the precision.
+    engine too, as where transformers loads them (modeling_utils.py, ``get_init_context``): onto ``device``, before
+    there are adapters (quantizers/quantizer_bnb_4bit.py, ``update_device_map``). ``halved``: what is split so is made
+    in bf16, whatever the precision.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -101,6 +104,7 @@ def build_model(run: RunSpec, ds_config: dict[str, Any], *, halved: bool = False
             torch.bfloat16 if run.precision.endswith("autocast") else weight_dtype(run),
             weight_dtype(run) if run.zero.stage == 3 else torch.uint8,
         )
+        model.to(device)
     if isinstance(run.method, LoraMethod):
         with _announced_to_peft(run, ds_config):
             model = add_adapters(model, run.method)

@@ -64,7 +64,7 @@ class RankPlayer:
         join_fake_group(self.layout.world_size)
         config = self._engine_config()
         with self.phase("model_load"):
-            self.model = build_model(self.run, config, halved=self.halved_weights)
+            self.model = build_model(self.run, config, self.device, halved=self.halved_weights)
         if self.undefined_weights:
             leave_undefined(self.model)
         self._count(self.model)
