@@ -69,6 +69,7 @@ OPTIMIZER_BYTES_PER_PARAM = {
     "lion": 26,
     "sgd": 14,
     "adafactor": 40,
+    "muon": 34,
 }
 """Bytes of memory traffic of one parameter's update: gradient norm and gradient 4 + 4, fp32 master 8, two fp32 moments
 16, the rounded weight 2. DERIVED from the update rule; torch's unfused AdamW re-reads states in each of its passes."""

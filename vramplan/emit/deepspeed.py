@@ -133,9 +133,11 @@ def _optimizer_section(optimizer: OptimizerSpec, lr: float) -> dict[str, Any]:
         return {"type": "AdamW", "params": adam | {"torch_adam": True}}
     if optimizer.kind == "lion":
         return {"type": "Lion", "params": {name: adam[name] for name in ("lr", "betas", "weight_decay")}}
+    momentum = {"momentum": optimizer.momentum} if optimizer.kind in ("sgd", "muon") and optimizer.momentum else {}
+    if optimizer.kind == "muon":  # one rate for both halves (runtime/engine.py, _muon_param_groups)
+        return {"type": "Muon", "params": adam | momentum}
     # any other name is looked up in torch.optim (runtime/engine.py, _configure_basic_optimizer)
     name = {"sgd": "SGD", "adafactor": "Adafactor"}[optimizer.kind]
-    momentum = {"momentum": optimizer.momentum} if optimizer.kind == "sgd" and optimizer.momentum else {}
     return {"type": name, "params": {"lr": lr, "weight_decay": optimizer.weight_decay, **momentum}}
 
 

@@ -11,6 +11,7 @@ from vramplan.memory.activations import forward_candidates
 from vramplan.memory.between import Files, Standing
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
+from vramplan.memory.muon import MuonSteps
 from vramplan.memory.optimizers import OptimizerBytes
 from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
 from vramplan.memory.profile import Profile, profile
@@ -224,9 +225,9 @@ class Engine(ABC):
         stretch.close(end)
 
     @staticmethod
-    def moments(optimizer: OptimizerBytes | Steps, *tensors: int) -> Parts:
+    def moments(optimizer: OptimizerBytes | Steps | MuonSteps, *tensors: int) -> Parts:
         """The states of tensors of these numbers of elements, or of the parameters that ``Steps`` knows."""
-        if isinstance(optimizer, Steps):
+        if not isinstance(optimizer, OptimizerBytes):
             return {labels.MOMENTS: optimizer.state_bytes, labels.HOST_PAGED: optimizer.paged_bytes}
         device, paged = optimizer.state_bytes(*tensors), optimizer.paged_bytes(*tensors)
         return {labels.MOMENTS: device, labels.HOST_PAGED: paged}

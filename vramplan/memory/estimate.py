@@ -178,7 +178,14 @@ def check_covered(job: Job) -> None:
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
         "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
         f"offload with the optimizer {job.optimizer}": job.offload_optimizer
-        and (job.optimizer.startswith(("lion", "paged")) or (on_disk(job) and job.optimizer != "adamw")),
+        and (job.optimizer.startswith(("lion", "paged", "muon")) or (on_disk(job) and job.optimizer != "adamw")),
+        "the optimizer muon with adapters on experts or routers": job.optimizer == "muon"
+        and bool(job.adapted_parameters),
+        "the optimizer muon with zero.contiguous_gradients false": job.optimizer == "muon"
+        and job.stage in (1, 2)
+        and not job.zero.contiguous_gradients,
+        "the optimizer muon under tensor or sequence parallelism": job.optimizer == "muon"
+        and max(job.layout.tp, job.layout.sp) > 1,
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
         "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
         **why_uncovered(job),

@@ -16,8 +16,10 @@ from vramplan.memory.model_run import ModelRun
 from vramplan.memory.parameters import (
     ADAPTER_DTYPE,
     Groups,
+    Matrices,
     Parameter,
     counted_numels,
+    matrix_shapes,
     parameter_groups,
     parameters,
     trained_tensors,
@@ -223,9 +225,17 @@ class Job:
         return parameter_groups(*self.grouping)
 
     @property
-    def grouping(self) -> tuple[Architecture, Method, frozenset[str], float]:
-        """What decides the groups."""
-        return self.architecture, self.method, self.adapted_parameters, self.retain.layer_lr_decay
+    def grouping(self) -> tuple[Architecture, Method, frozenset[str], float, Matrices]:
+        """What decides the groups. Weights that ``zero.Init`` has cut are all of one shape as the optimizer is made."""
+        matrices: Matrices = "together"
+        if self.optimizer == "muon":
+            matrices = "apart" if self.stage == 3 and self.method.kind == "full" else "largest first"
+        return self.architecture, self.method, self.adapted_parameters, self.retain.layer_lr_decay, matrices
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that Muon updates, by name."""
+        return matrix_shapes(self.architecture, self.method, self.adapted_parameters)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

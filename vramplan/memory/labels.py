@@ -30,6 +30,9 @@ INIT = "copies during initialisation"
 NORM = "gradient norm in fp64"
 FLAT_GRAD = "flat gradient for the step"
 STEP_SCRATCH = "optimizer step scratch"
+STAGED = "staged momentum"
+UPDATES = "orthogonalised gradients"
+MUON_GATHERS = "buffers of Muon's gathers"
 GATHERED = "gathered weights"
 OFFLOAD_BUFFER = "offload staging"
 HOST = "host: "
@@ -196,6 +199,19 @@ LABELS: dict[str, Label] = {
     INIT: Label(Category.TEMPORARY, "flat copies of weights and master made while the engine starts"),
     NORM: Label(Category.TEMPORARY, "8 B x largest gradient slice of the partition (get_grad_norm_direct)"),
     FLAT_GRAD: Label(Category.GRADIENT, "the partition's gradients as one tensor, in the master's format (step)"),
+    STAGED: Label(
+        Category.OPTIMIZER,
+        "Muon under ZeRO-1 and 2: width x elements of every matrix that touches the rank's partition, kept between "
+        "steps (_muon_staging_momentum)",
+    ),
+    UPDATES: Label(
+        Category.GRADIENT, "Muon's results: width x elements of whole matrices, until their step (get_flat_partition)"
+    ),
+    MUON_GATHERS: Label(
+        Category.COMMUNICATION,
+        "Muon under ZeRO-3: whole gradients and momentum of about a bucket, and up to 256 MiB kept between steps "
+        "(_partitioned_buffers_all_gather)",
+    ),
     STEP_SCRATCH: Label(Category.TEMPORARY, "temporaries of the optimizer's implementation"),
     GATHERED: Label(Category.PARAMETER, "ZeRO-3: whole weights of the modules in use or not yet released"),
     VIEWED: Label(

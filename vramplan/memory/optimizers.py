@@ -59,6 +59,8 @@ _KNOWN = {
     # torch/optim/_adafactor.py on one flat vector, which it does not factor: its variance; the square of the gradient
     # and a copy of the variance
     "adafactor": OptimizerBytes(4, 8),
+    # deepspeed/runtime/zero/muon/muon_optimizer.py, of what is no matrix: FusedAdam's; memory/muon.py has the rest
+    "muon": OptimizerBytes(8, 0),
 }
 # torch/optim/sgd.py with momentum: a buffer besides
 _SGD_MOMENTUM = OptimizerBytes(4, 4)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Literal
 
 from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.muon import takes_muon
 from vramplan.spec.rates import rate_share
 from vramplan.spec.targets import fused_adapters
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
@@ -34,10 +36,15 @@ class Parameter:
     a class of their own multiplies (transformers/quantizers/base.py, ``get_keys_to_not_convert``)."""
     factored_numel: int = 0
     """Elements of a row and a column of each of its matrices; of a vector all."""
+    shape: tuple[int, ...] = ()
+    """Rows and columns last; empty for adapters on parameters, whose factors PEFT lays together."""
 
 
 Groups = tuple[tuple[tuple[str, int], ...], ...]
 """The optimizer's groups of parameters ``(name, numel)``, in its order."""
+Matrices = Literal["together", "apart", "largest first"]
+"""Whether the matrices that Muon updates are groups of their own (runtime/engine.py, ``_muon_param_groups``), and by
+their shapes (original_muon.py, ``MuonWithAuxAdam``)."""
 
 
 def factored_numel(shape: tuple[int, ...]) -> int:
@@ -62,9 +69,24 @@ def trained_tensors(architecture: Architecture, method: Method, adapted: frozens
 
 
 @lru_cache(maxsize=256)
-def parameter_groups(architecture: Architecture, method: Method, adapted: frozenset[str], decay: float) -> Groups:
+def parameter_groups(
+    architecture: Architecture, method: Method, adapted: frozenset[str], decay: float, matrices: Matrices = "together"
+) -> Groups:
     """Trained parameters by the share of the learning rate that they have, the highest first; one group where all have
-    the same (``decay`` 1)."""
+    the same (``decay`` 1). Where matrices are apart, each falls into its matrices and the rest."""
+    groups = _by_rate(architecture, method, adapted, decay)
+    if matrices == "together":
+        return groups
+    shapes, halves = matrix_shapes(architecture, method, adapted), []
+    for group in groups:
+        own = [each for each in group if each[0] in shapes]
+        if matrices == "largest first":
+            own.sort(key=lambda each: shapes[each[0]], reverse=True)
+        halves += [own, [each for each in group if each[0] not in shapes]]
+    return tuple(tuple(half) for half in halves if half)
+
+
+def _by_rate(architecture: Architecture, method: Method, adapted: frozenset[str], decay: float) -> Groups:
     trained = trained_tensors(architecture, method, adapted)
     if decay == 1.0:
         return (trained,)
@@ -72,6 +94,13 @@ def parameter_groups(architecture: Architecture, method: Method, adapted: frozen
     for name, numel in trained:
         by_share.setdefault(rate_share(name, architecture.num_layers, decay), []).append((name, numel))
     return tuple(tuple(group) for _, group in sorted(by_share.items(), reverse=True))
+
+
+@lru_cache(maxsize=256)
+def matrix_shapes(architecture: Architecture, method: Method, adapted: frozenset[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the trained parameters that Muon updates, by name, in registration order."""
+    every = parameters(architecture, method, adapted)
+    return {each.name: each.shape for each in every if each.trained and takes_muon(each.name, each.shape)}
 
 
 @lru_cache(maxsize=256)
@@ -96,7 +125,7 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
             trained = method.trains(tensor.name, architecture.num_layers)
             in_linear = tensor.name.rpartition(".")[0] in nn_linears
             factored = factored_numel(tensor.shape)
-            yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored)
+            yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored, shape=tensor.shape)
         return
     fused = _fused_adapters(architecture, method, adapted) if adapted else {}
     tables = _table_adapters(architecture, method)
@@ -144,9 +173,8 @@ def _adapters(architecture: Architecture, method: LoraMethod, module: str, linea
     ]
     if method.use_dora:
         width = linear.out_features
-        made.append(
-            Parameter(f"{module}.lora_magnitude_vector.weight", width, True, False, adapter=True, factored_numel=width)
-        )
+        name = f"{module}.lora_magnitude_vector.weight"
+        made.append(Parameter(name, width, True, False, adapter=True, factored_numel=width, shape=(width,)))
     return made
 
 
@@ -163,4 +191,5 @@ def _table_adapters(architecture: Architecture, method: LoraMethod) -> dict[str,
 
 
 def _factor(name: str, rows: int, columns: int) -> Parameter:
-    return Parameter(name, rows * columns, True, True, adapter=True, factored_numel=rows + columns)
+    shape = (rows, columns)
+    return Parameter(name, rows * columns, True, True, adapter=True, factored_numel=rows + columns, shape=shape)

@@ -17,11 +17,12 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
-from vramplan.memory.parameters import Groups, parameter_groups
+from vramplan.memory.muon import update_bytes
+from vramplan.memory.parameters import Groups, Matrices, matrix_shapes, parameter_groups
 from vramplan.spec.layout import shard
 from vramplan.spec.trainable import Method
 
-Grouping = tuple[Architecture, Method, frozenset[str], float]
+Grouping = tuple[Architecture, Method, frozenset[str], float, Matrices]
 """What decides the optimizer's groups (``Job.grouping``)."""
 START_ALIGNMENT = 2
 """``nccl_start_alignment_factor``: all-gather buffers start at multiples of 4 bytes."""
@@ -152,6 +153,15 @@ Reduces = Literal["slices", "ranks", "bucket", "gradients"]
 whole gradients where there is no bucket (``contiguous_gradients: false``)."""
 
 
+def reduces_of(job: Job) -> Reduces:
+    """What the reductions of a job flatten."""
+    if not job.zero.contiguous_gradients and not job.offload_optimizer:
+        return "gradients"
+    if not job.zero.reduce_scatter:
+        return "bucket"
+    return "slices" if job.zero.use_multi_rank_bucket_allreduce else "ranks"
+
+
 @lru_cache(maxsize=1024)
 def flushes(
     order: tuple[str, ...],
@@ -237,15 +247,21 @@ def _ranks_that_differ(grouping: Grouping, flat: Flat, backwards: bool, bucket_n
     degree, trained = flat.degree, [each for group in parameter_groups(*grouping) for each in group]
     touched, slices, early = [0] * degree, [0] * degree, [-len(trained)] * degree
     freed = [0] * degree  # stage 1 lets go of a gradient larger than the bucket only where it is the rank's own
+    matrices = matrix_shapes(*grouping[:3]) if grouping[-1] != "together" else {}
+    momentum, update = [0] * degree, [0] * degree
     for position, (name, numel) in enumerate(trained):
         for rank in flat.ranks_of(name):
             touched[rank] += numel
             slices[rank] = max(slices[rank], flat.owned_by(name, rank))
             freed[rank] -= numel if bucket_numel is not None and numel > bucket_numel else 0
             early[rank] = max(early[rank], position if backwards else -position)
+            if name in matrices:
+                momentum[rank] += numel
+                update[rank] = max(update[rank], update_bytes(matrices[name], Dtype.BF16, "cuda"))
     best: dict[tuple[int, ...], int] = {}
     for rank in range(degree):
-        best.setdefault((touched[rank], slices[rank], early[rank], freed[rank]), rank)
+        rest = freed[rank], momentum[rank], update[rank]
+        best.setdefault((touched[rank], slices[rank], early[rank], *rest), rank)
     kept: list[tuple[int, ...]] = []
     for key in sorted(best, reverse=True):  # none after it can cover one
         if not any(_covers(other, key) for other in kept):

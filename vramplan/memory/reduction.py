@@ -1,11 +1,29 @@
-"""ZeRO-3's bucket of gradients: when it is reduced, and what the reduction copies."""
+"""ZeRO-3's bucket of gradients: when it is reduced, and what the reduction copies; and the optimizer's sub-groups."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 
+from vramplan.memory.parameters import Groups
 from vramplan.spec.layout import shard
+
+
+def sub_groups(groups: Groups, degree: int, least_numel: int) -> Groups:
+    """The sub-groups that are stepped one after the other: parameters of a group are laid together until a rank's parts
+    have ``least_numel`` elements (stage3.py, ``_create_fp16_sub_groups``)."""
+    found: list[tuple[tuple[str, int], ...]] = []
+    for group in groups:
+        together: list[tuple[str, int]] = []
+        share = 0
+        for name, numel in group:
+            together.append((name, numel))
+            share += shard(numel, degree)
+            if share >= least_numel:
+                found.append(tuple(together))
+                together, share = [], 0
+        found += [tuple(together)] if together else []
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

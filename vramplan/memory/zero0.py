@@ -10,6 +10,7 @@ from vramplan.memory.between import Files
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch, at_point, merged
+from vramplan.memory.muon import MuonSteps
 from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.size import ZERO
 from vramplan.memory.term import Phase
@@ -29,9 +30,17 @@ class Zero0(Engine):
         self.low = self.width < self.master_bytes
         self.flat = job.optimizer == "adamw"
         self.optimizer = optimizer_bytes(job.optimizer, job.device, job.momentum)
+        self.steps = self._steps()
+
+    def _steps(self) -> Steps | MuonSteps:
+        job = self.job
+        if job.optimizer == "muon":
+            others = sum(numel for name, numel in self.trained if name not in job.matrices)
+            ordered = (job.matrices[name] for group in job.groups for name, _ in group if name in job.matrices)
+            return MuonSteps(tuple(ordered), others, job.device)
         kind = handed_to_deepspeed(job.optimizer, job.device, job.momentum)
         trained = tuple((param.numel, param.factored_numel) for param in job.parameters if param.trained)
-        self.steps = Steps(kind, trained, self.master_bytes)
+        return Steps(kind, trained, self.master_bytes)
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)

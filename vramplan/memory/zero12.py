@@ -13,7 +13,7 @@ from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
-from vramplan.memory.partition import Flush, Reduces, flat_of, flushes, see_flattened
+from vramplan.memory.partition import Flush, flat_of, flushes, reduces_of, see_flattened
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
@@ -27,7 +27,7 @@ class Zero12(Engine):
         self.flat = flat_of(job)
         self.share = self.flat.partition_numel
         self.contiguous = job.zero.contiguous_gradients or job.offload_optimizer
-        self.reduces = self._reduces()
+        self.reduces = reduces_of(job)
         self.bucket_bytes = self._bucket_bytes()
         self.owned = self.flat.owned(rank)
         self.sizes = dict(self.trained)
@@ -37,13 +37,6 @@ class Zero12(Engine):
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
         self._reducing: dict[tuple[bool, bool, int], list[Instant]] = {}
-
-    def _reduces(self) -> Reduces:
-        if not self.contiguous:
-            return "gradients"
-        if not self.job.zero.reduce_scatter:
-            return "bucket"
-        return "slices" if self.job.zero.use_multi_rank_bucket_allreduce else "ranks"
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
         """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""
@@ -126,14 +119,13 @@ class Zero12(Engine):
         grads = {labels.GRADIENTS: self.width * self.trained_numel}
         self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
         if micro.boundary and self.job.managed:
-            self._reduce_all(stretch, merged(self.resident, rest), bucket)
-            self.resident = merged(self.resident, self._partition())
+            self._reduce_all(stretch, rest, bucket)
         else:
             self.resident = merged(self.resident, grads, bucket)
         self.outputs = rest
         stretch.close(self.resident, rest)
 
-    def _reduce_all(self, stretch: Stretch, base: Bytes, bucket: Parts) -> None:
+    def _reduce_all(self, stretch: Stretch, outputs: Bytes, bucket: Parts) -> None:
         """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
         arriving = [each for group in self.job.groups for each in group]
         most, whole = self.job.zero.reduce_bucket_size, self.trained_numel * self.width
@@ -160,11 +152,14 @@ class Zero12(Engine):
             if self.offloads and self.rank in flush.ranks:
                 own = left if moves else left + flush.numel * self.width
                 instants.append((own + (norm := self._norm_bytes(flush.held)), "gradient norm", own, 0, -norm))
+        waiting = {**bucket, labels.GRADIENTS: left if self.contiguous else 0}  # beside what is made at the boundary
         # they differ by plain bytes, so the highest is highest for every batch
         _, name, left, filled, copy = max(instants, key=lambda each: each[0])
         scratch = labels.REDUCTION if copy >= 0 else labels.NORM
         parts = {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, scratch: abs(copy)}
-        stretch.see(name, base, bucket, parts)
+        stretch.see(name, self.resident, outputs, bucket, parts)
+        self.resident = merged(self.resident, self._partition())
+        self._finish(stretch, outputs, waiting)
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 2, and the boundary of stage 1 where that overlaps: each gradient moves into the bucket; full buckets
@@ -333,14 +328,15 @@ class Zero12(Engine):
     def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
         rest = self.after_backward()
         partition = self.partition_bytes
-        self.resident = self.resident.without(labels.ACCUMULATED)
-        self.resident = self.resident.without(labels.GRAD_PARTITION)
+        self.resident = self.resident.without(labels.ACCUMULATED, labels.GRAD_PARTITION)
         if self.offloads:
             if self._accumulates(micro):
                 sums = {labels.HOST_ACCUMULATED: partition, **self._rounded_sums()}
                 self.resident = merged(self.resident.without(labels.HOST_ACCUMULATED, labels.HOST_SUMS_PINNED), sums)
         elif micro.boundary:
             self.resident = merged(self.resident, {labels.GRAD_PARTITION: partition})
+            if self.job.managed:
+                self._finish(stretch, rest, {labels.BUCKET: self.bucket_bytes})
         else:
             self.resident = merged(self.resident, {labels.ACCUMULATED: partition})
         self.outputs = rest
@@ -353,8 +349,7 @@ class Zero12(Engine):
             return
         if self.job.stage == 1 and not self.job.managed:
             self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
-            self._reduce_all(stretch, merged(self.resident, self.outputs), {labels.BUCKET: self.bucket_bytes})
-            self.resident = merged(self.resident, self._partition())
+            self._reduce_all(stretch, self.outputs, {labels.BUCKET: self.bucket_bytes})
         if self.offloads:
             if self.job.stage == 2 and not self.job.managed:
                 self._see_finalised(stretch, merged(self.resident, self.outputs))
@@ -365,10 +360,15 @@ class Zero12(Engine):
             stretch.see("optimizer update", self.resident, self.outputs, scratch)
             stretch.close(self.resident, self.outputs)
             return
+        if self.job.stage == 2 and not self.job.managed:
+            self._finish(stretch, self.outputs)
         stretch.see("gradient norm", self.resident, self.outputs, {labels.NORM: 8 * self.largest_owned})
         for index in range(len(self.flat.partitions)):
             self._update(stretch, index, micro.step == 1)
         stretch.close(self.resident, self.outputs)
+
+    def _finish(self, stretch: Stretch, *alive: Parts) -> None:
+        """What is made of the rank's gradients at the boundary, before their norm: nothing."""
 
     def _update(self, stretch: Stretch, index: int, first: bool) -> None:
         """One group's step: its gradients are flattened and cast, and let go of with its update."""

@@ -18,7 +18,7 @@ from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import Profile
 from vramplan.memory.quantized import nf4_state_bytes
-from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes
+from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes, sub_groups
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
@@ -44,7 +44,8 @@ class Zero3(Engine):
             self.four_bit_states = sum(nf4_state_bytes(param.numel) for param in params if job.is_quantized(param))
         self.largest_trained = max((numel for numel, _ in job.numels(trained=True)), default=0)
         self.largest_share = shard(self.largest_trained, degree)
-        self.sub_groups = self._sub_groups()
+        together = sub_groups(job.groups, degree, job.zero.sub_group_size)
+        self.sub_groups = [sum(shard(numel, degree) for _, numel in each) for each in together]
         self.sub_group = max(self.sub_groups, default=0)
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
@@ -78,20 +79,6 @@ class Zero3(Engine):
     def _stays(self, numel: int) -> int:
         """Elements of a tensor that stay on the rank between uses."""
         return shard(numel, self.job.degree) + self._second(numel)
-
-    def _sub_groups(self) -> list[int]:
-        """``_create_fp16_sub_groups``: parameters of a group are laid together until there are ``sub_group_size``
-        elements."""
-        found = []
-        for group in self.job.groups:
-            current = 0
-            for _, numel in group:
-                current += shard(numel, self.job.degree)
-                if current >= self.job.zero.sub_group_size:
-                    found.append(current)
-                    current = 0
-            found += [current] if current else []
-        return found
 
     def _bucket_bytes(self) -> int:
         """One persistent bucket a communication dtype (``_setup_for_real_optimizer``)."""
@@ -184,11 +171,9 @@ class Zero3(Engine):
         return self.sub_group * self.master_bytes * (1 if self.job.device == "cpu" else 2)
 
     def _init_on_device(self, stretch: Stretch, weights: Parts | Bytes) -> None:
-        # cast and cloned whatever the weights' format: the device test before it compares an object with a text
         master = {labels.MASTER: self.trained_share * self.master_bytes}
-        clone = {labels.INIT: self.sub_group * self.master_bytes if self.trained_width != self.master_bytes else 0}
-        stretch.see("master weights cast", weights, master, clone)
-        trial = {labels.INIT: self.trained_share * self.master_bytes}
+        # what is tried, a zero gradient of the largest sub-group, is no less than the clone of any
+        trial = {labels.INIT: self.sub_group * self.master_bytes}
         stretch.see("a gradient partition is tried", weights, master, trial)
         buffers = {labels.BUCKET: self._bucket_bytes(), labels.GRAD_PARTITION: self.trained_share * self.grad_width}
         self.resident = merged(weights, master, buffers)
@@ -332,18 +317,17 @@ class Zero3(Engine):
                 self._see_small_gathered(stretch, kept, whole)
             self._end_step(stretch, kept, whole)
             return
+        base = self._finish(stretch, base)
         stretch.see("gradient norm", base, {labels.NORM: 8 * self.largest_share})
         if self.steps_skipped:
             stretch.close(base)
             return
         for index in self._highest_groups() if micro.step == 1 else ():
-            self._see_group(
-                stretch, base, self.sub_groups[index], self.sub_groups[:index], self.sub_groups[: index + 1]
-            )
+            self._see_group(stretch, base, self.sub_groups[index], self._states(index), self._states(index + 1))
         if micro.step == 1:
-            self.resident = merged(self.resident, self.moments(self.optimizer, *self.sub_groups))
+            self.resident = merged(self.resident, self._states(len(self.sub_groups)))
         else:
-            self._see_group(stretch, base, self.sub_group, [], [])
+            self._see_group(stretch, base, self.sub_group, {}, {})
         if self.job.offload_param:
             self._see_small_gathered(stretch, kept, whole)
         self._end_step(stretch, kept, whole)
@@ -357,16 +341,23 @@ class Zero3(Engine):
                 most = self.sub_groups[index]
                 yield index
 
-    def _see_group(self, stretch: Stretch, base: Bytes, numel: int, made: list[int], after: list[int]) -> None:
-        """One sub-group's step. ``made``, ``after``: groups whose states come to be before it, and with it."""
+    def _finish(self, stretch: Stretch, base: Bytes) -> Bytes:
+        """What is made of the rank's gradients before their norm, beside ``base``: nothing; what is alive then."""
+        return base
+
+    def _states(self, count: int) -> Parts:
+        """What the first sub-groups' first steps make."""
+        return self.moments(self.optimizer, *self.sub_groups[:count]) if count else {}
+
+    def _see_group(self, stretch: Stretch, base: Bytes, numel: int, made: Parts, after: Parts) -> None:
+        """One sub-group's step. ``made``, ``after``: states that have come to be before it, and with it."""
         flat = {labels.FLAT_GRAD: numel * self.master_bytes}
         cast = self.grad_width != self.master_bytes
         joined = {labels.REDUCTION: numel * self.grad_width if cast else 0}
-        states, with_own = (self.moments(self.optimizer, *groups) if groups else {} for groups in (made, after))
-        stretch.see("gradients flattened", base, states, flat, joined)
-        stretch.see("optimizer update", base, with_own, flat, {labels.STEP_SCRATCH: numel * self.optimizer.scratch})
+        stretch.see("gradients flattened", base, made, flat, joined)
+        stretch.see("optimizer update", base, after, flat, {labels.STEP_SCRATCH: numel * self.optimizer.scratch})
         if self.job.offload_param:
-            stretch.see("weights sent to the host", base, with_own, flat, self._brought(numel * self.trained_width))
+            stretch.see("weights sent to the host", base, after, flat, self._brought(numel * self.trained_width))
 
     def _see_small_gathered(self, stretch: Stretch, kept: Bytes, whole: Bytes) -> None:
         # on one rank what is copied from the host is the whole (``NoGatherCoalescedHandle``)

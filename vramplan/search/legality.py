@@ -67,6 +67,12 @@ def _nvme_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) ->
     return f"offload_optimizer nvme needs ZeRO stage 3: stage {run.zero.stage} keeps its states in the host's memory"
 
 
+def _muon_reduces_whole(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.optimizer.kind != "muon" or run.zero.stage != 3 or not run.zero.reduce_scatter:
+        return None
+    return "optimizer muon under ZeRO-3 needs zero.reduce_scatter false: set it, or take stage 1 or 2"
+
+
 def _hpz_group(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     ranks, size = node.world_size if run.layout is None else run.layout.world_size, run.zero.hpz_partition_size
     if size == 1:
@@ -257,6 +263,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
     (_nvme_needs_stage_3, "deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__"),
+    (_muon_reduces_whole, "deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3.__init__"),
     (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),
     (_fp16_hardware, "deepspeed/runtime/engine.py, _do_sanity_check; accelerator/*_accelerator.py, is_fp16_supported"),
     (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),

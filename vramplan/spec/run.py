@@ -29,6 +29,7 @@ Optimizer = Literal[
     "lion",
     "sgd",
     "adafactor",
+    "muon",
 ]
 
 
@@ -128,7 +129,8 @@ class OptimizerSpec(UserModel):
 
     kind: Optimizer = "adamw"
     """``adamw`` is DeepSpeed's FusedAdam (its CPUAdam where states are offloaded), ``lion`` its FusedLion; paged ones
-    are bitsandbytes', whose large states lie in memory that the driver moves to the host when room is short."""
+    are bitsandbytes', whose large states lie in memory that the driver moves to the host when room is short; ``muon``
+    is DeepSpeed's, with FusedAdam for what is no matrix and for embeddings and heads."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate. None: by method, 1e-5 full, 2e-4 adapters."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -138,7 +140,7 @@ class OptimizerSpec(UserModel):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of sgd: share of the last update that goes on; 0 keeps no state."""
+    """Of sgd: share of the last update that goes on; 0 keeps no state. Of muon: 0 takes DeepSpeed's, 0.95."""
 
     @property
     def state_can_be_cut_anew(self) -> bool:
@@ -152,8 +154,8 @@ class OptimizerSpec(UserModel):
     def is_elementwise(self) -> bool:
         """Whether its arithmetic is the same however ZeRO cuts the weights. Adafactor's is not: it sums over rows,
         columns and the whole of each tensor that it is given (torch/optim/_adafactor.py), which under ZeRO is a flat
-        share of many."""
-        return self.kind != "adafactor"
+        share of many. Muon's is of whole matrices, in the format that gradients have under a stage."""
+        return self.kind not in ("adafactor", "muon")
 
 
 class HardwareSpec(UserModel):

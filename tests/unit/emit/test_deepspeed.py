@@ -85,7 +85,7 @@ def test_offload_reaches_deepspeed(deepspeed_config):
     assert read.offload_optimizer.pin_memory
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw_torch", "sgd", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw_torch", "sgd", "adafactor", "muon"])
 def test_named_optimizers_carry_their_numbers(kind):
     section = ds_config(run(optimizer={"kind": kind, "lr": 0.25, "weight_decay": 0.5}), 2)["optimizer"]
     assert section["params"]["lr"] == 0.25

@@ -55,6 +55,7 @@ REFUSED = [
     ({"zero": {"stage": 0, "offload_optimizer": "cpu"}}, NODE, "offload_optimizer needs ZeRO stage 1"),
     ({"zero": {"offload_param": "nvme"}}, NODE, "offload_param needs ZeRO stage 3"),
     ({"zero": {"offload_optimizer": "nvme"}}, NODE, "offload_optimizer nvme needs ZeRO stage 3"),
+    ({"optimizer": {"kind": "muon"}, "zero": {"stage": 3}}, NODE, "needs zero.reduce_scatter false"),
     ({"zero": {"hpz_partition_size": 4}}, NODE, "hpz_partition_size needs ZeRO stage 3"),
     ({"zero": {"stage": 3, "hpz_partition_size": 3}}, NODE, "3 does not divide the 8 ranks"),
     ({"precision": "fp16"}, CPU_NODE, "precision fp16 needs a CPU"),

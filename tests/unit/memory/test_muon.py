@@ -1,0 +1,77 @@
+"""Muon's halves of the parameters and what its update makes, beside DeepSpeed's own function."""
+
+from __future__ import annotations
+
+import pytest
+
+from vramplan.facts.dtype import Dtype
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory.muon import MuonSteps, takes_muon, update_bytes
+from vramplan.memory.parameters import parameter_groups
+from vramplan.spec.load import run_from_mapping
+from vramplan.spec.trainable import FullMethod
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "takes"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (8, 4), True),
+        ("transformer.wte.weight", (8, 4), True),
+        ("model.layers.0.mlp.experts.down_proj", (2, 8, 4), True),
+        ("model.embed_tokens.weight", (8, 4), False),
+        ("embed_out.weight", (8, 4), False),
+        ("model.embed_tokens.lora_embedding_A", (8, 4), False),
+        ("lm_head.weight", (8, 4), False),
+        ("model.norm.weight", (4,), False),
+    ],
+)
+def test_matrices_are_told_by_shape_and_name(name, shape, takes):
+    assert takes_muon(name, shape) is takes
+
+
+def test_groups_are_matrices_by_size_and_then_the_rest():
+    run = run_from_mapping({"model": "HuggingFaceTB/SmolLM2-135M-Instruct"})
+    matrices, rest = parameter_groups(resolve_architecture(run), FullMethod(), frozenset(), 1.0, "largest first")
+    numels = {name.rpartition("layers.0.")[2]: numel for name, numel in matrices if ".0." in name}
+    # by rows, then columns: gate and up (1536 x 576), q and o (576 x 576) after down (576 x 1536), k and v (192 x 576)
+    assert list(numels) == [
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.o_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ]
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name, _ in rest} == {
+        "embed_tokens",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "device", "elements_of_4_bytes"),
+    [
+        # a square of 64: X, A, B and three more of it
+        ((8, 8), Dtype.FP32, "cpu", 6 * 64),
+        # a Gram matrix of 16 elements: seven of those beside X; of longer ones two X and four of them
+        ((4, 8), Dtype.FP32, "cpu", 32 + 7 * 16),
+        ((2, 32), Dtype.FP32, "cpu", 2 * 64 + 4 * 4),
+        # in fp16 half of that, but a bf16 gradient is compared and cast first
+        ((8, 8), Dtype.BF16, "cuda", 3 * 64),
+        ((3, 4, 8), Dtype.FP32, "cpu", 3 * (32 + 7 * 16)),
+        ((2, 512), Dtype.FP16, "cuda", (4 + 4 + 2) * 1024 // 4),
+    ],
+    ids=str,
+)
+def test_an_updates_temporaries_are_those_of_the_function(shape, dtype, device, elements_of_4_bytes):
+    assert update_bytes(shape, dtype, device) == 4 * elements_of_4_bytes
+
+
+def test_the_last_update_stays_beside_the_next():
+    steps = MuonSteps(((8, 8), (8, 8)), others_numel=100, device="cpu")
+    assert steps.state_bytes == 4 * 128 + 8 * 100
+    assert steps.highest(first=True) == (4 * 128, 4 * 64 + 4 * 6 * 64)
+    assert steps.highest(first=False) == (4 * 128 + 800, 4 * 64 + 4 * 6 * 64)
