@@ -9,9 +9,12 @@ from collections.abc import Iterable
 
 import pytest
 
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory.estimate import COVERED_FAMILIES
 from vramplan.simulate.request import simulate_jobs
+from vramplan.spec.run import RunSpec
 
-from support.matrix import Case, Prepared, beyond_the_bar, cover_in_turns, known_reason, prepare
+from support.matrix import Case, Prepared, beyond_the_bar, cover_in_turns, covered_models, known_reason, prepare
 
 QUICK = (
     "gpt2.0/full/3/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
@@ -50,6 +53,15 @@ def _beyond(cases: Iterable[Case]) -> list[str]:
 def test_estimate_and_simulation_agree():
     failed = _beyond(map(Case.parse, QUICK))
     assert not failed, "\n".join(failed)
+
+
+def test_the_matrix_has_every_family_that_is_covered():
+    families = {resolve_architecture(_run_of(model)).family for model in covered_models()}
+    assert families == COVERED_FAMILIES
+
+
+def _run_of(model: str) -> RunSpec:
+    return Case.parse(f"{model}/full/0/none/sdpa/bf16/none/cpu/1/1/1/adamw/none/small/kept").run()
 
 
 def test_weights_in_4_bits_are_on_the_gpu_before_there_are_adapters():

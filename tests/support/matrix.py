@@ -203,13 +203,13 @@ def why_not(case: Case) -> str:
 
 
 def covered_models() -> list[str]:
-    """Those of families that the estimator covers, but Llama 4's, on whose routers no adapter can be put."""
+    """Those of families that the estimator covers."""
     return [name for name in FACTORS["model"] if _architecture_family(name) in COVERED_FAMILIES]
 
 
 def _architecture_family(model: str) -> str:
     family = model.partition(".")[0]
-    return {"gemma3_text": "gemma3"}.get(family, family)
+    return {"gemma3_text": "gemma3", "llama4_text": "llama4"}.get(family, family)
 
 
 @dataclass(frozen=True, slots=True)
