@@ -50,15 +50,18 @@ def layer_norm(
 
 
 def dropout(x: Tensor, probability: float, device: str, label: str) -> Tensor:
-    """``F.dropout``: nothing at p = 0 or in evaluation; else a result and a mask (bool on CUDA, x's dtype on the
-    CPU)."""
+    """``F.dropout``: nothing at p = 0 or in evaluation; else a result and a mask: bools on CUDA, where one kernel makes
+    both, x's dtype on the CPU, where a product saves it before it runs (Dropout.cpp, ``_dropout_impl``)."""
     if probability == 0.0 or not x.storage.tape.training:
         return x
     tape, numel, dtype = x.storage.tape, x.numel, x.dtype
     mask = tape.new(numel, Dtype.BOOL if device == "cuda" else dtype, label)
+    if device == "cuda":
+        return tape.attach("dropout", tape.new(numel, dtype, label), [x], [mask], one_gradient(numel, dtype))
+    node = tape.record("dropout", [x], [mask], one_gradient(numel, dtype))
     out = tape.new(numel, dtype, label)
-
-    return tape.attach("dropout", out, [x], [mask], one_gradient(numel, dtype))
+    out.node = node
+    return out
 
 
 def flash_attention(

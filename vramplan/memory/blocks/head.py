@@ -58,7 +58,7 @@ def embed(
     if architecture.embedding_norm is not None:
         ctx.model_frame.append(x)
         x = normalise(ctx, x, architecture.embedding_norm)
-    if architecture.holds_embedding and not positions:
+    elif architecture.holds_embedding and not positions:
         ctx.model_frame.append(x)
     return ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
 

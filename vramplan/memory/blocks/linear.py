@@ -187,7 +187,9 @@ def _dropped(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod) -
 
 def _low_rank(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
     """``lora_B(lora_A(x))`` of so many rows; 0: of the micro-batch's tokens."""
-    return _wide(ctx, _narrow(ctx, x, linear, method, count), linear, method, count)
+    narrow = _narrow(ctx, x, linear, method, count)
+    del x  # an argument of lora_A's alone
+    return _wide(ctx, narrow, linear, method, count)
 
 
 def _narrow(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMethod, count: int = 0) -> Tensor:
