@@ -17,6 +17,27 @@ SIMULATED = {
     ("falcon.11/dora/3/none/sdpa/fp32/none/cpu/1/2/2/adamw/optimizer/small/kept", "step1.micro2.forward"): 401_443_233,
     # recomputing ends before its last product runs, on the CPU too
     ("phi.31/dropout/0/full/sdpa/bf16/padded/cpu/1/2/1/adamw/none/small/let go", "step1.micro1.backward"): 126_974_864,
+    # BLOOM names what its table gives, not what its norm makes of it
+    ("bloom.8/lora/0/none/eager/bf16-autocast/padded/cpu/1/1/2/adamw/none/default/let go", "step1.micro1.forward"): (
+        261_865_476
+    ),
+    # what an adapter's dropout gives goes when lora_A returns
+    ("gemma2.27/dropout/1/full/eager/bf16-autocast/padded/cpu/1/2/1/sgd/none/small/let go", "step1.micro1.backward"): (
+        486_910_036
+    ),
+    # on the CPU dropout saves its mask before it makes its result
+    ("gpt2.1/expanded/0/full/eager/bf16/none/cpu/1/2/1/adamw_torch/none/default/kept", "step1.micro1.backward"): (
+        256_115_580
+    ),
+    # Falcon names the result of each of its two norms, and hands the kernel a copy of the keys for every head
+    (
+        "falcon.10/lora/1/full/sdpa/fp32/padded/cpu/1/1/1/sgd/optimizer/small/let go",
+        "step1.micro1.forward",
+    ): 141_101_184,
+    (
+        "falcon.11/frozen/1/none/flash_attention_2/bf16-autocast/none/cuda/1/1/1/sgd/none/small/kept",
+        "step1.micro1.backward",
+    ): 210_942_520,
     # with offload of weights no part stays on the device as a tensor is cut
     ("qwen2.18/qlora/3/none/flash_attention_2/fp16/padded/cuda/4/1/1/sgd/both/small/let go", "engine_init"): 22_051_092,
 }

@@ -82,7 +82,7 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer,
     q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
     scratch, efficient = ZERO, False
     if ctx.device == "cuda" and mask is None and q.dtype is not Dtype.FP32:
-        scratch = _flash_scratch(block)
+        scratch = _flash_scratch(block, grouped=k.numel != q.numel)
     elif ctx.device == "cuda":
         if k.numel != q.numel:  # told of grouped heads, which only FlashAttention takes
             return math_core(ctx, q, k, v, block, mask)
@@ -113,15 +113,17 @@ def _of_two_widths(
     return ops.clone(ops.piece(out, narrow), CORE)
 
 
-def _flash_scratch(block: Mixer) -> Size:
+def _flash_scratch(block: Mixer, grouped: bool) -> Size:
     """What FlashAttention-2's backward makes besides gradients, in elements of fp32: dq summed in fp32, with widths
     rounded up to 32 (64 above 128), a row sum a query and head, and with grouped heads dk and dv of every head
-    (flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded)."""
+    (flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded).
+
+    ``grouped``: whether the kernel is given fewer heads of keys than of queries (Falcon-40B copies them to all)."""
     width = block.q_width // block.num_heads
     step = 32 if width <= 128 else 64
     rounded = -(-width // step) * step
-    grouped = block.q_width if block.num_heads > block.num_kv_heads else 0  # two of half an element each
-    return per_token(block.num_heads * rounded + block.num_heads + grouped)
+    expanded = block.q_width if grouped else 0  # two of half an element each
+    return per_token(block.num_heads * rounded + block.num_heads + expanded)
 
 
 def _efficient_scratch(block: Mixer) -> Size:

@@ -127,7 +127,8 @@ def _parallel(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     attended = _attention_branch(ctx, normed, layer)
     if second is not first and not layer.norms_first:
         also_normed = normalise(ctx, x, second)
-    del normed
+    if not layer.norms_first:  # else it has a name of its own (``attention_layernorm_out``)
+        del normed
     mixed = _mlp_branch(ctx, also_normed, layer)
     if layer.residual == "in_turn":
         return ops.add(ops.add(x, attended, RESIDUAL), mixed, RESIDUAL)
