@@ -1,6 +1,7 @@
 """Estimator against simulator over families, methods, stages, checkpointing, attention and what else decides bytes.
 
-python benchmarks/matrix.py -o runs/matrix.jsonl                  # a pairwise cover of all factors: some hundred runs
+python benchmarks/matrix.py -o runs/matrix.jsonl                  # a pairwise cover of all factors: some hundred runs,
+                                                                  # or what the file still lacks of one
 python benchmarks/matrix.py -o runs/matrix.jsonl --quick          # the same with the models taking turns: about 50
 python benchmarks/matrix.py -o runs/matrix.jsonl --full           # every family x method x stage x checkpointing x
                                                                   # attention, the other factors drawn
@@ -221,7 +222,8 @@ def main() -> None:
     elif options.quick:
         cases = cover_in_turns()
     else:
-        cases = pairwise({**FACTORS, "model": covered_models()})
+        ran = [row["case"] for row in rows_of(options.output).values() if row["error"] is None]
+        cases = pairwise({**FACTORS, "model": covered_models()}, taken=map(Case.parse, ran))
     run(cases[: options.limit], options.output, options.parallel)
 
 

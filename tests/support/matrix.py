@@ -255,11 +255,16 @@ def beyond_the_bar(found: Estimate, simulated: Sequence[PhaseBytes]) -> list[Dif
 
 
 def pairwise(
-    factors: Mapping[str, Sequence[Any]], turns: tuple[str, Sequence[Any]] | None = None, seed: int = 0, tries: int = 40
+    factors: Mapping[str, Sequence[Any]],
+    turns: tuple[str, Sequence[Any]] | None = None,
+    seed: int = 0,
+    tries: int = 40,
+    taken: Iterable[Case] = (),
 ) -> list[Case]:
     """Cases that the estimator covers in which any two values of different factors meet, if some covered case has both.
 
-    ``turns``: a further factor and its values, which are taken in turn where a case allows it.
+    ``turns``: a further factor and its values, which are taken in turn where a case allows it. ``taken``: cases whose
+    pairs need no other.
     Greedy: of ``tries`` random cases around a pair that is still missing, the one with most missing pairs is taken.
     """
     draw = random.Random(seed)
@@ -269,6 +274,8 @@ def pairwise(
         for a in factors[one]
         for b in factors[other]
     }
+    for case in taken:
+        missing -= _pairs(case, factors)
     cases: list[Case] = []
     prepared: dict[Case, bool] = {}
     name, waiting = turns if turns is not None else ("", ())
