@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import forward_candidates
 from vramplan.memory.between import Files, Standing
 from vramplan.memory.job import Job
+from vramplan.memory.model_run import ModelRun
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.muon import MuonSteps
 from vramplan.memory.optimizers import OptimizerBytes
 from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK
-from vramplan.memory.retention import kept_bytes, kl_instant_bytes, logits_bytes, passing_bytes, reference_bytes
+from vramplan.memory.retention import kept_bytes, reference_bytes
 from vramplan.memory.term import Phase
 from vramplan.memory.torch_optimizers import Steps
 from vramplan.spec.trainable import LoraMethod
@@ -61,6 +62,8 @@ class Engine(ABC):
         self.started = Bytes()
         """What is resident when the engine is made."""
         self.kept, self.reference = kept_bytes(job), reference_bytes(job)
+        self.pulls = False
+        """Whether springs pull in the backward of the micro-batch in hand."""
         self.steps_skipped = False
         """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
         params = job.parameters
@@ -86,6 +89,7 @@ class Engine(ABC):
         for step in (1, 2):
             for index in shown:
                 micro = Micro(step, index, count)
+                self.pulls = micro.boundary
                 self.forward(micro)
                 self.backward(micro)
                 self.step(micro)
@@ -137,7 +141,6 @@ class Engine(ABC):
             step == 1,
             host_apart=self.job.device != "cpu",
             held=held,
-            passing=passing_bytes(self.job, phase),
         )
         self.stretches.append(stretch)
         return stretch
@@ -211,18 +214,13 @@ class Engine(ABC):
     def forward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("forward"), Phase.FORWARD, micro.step)
         self.outputs = Bytes()
-        for _, point in forward_candidates(self.job.model_run):
+        for _, point in forward_candidates(self.model_run):
             stretch.see(point.where, self.resident, at_point(point))
         self.end_forward(stretch, self.profile)
 
     def end_forward(self, stretch: Stretch, found: Profile) -> None:
-        """The instants after the model's own loss."""
-        end = merged(self.resident, at_point(found.forward_end))
-        instant = kl_instant_bytes(self.job)
-        if instant:
-            stretch.see("KL to the base", end, instant)
-            end = merged(end, {labels.KL: logits_bytes(self.job)})
-        stretch.close(end)
+        """The instants after the loss."""
+        stretch.close(merged(self.resident, at_point(found.forward_end)))
 
     @staticmethod
     def moments(optimizer: OptimizerBytes | Steps | MuonSteps, *tensors: int) -> Parts:
@@ -247,9 +245,15 @@ class Engine(ABC):
         return sum(1 << (block - 1).bit_length() for block in blocks if block)
 
     @property
+    def model_run(self) -> ModelRun:
+        """What decides the bytes of the micro-batch in hand."""
+        found = self.job.model_run
+        return found if self.pulls or not found.springs else replace(found, springs=frozenset())
+
+    @property
     def profile(self) -> Profile:
         """The micro-batch where weights stay whole."""
-        return profile(self.job.model_run)
+        return profile(self.model_run)
 
     @property
     def master_bytes(self) -> int:

@@ -31,7 +31,7 @@ class Evaluated:
 
 def evaluating(run: ModelRun) -> ModelRun:
     """The model of a training run as it evaluates."""
-    return replace(run, checkpointing=False, host_checkpoints=False, fused_loss_rows=0)
+    return replace(run, checkpointing=False, host_checkpoints=False, fused_loss_rows=0, kl_chunk_tokens=0)
 
 
 @lru_cache(maxsize=256)

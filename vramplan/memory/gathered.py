@@ -44,12 +44,13 @@ def _gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool) ->
 
 
 def after_steps(runner: Runner, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
-    """Runs two optimizer steps with their micro-batches under ZeRO-3."""
-    first = runner.micro_batch()
+    """Runs two optimizer steps with their micro-batches under ZeRO-3; of more than two the middle ones are as the
+    last."""
+    first = runner.micro_batch(is_last=not accumulates)
     following = runner.micro_batch() if accumulates else first
     viewed = runner.optimizer_step(steps_skipped)
     between = dict(runner.tape.by_label)
-    after_step = runner.micro_batch()
+    after_step = runner.micro_batch(is_last=not accumulates)
     later = runner.micro_batch() if accumulates else after_step
     viewed_later = runner.optimizer_step(steps_skipped)
     return GatheredProfiles(first, following, after_step, later, between, (viewed, viewed_later))

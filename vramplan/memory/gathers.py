@@ -184,8 +184,9 @@ class Gathers:
 
     # Iterations
 
-    def start_iteration(self) -> None:
-        """``reset_step``: at the start of every forward."""
+    def start_iteration(self, *, remembers: bool = True) -> None:
+        """``reset_step``: at the start of every forward. ``remembers``: not where another forward came between, with
+        other modules, which ends what was recorded (``trace_prologue``)."""
         for name in list(self._inflight):
             self._inflight.pop(name).wait(self)
             self._free(name)
@@ -194,6 +195,8 @@ class Gathers:
             self._complete, self._recording = True, False
         elif not self._complete:
             self._recording = True
+        if not remembers:
+            self._complete, self._recording, self._order = False, False, []
         self._queue = deque(self._order)
         self._fetched_for.clear()
         self._step = 0

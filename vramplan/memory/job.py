@@ -9,6 +9,7 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.blocks.against_forgetting import KL_CHUNK_TOKENS
 from vramplan.memory.blocks.chunked_loss import block_rows
 from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
@@ -32,9 +33,6 @@ from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec, ZeroSpec
 from vramplan.spec.targets import resolve_targets
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method, check_trains
-
-KL_CHUNK_TOKENS = 256
-"""Most tokens whose probabilities the KL term has in fp32 at once (``retain/kl.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +128,25 @@ class Job:
             windowed=any(window <= self.local_len for window in self.architecture.windows),
             masked=self.masked,
             given_positions=self.given_positions,
+            kl_chunk_tokens=self.kl_chunk_tokens,
+            springs=self.springs,
+            spring_ranks=self.degree,
+            springs_on_host=self.keeps_on_host,
             adapted_parameters=self.adapted_parameters,
             own_linears=self.zero.memory_efficient_linear,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
+
+    @property
+    def springs(self) -> frozenset[str]:
+        """Penalties that pull at trained weights."""
+        asked = {"l2sp": self.retain.l2sp, "ewc": self.retain.ewc}
+        return frozenset(name for name, spec in asked.items() if spec is not None)
+
+    @property
+    def keeps_on_host(self) -> bool:
+        """Whether what methods against forgetting keep lies in the host's memory, beside offloaded weights."""
+        return self.offload_param and self.device != "cpu"
 
     @property
     def adapter_dtype(self) -> Dtype | None:

@@ -50,6 +50,9 @@ HOST_ACCUMULATED = f"{HOST}accumulated gradients"
 HOST_PINNED = f"{HOST}rounding of pinned blocks"
 HOST_SUMS_PINNED = f"{HOST}rounding of accumulated gradients"
 HOST_CACHED = f"{HOST}pinned blocks kept for reuse"
+HOST_ANCHORS = f"{HOST}starting weights"
+HOST_FISHER = f"{HOST}Fisher diagonal"
+HOST_REFERENCE = f"{HOST}frozen copy of the base"
 HOST_INIT = f"{HOST}copies during initialisation"
 HOST_SWAP = f"{HOST}buffers between memory and files"
 HOST_POOL = f"{HOST}buffers of weights in files"
@@ -237,7 +240,12 @@ LABELS: dict[str, Label] = {
     KL: Label(
         Category.LOGITS, "logits of the base, the gradient made with the value, up to 256 tokens in fp32 (retain/kl.py)"
     ),
-    PULL: Label(Category.TEMPORARY, "5 x 4 B x the rank's slice of the largest trained tensor (retain/anchored.py)"),
+    PULL: Label(
+        Category.TEMPORARY, "16 B x the rank's slice of a trained tensor, 20 B under both springs (retain/anchored.py)"
+    ),
+    HOST_ANCHORS: Label(Category.PARAMETER, "as on the device, beside weights that are offloaded", Basis.EXACT),
+    HOST_FISHER: Label(Category.PARAMETER, "as on the device, beside weights that are offloaded", Basis.EXACT),
+    HOST_REFERENCE: Label(Category.PARAMETER, "as on the device, offloaded as the weights are", Basis.EXACT),
     SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),
     "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),
     "loss": Label(Category.LOGITS, "fp32 logits and log-softmax: tokens x vocabulary x 4 B each (ForCausalLMLoss)"),

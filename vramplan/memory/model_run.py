@@ -50,6 +50,14 @@ class ModelRun:
     """Whether sequences are padded or packed."""
     given_positions: bool = False
     """Whether the batch brings positions of every token, so that nothing made of them is shared by its sequences."""
+    kl_chunk_tokens: int = 0
+    """Tokens whose probabilities the KL term has at once; 0: there is none."""
+    springs: frozenset[str] = frozenset()
+    """Penalties that pull at trained weights in this backward: ``l2sp``, ``ewc``."""
+    spring_ranks: int = 1
+    """Ranks that share each weight's pull."""
+    springs_on_host: bool = False
+    """Whether the pull is made in the host's memory, where offloaded weights are."""
     adapted_parameters: frozenset[str] = frozenset()
     """Parameters of experts and routers that get adapters as they are."""
     own_linears: bool = True

@@ -110,8 +110,6 @@ class Stretch:
     """Whether the host's memory is not the device's (on the CPU it is)."""
     held: Parts = field(default_factory=Bytes)
     """What is alive throughout the phase and after it, besides what each instant says."""
-    passing: Parts = field(default_factory=Bytes)
-    """What is alive throughout the phase, but not at its end."""
     instants: list[Instant] = field(default_factory=list)
     host: list[Instant] = field(default_factory=list)
     """The host's states that can be highest, where it is apart."""
@@ -119,7 +117,7 @@ class Stretch:
 
     def see(self, name: str, *many: Parts) -> None:
         """An instant at which ``many`` are alive together."""
-        self._see(name, *many, self.held, self.passing)
+        self._see(name, *many, self.held)
 
     def _see(self, name: str, *many: Parts) -> None:
         device, host = _sum(many)

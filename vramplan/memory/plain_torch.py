@@ -49,7 +49,7 @@ class PlainTorch(Engine):
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
         width = self.trained_width if micro.first else 0
-        for group in backward_candidates(self.job.model_run, width):
+        for group in backward_candidates(self.model_run, width):
             for _, point in group:
                 stretch.see(point.where, self.resident, {labels.GRADIENTS: width * point.grad_numel}, at_point(point))
         self.outputs = self.after_backward()

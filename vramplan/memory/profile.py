@@ -8,12 +8,12 @@ or fall linearly, so the highest instant is in the first or the last of them.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from vramplan.facts.architecture import DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
+from vramplan.memory.blocks.against_forgetting import base_logits, pull, with_divergence
 from vramplan.memory.blocks.balance import collect_of_skipped, with_balance
 from vramplan.memory.blocks.chunked_loss import chunked_loss
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
@@ -29,6 +29,8 @@ from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
 from vramplan.memory.kinds import layer_kind, layers_near_turn, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED, VIEWED
 from vramplan.memory.leaf import Parameter
+from vramplan.memory.micro_batch import Gradient as Gradient
+from vramplan.memory.micro_batch import Profile as Profile
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.reentrant import checkpoint_reentrant
 from vramplan.memory.size import ZERO, Size, add
@@ -38,30 +40,6 @@ from vramplan.spec.trainable import LoraMethod
 
 CPU_RANDOM_STATE_BYTES = 5056
 """``torch.get_rng_state().nbytes``; a GPU's state is kept on the host too."""
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A parameter's gradient is complete: what is alive at that instant, itself included."""
-
-    name: str
-    numel: int
-    at: Point
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Every instant of one micro-batch's forward and backward."""
-
-    forward: tuple[Point, ...]
-    forward_end: Point
-    backward: tuple[Point, ...]
-    graph_done: Point
-    """Autograd has ended: DeepSpeed reduces what is left in its buckets, and only then releases gathered weights
-    (runtime/engine.py, ``_backward_epilogue``)."""
-    backward_end: Point
-    gradients: tuple[Gradient, ...]
-    """Each parameter gradient in the order of backward."""
 
 
 class Runner:
@@ -98,6 +76,10 @@ class Runner:
             router_scores=[] if run.architecture.router_scores != "dropped" else None,
         )
         self.gradients: list[Gradient] = []
+        self.pulls = False
+        """Whether springs pull in this backward."""
+        self.base: Tensor | None = None
+        """The base's logits, until the loss is there."""
         self.tape.on_grad = self._collect
         self.kept: list[Tensor] = []
         if run.keep_outputs:
@@ -116,11 +98,17 @@ class Runner:
         self.shown = layers_shown(self.keys, near_turn)
 
     def _collect(self, param: Parameter, grad: Tensor) -> None:
+        if self.pulls and not self.run.springs_on_host:
+            self.tape.grad_numel -= param.grad_numel  # it is still the tape's
+            pull(param, self.run.spring_ranks, self.run.springs)
+            self.tape.grad_numel += param.grad_numel
         self.gradients.append(Gradient(param.name, param.grad_numel, self.snapshot(self.tape.where)))
 
-    def micro_batch(self) -> Profile:
-        """Run one micro-batch; what outlives it stays alive until the next."""
+    def micro_batch(self, *, is_last: bool = True) -> Profile:
+        """Run one micro-batch; what outlives it stays alive until the next. ``is_last``: of its step, in which springs
+        pull."""
         tape = self.tape
+        self.pulls = is_last and bool(self.run.springs)
         self.kept.clear()
         self.gradients = []
         tape.points.clear()
@@ -200,11 +188,15 @@ class Runner:
         if isinstance(self.run.method, LoraMethod):  # PeftModel, LoraModel, and the causal language model
             wrappers += [Module("base_model", ()), Module("base_model.model", ())]
         if self.gathers is not None:
-            self.gathers.start_iteration()
+            # with adapters the base's logits come from the same engine, which passes them by
+            asks_base = self.run.kl_chunk_tokens > 0 and isinstance(self.run.method, LoraMethod)
+            self.gathers.start_iteration(remembers=not asks_base)
             if self.run.architecture.reads_embedding and self.gathers.is_recorded:
                 model = Module("model", (ctx.parameters[f"{self.run.architecture.embeddings[0].name}.weight"],))
                 self.gathers.adopt(model)
         self.kept.append(self.tape.new((0, 1, 0, 0, 0), Dtype.INT64, TOKENS))
+        if self.run.kl_chunk_tokens:
+            self.base = base_logits(self.tape, self.run.architecture.vocab_size, self.run.autocast or self.run.dtype)
         if hooks is not None:
             for module in (*wrappers, model):
                 hooks.before_forward(module)
@@ -214,19 +206,25 @@ class Runner:
             if self.run.architecture.reads_embedding:
                 model = Module("model", (ctx.parameters[f"{self.run.architecture.embeddings[0].name}.weight"],))
             x = identity(x, lambda: hooks.before_backward(model))
-        result = self._loss(x)
+        held: list[Tensor] = []  # the output's logits, which the caller of the model has
+        result = self._loss(x, held)
         del x  # the caller of the head holds its input until the loss is there
         ctx.casts.clear()
         if hooks is not None:
             for module in reversed(wrappers):
                 hooks.after_forward(module)
                 result = identity(result, partial(hooks.before_backward, module))
+        if self.run.kl_chunk_tokens:
+            with self.tape.at("KL to the base"):
+                chunk = self.run.kl_chunk_tokens
+                result = with_divergence(result, (held or self.kept)[-1], self.run.architecture.vocab_size, chunk)
+        self.base = None
         return result
 
-    def _loss(self, x: Tensor) -> Tensor:
-        """The head and the model's own loss, or both fused, where no logits are left for the loop to keep."""
+    def _loss(self, x: Tensor, held: list[Tensor]) -> Tensor:
+        """The head and the model's own loss, or both fused, where no logits are left for the output to hold."""
         ctx, architecture = self.ctx, self.run.architecture
-        kept = self.kept if self.run.keep_outputs else []
+        kept = self.kept if self.run.keep_outputs else held if self.run.kl_chunk_tokens else []
         if self.run.fused_loss_rows:
             with self.tape.at("loss"):
                 result = fused_loss(ctx, x, architecture, self.run.fused_loss_rows)

@@ -91,7 +91,7 @@ class Zero0(Engine):
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
-        for group in backward_candidates(self.job.model_run, self.width if micro.first else 0):
+        for group in backward_candidates(self.model_run, self.width if micro.first else 0):
             for _, point in group:
                 kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
                 stretch.see(point.where, self.resident, kept, at_point(point))

@@ -36,7 +36,7 @@ class Zero12(Engine):
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
-        self._reducing: dict[tuple[bool, bool, int], list[Instant]] = {}
+        self._reducing: dict[tuple[bool, bool, bool, int], list[Instant]] = {}
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
         """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""
@@ -109,7 +109,7 @@ class Zero12(Engine):
 
     def _backward_keeping(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 1: ``param.grad`` stays; the bucket is there from the first gradient until the boundary's end."""
-        early, late = backward_candidates(self.job.model_run, self.width if micro.first else 0)
+        early, late = backward_candidates(self.model_run, self.width if micro.first else 0)
         bucket = {labels.BUCKET: self.bucket_bytes}
         for group, extra in ((early, {}), (late, bucket if micro.first else {})):
             for _, point in group:
@@ -167,15 +167,16 @@ class Zero12(Engine):
         left = self._left_width(micro)
         bucket = {labels.BUCKET: self.bucket_bytes}
         self.resident = self.resident.without(*([labels.BUCKET, labels.GRADIENTS] if self.job.stage == 1 else []))
-        early, _ = backward_candidates(self.job.model_run, -left)
+        early, _ = backward_candidates(self.model_run, -left)
         for _, point in early:
             stretch.see(point.where, self.resident, bucket if left else {}, self._alive(point, left))
         normed = self.offloads and micro.boundary and self.job.managed
         fresh = self._accumulates(micro) and labels.HOST_ACCUMULATED not in self.resident
-        if (normed, fresh, left) not in self._reducing:
-            self._reducing[normed, fresh, left] = self._reduction_instants(normed, fresh, left)
+        kind = (self.pulls, normed, fresh, left)
+        if kind not in self._reducing:
+            self._reducing[kind] = self._reduction_instants(normed, fresh, left)
         base = merged(self.resident, bucket)
-        for instant in self._reducing[normed, fresh, left]:
+        for instant in self._reducing[kind]:
             stretch.see(instant.name, base, *instant.many)
         self._end_of_reduction(stretch, micro)
 
@@ -202,7 +203,7 @@ class Zero12(Engine):
         ``_left_width`` says.
         """
         found = Stretch("", Phase.BACKWARD, False, host_apart=self.job.device != "cpu")
-        _, late = backward_candidates(self.job.model_run, -left)
+        _, late = backward_candidates(self.model_run, -left)
         filled_from = self._see_flushes(found, normed, fresh, left)
         for _, point in late:
             found.see(point.where, self._alive(point, left))

@@ -10,8 +10,8 @@ import torch
 
 from vramplan.errors import ConfigError, SpecError
 from vramplan.facts.expansion import expand_config
-from vramplan.rank.freeze import freeze
 from vramplan.rank.tiled import tile_mlps
+from vramplan.retain.freeze import freeze
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 

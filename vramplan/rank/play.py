@@ -15,6 +15,8 @@ from vramplan.rank.group import join_fake_group, sequence_parallel_group
 from vramplan.rank.model import build_model, leave_undefined
 from vramplan.rank.optimizer import client_optimizer, trained_groups
 from vramplan.rank.plain import PlainEngine
+from vramplan.rank.retention import PlayedRetention, anchored_penalties, frozen_copy, needs_copy, plain_base
+from vramplan.retain.base_model import BaseModel
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 
@@ -59,6 +61,9 @@ class RankPlayer:
         self.played = Played()
         self.model: torch.nn.Module | None = None
         self.engine: Any = None
+        self.retention: PlayedRetention | None = None
+        self.reference: Any = None
+        """The frozen copy of the base that KL asks, if it needs one."""
 
     def play(self) -> Played:
         join_fake_group(self.layout.world_size)
@@ -70,13 +75,44 @@ class RankPlayer:
         self._count(self.model)
         self.on_model(self.model)
         with self.phase("engine_init"):
+            self.retention = self._retention(self.model, config)
             self.engine = self._initialize(self.model, config)
+            if self.run.retain.kl is not None:
+                autocast = self.run.precision == "bf16-autocast"
+                self.retention.base = BaseModel(self.engine, self.reference, autocast=autocast)
+        if self.retention.springs is not None:
+            with self.phase("retention"):
+                self._start_springs(self.retention)
         for step in range(1, self.steps + 1):
             started = time.perf_counter()
             for micro in range(1, (self.run.grad_accum_steps or 1) + 1):
                 self._micro_batch(f"step{step}.micro{micro}", is_last=micro == self.run.grad_accum_steps)
             self.played.seconds_per_step = time.perf_counter() - started
         return self.played
+
+    def _retention(self, model: torch.nn.Module, config: dict[str, Any]) -> PlayedRetention:
+        """What is made before the engine: the frozen copy of the base, and the springs' hooks."""
+        if needs_copy(self.run):
+            base = build_model(plain_base(self.run), config, halved=self.halved_weights)
+            self.reference = frozen_copy(self.run, base, config, self.device)
+        springs = anchored_penalties(self.run, model, 0, self.layout.world_size)
+        return PlayedRetention(self.run, self.layout.world_size, springs)
+
+    def _start_springs(self, retention: PlayedRetention) -> None:
+        """As ``train/retention.py``, ``start_penalties``: sequences of the Fisher diagonal are whole."""
+        assert retention.springs is not None
+        retention.springs.anchor()
+        if not retention.samples_fisher:
+            return
+        for _ in range(retention.num_samples()):
+            batch = self._batch(1)
+            retention.springs.begin_sample(float(self.layout.world_size), counts=True)
+            if self.managed:
+                self.engine.set_gradient_accumulation_boundary(False)
+            self.engine.backward(self.engine(**batch).loss)
+        retention.springs.end_samples()
+        if self.managed:
+            self.engine.set_gradient_accumulation_boundary(None)
 
     def _engine_config(self) -> dict[str, Any]:
         """DeepSpeed's config; empty for plain PyTorch, which counts micro-batches as DeepSpeed does."""
@@ -109,23 +145,29 @@ class RankPlayer:
         return engine
 
     def _micro_batch(self, prefix: str, *, is_last: bool) -> None:
-        batch = self._batch()
+        assert self.retention is not None
+        batch = self._batch(self.run.micro_batch_size or 1)
         with self.phase(f"{prefix}.forward"):
+            base_logits = self.retention.base_logits(batch)
             output = self.engine(**batch)
             loss = output.loss
+            if base_logits is not None:
+                loss = loss + self.retention.divergence(output.logits, base_logits, batch["labels"])
+            del base_logits
             if not self.run.keep_outputs:
                 del output  # as the trainer, which keeps the loss alone
         with self.phase(f"{prefix}.backward"):
+            self.retention.before_backward(is_last=is_last)
             self.engine.backward(loss)
             del loss  # a loop goes on with its detached value; the graph stays only with the output
         with self.phase(f"{prefix}.optimizer_step"):
             if self.managed or is_last:
                 self.engine.step()
 
-    def _batch(self) -> dict[str, Any]:
+    def _batch(self, num_sequences: int) -> dict[str, Any]:
         vocab_size = self.engine.module.config.vocab_size
         local_len = self.run.seq_len // self.layout.sp
-        shape = (self.run.micro_batch_size or 1, local_len)
+        shape = (num_sequences, local_len)
         input_ids = torch.randint(0, vocab_size, shape, device=self.device)
         batch: dict[str, Any] = {"input_ids": input_ids, "labels": input_ids.clone(), "use_cache": False}
         if self.run.attention_mask:

@@ -97,10 +97,13 @@ class AnchoredPenalties:
         """This rank's slice of the Fisher diagonal of a parameter."""
         return self._kept[name].fisher
 
+    def kept_tensors(self) -> list[torch.Tensor]:
+        """What this rank keeps between steps."""
+        return [tensor for kept in self._kept.values() for tensor in (kept.start, kept.fisher) if tensor is not None]
+
     def state_bytes(self) -> int:
         """Bytes that this rank keeps between steps."""
-        tensors = [tensor for kept in self._kept.values() for tensor in (kept.start, kept.fisher) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.kept_tensors())
 
     def _on_gradient(self, name: str, param: Any) -> None:
         kept = self._kept.get(name)

@@ -74,6 +74,7 @@ def _held_by_engine(tracker: Tracker, player: RankPlayer) -> Iterator[tuple[int,
             block = tracker.block_of(tensor)
             if block is not None:
                 yield block, Category.OPTIMIZER
+    yield from _held_against_forgetting(tracker, player)
     for param in player.model.parameters() if player.model is not None else ():
         of_param: tuple[tuple[torch.Tensor | None, Category], ...] = (
             (param.grad, Category.GRADIENT),
@@ -84,6 +85,19 @@ def _held_by_engine(tracker: Tracker, player: RankPlayer) -> Iterator[tuple[int,
             block = tracker.block_of(held) if held is not None else None
             if block is not None:
                 yield block, category
+
+
+def _held_against_forgetting(tracker: Tracker, player: RankPlayer) -> Iterator[tuple[int, Category]]:
+    """The starting weights, the Fisher diagonal and the frozen copy of the base: the ledger's categories."""
+    springs = player.retention.springs if player.retention is not None else None
+    held = [] if springs is None else list(springs.kept_tensors())
+    if player.reference is not None:
+        for param in player.reference.parameters():
+            held += [param.data, *([param.ds_tensor] if hasattr(param, "ds_tensor") else [])]
+    for tensor in held:
+        block = tracker.block_of(tensor)
+        if block is not None:
+            yield block, Category.PARAMETER
 
 
 _BY_ATTRIBUTE = (

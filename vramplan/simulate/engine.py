@@ -111,7 +111,7 @@ def _explain(error: Exception, tracker: Tracker) -> SimulationError:
     """One sentence: the phase, the module and the operator (torch's text names it); what a user can mend, as it is."""
     if isinstance(error, VramplanError):
         return SimulationError(str(error))
-    where = tracker.failed_in or "DeepSpeed's engine"
+    where = tracker.failed_in or ("the model" if tracker.failed_phase == "model_load" else "DeepSpeed's engine")
     first = str(error).strip().splitlines() or [""]
     explained = SimulationError(
         f"{tracker.failed_phase}: {where} cannot be simulated: {type(error).__name__}: {first[0]}"

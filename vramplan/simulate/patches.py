@@ -177,7 +177,10 @@ def _set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:
         _DATA.__set__(tensor, other)
     elif other is not tensor:
         other = other.detach().requires_grad_(tensor.requires_grad)
+        hooks = tensor._post_accumulate_grad_hooks  # of springs, made before the engine moves the model
         torch._C._swap_tensor_impl(tensor, other)
+        if hooks is not None:
+            tensor._post_accumulate_grad_hooks = hooks
         # what makes it a parameter, and DeepSpeed's own marks, stay with the object
         tensor.__dict__, other.__dict__ = {**tensor.__dict__, **other.__dict__}, tensor.__dict__
 

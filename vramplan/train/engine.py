@@ -15,13 +15,13 @@ from vramplan.emit.deepspeed import managed_accumulation
 from vramplan.errors import LegalityError
 from vramplan.rank.group import sequence_parallel_group
 from vramplan.rank.optimizer import client_optimizer, trained_groups
+from vramplan.rank.retention import anchored_penalties
 from vramplan.retain.base_model import BaseModel
 from vramplan.retain.kl import kl_to_base
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 from vramplan.train.layout import check_layout
 from vramplan.train.loss import batch_loss, takes_num_targets
-from vramplan.train.retention import anchored_penalties
 
 
 def join_group(run: RunSpec) -> torch.device:

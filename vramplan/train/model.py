@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from vramplan.errors import ConfigError, SpecError
 from vramplan.measure.run_dir import RunDir
-from vramplan.rank.freeze import freeze
 from vramplan.rank.model import add_adapters, apply_kernels, checkpoint_layers, weight_dtype
 from vramplan.retain.expand import expand_model_directory
+from vramplan.retain.freeze import freeze
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import FullMethod
 from vramplan.train.export import replaced_directory

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from vramplan.errors import SpecError
 from vramplan.facts.expansion import new_block_positions
-from vramplan.rank.freeze import freeze
 from vramplan.retain.expand import expand_model_directory
+from vramplan.retain.freeze import freeze
 from vramplan.spec.trainable import FullMethod
 
 from support.tiny_model import save_tiny_model

@@ -14,11 +14,12 @@ from vramplan.facts.device import Device, Node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory import labels
 from vramplan.memory.estimate import estimate
+from vramplan.rank.retention import anchored_penalties
 from vramplan.retain.base_model import BaseModel
 from vramplan.retain.registry import METHODS
 from vramplan.spec.load import merge, run_from_mapping
 from vramplan.train.model import load_model
-from vramplan.train.retention import anchored_penalties, reference_model
+from vramplan.train.retention import reference_model
 
 from support.tiny_model import save_tiny_model
 

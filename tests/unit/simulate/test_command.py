@@ -182,6 +182,19 @@ def test_what_cannot_be_traced_is_named_and_earlier_phases_are_kept(tmp_path, od
     assert found["phases"][1]["peak_bytes"] > 0
 
 
+def test_a_package_that_a_model_needs_is_named_beside_the_model(tmp_path):
+    fields = {**TINY, "model_type": "homemade", "architectures": ["HomeModel"]}
+    fields["auto_map"] = {"AutoConfig": "odd.HomeConfig", "AutoModelForCausalLM": "needs.HomeModel"}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    config = "from transformers import LlamaConfig\nclass HomeConfig(LlamaConfig):\n    model_type = 'homemade'\n"
+    (tmp_path / "odd.py").write_text(config, encoding="utf-8")
+    (tmp_path / "needs.py").write_text("import no_such_kernels\n", encoding="utf-8")
+    done = vramplan("simulate", str(tmp_path), *CLOSED, "--cap", "8GiB", "--trust-remote-code")
+    assert done.returncode == 2
+    assert "model_load: the model cannot be simulated: ImportError" in done.stderr
+    assert "no_such_kernels" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
