@@ -13,7 +13,7 @@ BENCH = Path(__file__).with_name("measured") / "cpu_bench.jsonl"
 """Taken by `vramplan bench run`: qwen3, sliding windows, small buckets, adapters under every stage, offload
 (on the CPU the host's memory is the device's: both are counted)."""
 ADAPTERS = Path(__file__).with_name("measured") / "cpu_adapters.jsonl"
-"""Taken by `vramplan bench run`: DoRA under every stage, adapters under autocast."""
+"""Taken by `vramplan bench run`: DoRA under every stage and on tables, adapters under autocast."""
 SEQUENCE = Path(__file__).with_name("measured") / "cpu_sequence_parallel.jsonl"
 """Taken by `vramplan bench run`: Ulysses on 2 and 4 ranks. (On 8 this small a model is outweighed by the CPU kernel's
 buffers, which the estimate does not count.)"""
@@ -57,7 +57,7 @@ def covered(path=RECORDS):
 
 @pytest.mark.parametrize(
     ("path", "count"),
-    [(RECORDS, 45), (BENCH, 49), (ADAPTERS, 14), (SEQUENCE, 6), (OPTIMIZERS, 20)],
+    [(RECORDS, 45), (BENCH, 49), (ADAPTERS, 16), (SEQUENCE, 6), (OPTIMIZERS, 20)],
     ids=["records", "bench", "adapters", "sequence", "optimizers"],
 )
 def test_peaks_of_covered_records(path, count):
@@ -92,7 +92,7 @@ def test_phases(path, stage):
     assert compared
 
 
-@pytest.mark.parametrize(("path", "count"), [(QUANTIZED, 3 * 8), (QUANTIZED_ZERO3, 5 * 8 + 14)])
+@pytest.mark.parametrize(("path", "count"), [(QUANTIZED, 5 * 8), (QUANTIZED_ZERO3, 7 * 8 + 14)])
 def test_quantized_weights(path, count):
     compared = 0
     for record, found in covered(path):

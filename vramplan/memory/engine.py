@@ -16,7 +16,7 @@ from vramplan.memory.muon import MuonSteps
 from vramplan.memory.optimizers import OptimizerBytes
 from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
 from vramplan.memory.profile import Profile, profile
-from vramplan.memory.quantized import BLOCK
+from vramplan.memory.quantized import BLOCK, nf4_bytes
 from vramplan.memory.retention import kept_bytes, reference_bytes
 from vramplan.memory.term import Phase
 from vramplan.memory.torch_optimizers import Steps
@@ -190,15 +190,18 @@ class Engine(ABC):
         the product, its scaled copy and the sum, in the weight's format; ``tensors`` of its size in all."""
         if not isinstance(self.job.method, LoraMethod) or not self.job.method.use_dora:
             return
-        linears, made = dict(self.job.architecture.named_linears()), base
+        tied = next(param for param in self.job.parameters if not param.adapter)  # the token table, of a tied head
+        weights, made = {param.name: param for param in self.job.parameters if not param.adapter}, base
         for param in self.job.parameters:
             if not param.adapter:
                 continue
             if param.name.endswith("lora_magnitude_vector.weight"):
-                numel = linears[param.name.removesuffix(".lora_magnitude_vector.weight")].weight_numel
-                stretch.see(
-                    "a magnitude's first norm", {labels.WEIGHTS: made, labels.LOADING: tensors * numel * self.width}
-                )
+                module = param.name.removesuffix(".lora_magnitude_vector.weight")
+                weight = weights.get(f"{module}.weight", tied)
+                loading = tensors * weight.numel * self.width
+                if self.job.is_quantized(weight):  # the layer is copied, and the copy's weight written out
+                    loading = nf4_bytes(weight.numel) + 4 * weight.numel * self.width
+                stretch.see("a magnitude's first norm", {labels.WEIGHTS: made, labels.LOADING: loading})
             made += param.numel * self.width  # cast to fp32 when all are made
 
     @abstractmethod

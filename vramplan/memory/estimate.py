@@ -120,11 +120,6 @@ def _adapts_positions(job: Job) -> bool:
     return isinstance(method, LoraMethod) and any(method.adapts_table(table.name) for table in tables)
 
 
-def _adapts_embeddings(job: Job) -> bool:
-    method, tables = job.method, job.architecture.embeddings
-    return isinstance(method, LoraMethod) and any(method.adapts_table(table.name) for table in tables)
-
-
 COVERED_FAMILIES = frozenset(
     [
         "bloom",
@@ -172,11 +167,8 @@ def check_covered(job: Job) -> None:
             family, job.attention
         ),
         "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
-        "QLoRA under ZeRO-3 with autocast": job.quantized and job.stage == 3 and job.autocast is not None,
-        "QLoRA under ZeRO-3 in fp32": job.quantized and job.stage == 3 and job.dtype.nbytes != 2 and not job.autocast,
         "QLoRA with zero.hpz_partition_size": job.quantized and job.hpz > 0,
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
-        "QLoRA with DoRA": method.kind == "qlora" and method.use_dora,
         f"offload with the optimizer {job.optimizer}": job.offload_optimizer
         and (job.optimizer.startswith(("lion", "paged", "muon")) or (on_disk(job) and job.optimizer != "adamw")),
         "the optimizer muon with adapters on experts or routers": job.optimizer == "muon"
@@ -204,7 +196,6 @@ def check_covered(job: Job) -> None:
         f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
         f"attention {job.attention} with sinks": job.attention != "eager" and job.architecture.has_sinks,
         "adapters on embeddings of positions": _adapts_positions(job),
-        "DoRA on embeddings": method.kind != "full" and method.use_dora and _adapts_embeddings(job),
         "zero.stage3_module_granularity_threshold": job.stage == 3 and job.zero.stage3_module_granularity_threshold > 0,
         "zero.stage3_use_all_reduce_for_fetch_params with accumulation": job.stage == 3
         and job.zero.stage3_use_all_reduce_for_fetch_params

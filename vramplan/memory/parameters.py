@@ -172,22 +172,27 @@ def _adapters(architecture: Architecture, method: LoraMethod, module: str, linea
         _factor(f"{module}.lora_B.weight", linear.out_features, method.r),
     ]
     if method.use_dora:
-        width = linear.out_features
-        name = f"{module}.lora_magnitude_vector.weight"
-        made.append(Parameter(name, width, True, False, adapter=True, factored_numel=width, shape=(width,)))
+        made.append(_magnitude(module, linear.out_features))
     return made
 
 
 def _table_adapters(architecture: Architecture, method: LoraMethod) -> dict[str, list[Parameter]]:
     """The adapters of embeddings by the name of the table: parameters of no linear."""
-    return {
-        table.name: [
+    made: dict[str, list[Parameter]] = {}
+    for table in architecture.embeddings:
+        if not method.adapts_table(table.name):
+            continue
+        made[table.name] = [
             replace(_factor(f"{table.name}.lora_embedding_A", method.r, table.num_embeddings), in_linear=False),
             replace(_factor(f"{table.name}.lora_embedding_B", table.width, method.r), in_linear=False),
+            *([_magnitude(table.name, table.width)] if method.use_dora else []),
         ]
-        for table in architecture.embeddings
-        if method.adapts_table(table.name)
-    }
+    return made
+
+
+def _magnitude(module: str, width: int) -> Parameter:
+    name = f"{module}.lora_magnitude_vector.weight"
+    return Parameter(name, width, True, False, adapter=True, factored_numel=width, shape=(width,))
 
 
 def _factor(name: str, rows: int, columns: int) -> Parameter:

@@ -107,6 +107,7 @@ class Zero3(Engine):
         if job.offload_param and job.device != "cpu":  # each part goes to the host at once
             largest = max(param.numel for param in base) * self.width
             stretch.see("the largest tensor before it is cut", {labels.LOADING: largest})
+            self._see_dora(stretch, 0, tensors=4)
             stretch.close({labels.WEIGHTS: adapters})
             return
         built = [(param.name, param.numel) for param in base]

@@ -142,6 +142,18 @@ def _adapters_on_linear_routers(run: RunSpec, node: Node, architecture: Architec
     )
 
 
+def _dora_keeps_4_bit_weights(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    method = run.method
+    if not isinstance(method, LoraMethod) or method.kind != "qlora" or not method.use_dora:
+        return None
+    if run.zero.stage != 3 or node.device.kind != "cpu":
+        return None
+    return (
+        "method.use_dora with qlora under ZeRO-3 on a CPU: PEFT puts a new weight in place of each that it writes out, "
+        "of which ZeRO-3 does not know; take ZeRO stage 2"
+    )
+
+
 def _fused_loss_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.loss != "liger" or node.device.kind != "cpu":
         return None
@@ -272,6 +284,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_attention_of_family, "transformers/modeling_utils.py, _sdpa_can_dispatch and _flash_attn_can_dispatch"),
     (_alibi_and_flash_attention, "transformers/models/falcon/modeling_falcon.py, FalconFlashAttention2.forward"),
     (_adapters_on_linear_routers, "peft/tuners/lora/layer.py, Linear.forward; models/llama4, Llama4Router.forward"),
+    (_dora_keeps_4_bit_weights, "peft/utils/integrations.py, dequantize_module_weight"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_liger_hardware, "liger_kernel/ops/rms_norm.py"),
     (_offloaded_activations, "torch/utils/checkpoint.py, _CheckpointFrame.save_inputs"),

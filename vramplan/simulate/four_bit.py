@@ -40,10 +40,11 @@ def four_bit_fakes() -> Iterator[None]:
     class FakeParams4bit(Params4bit, FakeTensor):  # type: ignore[misc]  # bitsandbytes is untyped
         """A 4-bit parameter that is a fake tensor."""
 
+    FakeParams4bit.__name__ = Params4bit.__name__  # by which PEFT knows it (dequantize_module_weight)
     make = torch.Tensor._make_subclass
 
     def make_fake(cls: type, data: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if cls is not Params4bit or not isinstance(data, FakeTensor):
+        if cls not in (Params4bit, FakeParams4bit) or not isinstance(data, FakeTensor):
             return make(cls, data, *args, **kwargs)
         made = data.detach().requires_grad_(bool(args and args[0]))
         made.__class__ = FakeParams4bit

@@ -93,16 +93,10 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
     [
         ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
-        ({"method": {"kind": "qlora", "use_dora": True}}, "QLoRA with DoRA"),
-        ({"method": {"kind": "qlora"}, "precision": "fp32", "zero": {"stage": 3}}, "QLoRA under ZeRO-3 in fp32"),
         ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
         ({"optimizer": {"kind": "muon"}, "zero": {"offload_optimizer": "cpu"}}, "offload with the optimizer muon"),
         ({"optimizer": {"kind": "muon"}, "layout": {"dp": 2, "sp": 2}}, "muon under tensor or sequence parallelism"),
         ({"optimizer": {"kind": "muon"}, "zero": {"contiguous_gradients": False}}, "muon with zero.contiguous_grad"),
-        (
-            {"method": {"kind": "lora", "use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}},
-            "DoRA on embeddings",
-        ),
         ({"layout": {"dp": 4, "tp": 2}}, "head tied to the embedding"),
         ({"layout": {"dp": 4, "tp": 2}, "zero": {"stage": 3}}, "tensor parallelism under ZeRO-3"),
         ({"layout": {"dp": 4, "tp": 2}, "method": {"kind": "lora"}}, "tensor parallelism with adapters"),

@@ -69,6 +69,7 @@ REFUSED = [
     ({"model_config_fields": FALCON_RW, "data": {"packing": "best_fit"}}, NODE, "other: set data.packing none"),
     ({"layout": {"dp": 4, "sp": 2}, "data": {"packing": "best_fit"}}, NODE, "set attention flash_attention_2"),
     ({"model": "meta-llama/Llama-4-Scout-17B-16E-Instruct", "method": "lora"}, NODE, "llama4's routers"),
+    ({"method": {"kind": "qlora", "use_dora": True}, "zero": {"stage": 3}}, CPU_NODE, "does not know"),
     ({"loss": "liger"}, CPU_NODE, "needs a GPU"),
     ({"kernels": "liger"}, CPU_NODE, "kernels liger are Triton's"),
     ({"offload_activations": "cpu", "activation_checkpointing": "none"}, NODE, "set activation_checkpointing full"),

@@ -163,7 +163,7 @@ class BlockContext:
         bias = self.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None
         for param in (weight, bias):
             if param is not None:
-                param.lowered = linear.is_nn_linear
+                param.lowered = linear.is_nn_linear and not self.quantizes(linear)  # ``Linear4bit`` is another class
         return weight, bias
 
     def norm_parameters(self, norm: Norm) -> tuple[Parameter | None, Parameter | None]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vramplan.facts.architecture import Linear
+from vramplan.facts.architecture import Embedding, Linear
+from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.leaf import Parameter
+from vramplan.memory.quantized import BLOCK
 from vramplan.memory.size import Size
 from vramplan.memory.tape import Tensor
+from vramplan.spec.trainable import LoraMethod
 
 Product = Callable[[Tensor, int], Tensor]
 """``lora_B(lora_A(x))`` of an x with so many rows; 0 rows: the tokens of the micro-batch."""
@@ -24,9 +27,9 @@ def dora(
     ctx: BlockContext, x: Tensor, linear: Linear, magnitude: Parameter, product: Product, base: Tensor | None
 ) -> Tensor:
     """What is added to the base layer's result. ``base``: that result, or None where dropout changed x."""
-    weight, bias = ctx.linear_parameters(linear)
+    _, bias = ctx.linear_parameters(linear)
     delta = ops.to(_delta(ctx, x, linear, product), x.dtype, LABEL)
-    cast = ops.to(weight, x.dtype, LABEL)
+    cast = ops.to(_weight(ctx, linear), x.dtype, LABEL)
     norm = _norm(ctx, cast, delta.detach(), linear)
     scale = _quotient(magnitude, norm)
     low_rank = product(x, 0)
@@ -41,6 +44,50 @@ def dora(
     directed = ops.mul_broadcast(base, ops.shifted(scale, LABEL), LABEL, small_first=True)
     scaled = ops.scaled(ops.mul_broadcast(low_rank, scale, LABEL, small_first=True), LABEL)
     return ops.add(directed, scaled, LABEL)
+
+
+def dora_of_table(
+    ctx: BlockContext,
+    ids: Tensor,
+    table: Embedding,
+    weight: Parameter,
+    factors: tuple[Parameter, Parameter],
+    magnitude: Parameter,
+    method: LoraMethod,
+) -> tuple[Tensor, Tensor]:
+    """``DoraEmbeddingLayer.forward``: the magnitudes by their norms, and the adapter's part of the result.
+
+    The adapter as a whole table, and what its product saved, stay until it returns.
+    """
+    tape, (down, up) = ctx.tape, factors
+    low = ctx.autocast or down.dtype
+    saved = [tape.new(each.numel, low, LABEL) for each in factors if each.dtype is not low]
+    delta = tape.new(weight.numel, low, LABEL)
+    scaled = tape.new(delta.numel, low, LABEL)
+    total = ops.add(weight.detach(), scaled, LABEL)
+    del scaled
+    norm = tape.new((table.width, 0, 0, 0, 0), total.dtype, LABEL)
+    del total
+    scale = _quotient(magnitude, norm)
+    # the dense gradient of the narrow table lies the other way round than the factor, so it is copied
+    narrow = ctx.low(ops.embedding(tape, ops.to_heads(down), tokens(method.r), down.dtype, LABEL), LABEL)
+    product = ops.linear(narrow, ctx.low(ops.view(up), LABEL), None, tokens(table.width), LABEL)
+    del narrow
+    added = ops.scaled(ops.mul_broadcast(product, scale, LABEL, small_first=True), LABEL)
+    del saved, delta
+    return scale, added
+
+
+def _weight(ctx: BlockContext, linear: Linear) -> Tensor:
+    """The base layer's weight; one in 4 bits is written out in the format that it was stored from, its scales in fp32
+    beside it (peft/utils/integrations.py, ``dequantize_module_weight``; bitsandbytes/functional.py,
+    ``dequantize_4bit``)."""
+    if not ctx.quantizes(linear):
+        return ctx.linear_parameters(linear)[0]
+    scales = ctx.tape.new((linear.weight_numel // BLOCK, 0, 0, 0, 0), Dtype.FP32, LABEL)
+    written = ctx.tape.new((linear.weight_numel, 0, 0, 0, 0), ctx.dtype, LABEL)
+    del scales
+    return written
 
 
 def _delta(ctx: BlockContext, x: Tensor, linear: Linear, product: Product) -> Tensor:

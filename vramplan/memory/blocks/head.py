@@ -9,6 +9,7 @@ from vramplan.facts.architecture import Architecture, Embedding
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.dora import dora_of_table
 from vramplan.memory.blocks.layer import RESIDUAL
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
@@ -89,7 +90,34 @@ def _adapted_table(
         del found, added  # named until the function returns
         return on_tokens(result) if on_tokens is not None else result
 
-    return ctx.call(table.name, (), run, ids, read=(down, up))
+    def run_dora(ids: Tensor) -> Tensor:
+        result = _look_up(ctx, base, tokens(table.width), ids, lambda out: ops.scaled(out, RESIDUAL) if scaled else out)
+        result = ops.to(_directed(ctx, table, ids, method, result, scaled), result.dtype, RESIDUAL)
+        return on_tokens(result) if on_tokens is not None else result
+
+    return ctx.call(table.name, (), run_dora if method.use_dora else run, ids, read=(down, up))
+
+
+def _directed(
+    ctx: BlockContext, table: Embedding, ids: Tensor, method: LoraMethod, result: Tensor, scaled: bool
+) -> Tensor:
+    """``magnitude / norm * result`` and the adapter's part (peft/tuners/lora/variants.py, ``DoraEmbeddingVariant``)."""
+    magnitude = ctx.parameter(f"{table.name}.lora_magnitude_vector.weight", table.width, True, ctx.adapter_dtype)
+    weight, factors, scale = _table_weight(ctx, table), table_factors(ctx, table, method), list[Tensor]()
+
+    def run(ids: Tensor) -> Tensor:
+        quotient, added = dora_of_table(ctx, ids, table, weight, factors, magnitude, method)
+        scale.append(quotient)
+        return added
+
+    added = ctx.call(f"{table.name}.lora_magnitude_vector", (magnitude,), run, ids, read=(weight,))
+    if scaled:
+        added = ops.scaled(added, ADAPTERS)
+    return ops.add(ops.mul_broadcast(result, scale[0], RESIDUAL, small_first=True), added, RESIDUAL)
+
+
+def _table_weight(ctx: BlockContext, table: Embedding) -> Parameter:
+    return ctx.parameter(f"{table.name}.weight", table.num_embeddings * table.width)
 
 
 def table_factors(ctx: BlockContext, table: Embedding, method: LoraMethod) -> tuple[Parameter, Parameter]:
@@ -112,7 +140,7 @@ def _look_up(
     ctx: BlockContext, table: Embedding, numel: Size, ids: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> Tensor:
     name = table.name.removesuffix(".base_layer")  # a tied head shares it
-    weight = ctx.parameter(f"{name}.weight", table.num_embeddings * table.width)
+    weight = _table_weight(ctx, replace(table, name=name))
     return ctx.call(
         table.name, (weight,), lambda _: finish(ops.embedding(ctx.tape, weight, numel, ctx.dtype, RESIDUAL)), ids
     )

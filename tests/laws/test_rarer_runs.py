@@ -1,0 +1,80 @@
+"""Estimator against simulator in runs that the matrix has no factor for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from vramplan.facts.devices import resolve_node
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory.estimate import estimate
+from vramplan.simulate.asked import request_on
+from vramplan.simulate.request import simulate_jobs
+from vramplan.spec.run import RunSpec
+
+from support.matrix import Case, beyond_the_bar
+
+Runs = tuple[tuple[str, Mapping[str, Any]], ...]
+"""In the words of ``Case.key``, and what is changed."""
+MUON = {"optimizer": {"kind": "muon"}}
+MUON_3 = {**MUON, "zero": {"reduce_scatter": False}}
+BY_LAYER = {"retain": {"layer_lr_decay": 0.9}}
+UNDER_MUON: Runs = (
+    ("llama.13/full/0/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", {**MUON, **BY_LAYER}),
+    ("gpt2.0/full/1/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go", MUON),
+    ("qwen3_moe.24/full/1/none/sdpa/fp32/none/cpu/4/2/1/adamw/none/small/let go", MUON),
+    ("mistral.15/lora/1/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", MUON),
+    ("llama.13/full/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go", {**MUON, **BY_LAYER}),
+    ("llama.13/full/2/full/sdpa/fp16/none/cuda/1/2/2/adamw/none/small/let go", MUON),
+    ("llama.13/full/3/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go", MUON_3),
+    ("llama.13/full/3/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go", {**MUON_3, **BY_LAYER}),
+    ("qwen2.18/full/3/none/sdpa/fp16/none/cuda/1/2/1/adamw/none/small/let go", MUON_3),
+    ("mistral.15/lora/3/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", MUON_3),
+)
+"""Every stage, formats that gradients have, adapters, experts, accumulation, rates by layer."""
+
+DORA = {"use_dora": True}
+QDORA = {"method": {**DORA, "r": 8}}
+ON_TABLE = {"method": {**DORA, "target_modules": ("q_proj", "embed_tokens")}}
+WITH_ADAPTERS: Runs = (
+    ("llama.13/qlora/2/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", QDORA),
+    ("llama.13/qlora/3/full/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go", QDORA),
+    (
+        "gpt_neox.3/qlora/1/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
+        {"method": {**DORA, "dropout": 0.05}},
+    ),
+    ("llama.13/qlora/0/none/sdpa/fp32/none/cpu/4/2/1/adamw/none/small/let go", QDORA),
+    ("llama.13/qlora/3/none/sdpa/fp32/none/cuda/4/2/1/adamw/none/small/let go", {}),
+    ("gpt_neox.3/qlora/3/full/sdpa/bf16-autocast/none/cuda/4/2/2/adamw/none/small/let go", {}),
+    ("llama.13/lora/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go", ON_TABLE),
+    ("gemma.26/lora/3/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go", ON_TABLE),
+    ("llama.13/lora/3/full/sdpa/bf16/none/cuda/4/2/1/adamw/both/small/let go", ON_TABLE),
+)
+"""DoRA on 4-bit weights and on tables, 4-bit weights under ZeRO-3 in fp32 and under autocast."""
+
+
+def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
+    fields = Case.parse(key).run().model_dump()
+    for name, change in changes.items():
+        fields[name] = {**fields[name], **change} if isinstance(change, Mapping) else change
+    return RunSpec.model_validate(fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [UNDER_MUON, WITH_ADAPTERS], ids=["muon", "adapters"])
+def test_estimate_and_simulation_agree(runs):
+    asked = [_run(*each) for each in runs]
+    nodes = [resolve_node(run.hardware) for run in asked]
+    requests = [
+        request_on(run, node, key=str(index)) for index, (run, node) in enumerate(zip(asked, nodes, strict=True))
+    ]
+    failed = []
+    for key, result in simulate_jobs(requests, parallel=2):
+        run, node = asked[int(key)], nodes[int(key)]
+        found = estimate(run, node, resolve_architecture(run), rank=0)
+        phases = [phase.as_phase_bytes() for phase in result.phases]
+        beyond = [result.error] if result.error else beyond_the_bar(found, phases)[:2]
+        failed += [f"{runs[int(key)]}: {each}" for each in beyond]
+    assert not failed, "\n".join(failed)
