@@ -25,10 +25,11 @@ from vramplan.supervise import attempts as ledger
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
+from vramplan.supervise.interrupts import Interrupted, interrupts_raise
 from vramplan.supervise.ladder import Ladder, predicted_of
 from vramplan.supervise.learnt import learnt_path, recall, remember
 from vramplan.supervise.offers import Offer, first_allowed, offers
-from vramplan.supervise.supervisor import Interrupted, Listener, interrupted, interrupts_raise, run_plan
+from vramplan.supervise.supervisor import Listener, interrupted, run_plan
 from vramplan.supervise.watch import SILENT_AFTER_S
 
 NOTHING_LEFT_CODE = 4

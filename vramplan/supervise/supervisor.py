@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from vramplan.data.source import check_rows
@@ -24,6 +22,7 @@ from vramplan.spec.data import SourceSpec, as_source
 from vramplan.spec.run import RunSpec
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import TrainingFailed, explain
+from vramplan.supervise.interrupts import Interrupted, interrupts_raise, interrupts_wait
 from vramplan.supervise.kills import KillCounter
 from vramplan.supervise.other_nodes import end_other_nodes
 from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
@@ -112,20 +111,40 @@ def run_plan(
     )
     tail = Tail(run_dir.metrics)
     watch = RankWatch(run_dir, silent_after_s=silent_after_s, kills=kills)
+    others = (lambda: end_other_nodes(run_dir, port)) if plan.node.num_nodes > 1 else None
     with interrupts_raise():
-        child = Child(command, launch_environment(plan.run, plan.node), run_dir.logs / "launcher.log")
         try:
-            trouble = _follow(child, tail, listener, run_dir.status_of(0), watch)
-            code = child.poll()
+            environment = launch_environment(plan.run, plan.node)
+            with started(command, environment, run_dir.logs / "launcher.log", others) as child:
+                trouble = _follow(child, tail, listener, run_dir.status_of(0), watch)
+                code = child.poll()
         except Interrupted as error:
             raise interrupted(run_dir) from error
         finally:
-            if plan.node.num_nodes > 1:
-                end_other_nodes(run_dir, port)
-            child.end()
             remove_buffers(port)
     if trouble is not None:
         raise explain(run_dir, code, trouble, kills.risen())
+
+
+@contextmanager
+def started(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, end_others: Callable[[], object] | None = None
+) -> Iterator[Child]:
+    """A command in a process group that is ended, whatever happens: an interrupt waits while it is started or ended.
+
+    ``end_others`` ends first what the group does not hold.
+    """
+    child: Child | None = None
+    try:
+        with interrupts_wait():
+            child = Child(command, environment, log)
+        yield child
+    finally:
+        if child is not None:
+            with interrupts_wait():
+                if end_others is not None:
+                    end_others()
+                child.end()
 
 
 def interrupted(run_dir: RunDir) -> TrainingFailed:
@@ -162,25 +181,6 @@ def interpolate_with_base(run_dir: RunDir, listener: Listener) -> None:
         RunFailedError: the process failed.
     """
     _after(run_dir, ["--interpolate"], listener, f"what was trained in {run_dir.root} could not be interpolated")
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came while ranks ran."""
-
-
-@contextmanager
-def interrupts_raise() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise ``Interrupted`` instead of ending the process."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _follow(
@@ -235,13 +235,11 @@ def follow_afterwards(run_dir: RunDir, module: list[str], listener: Listener, lo
     tail = Tail(run_dir.metrics)
     command = [sys.executable, "-m", *module]
     with interrupts_raise():
-        child = Child(command, {}, log)
         try:
-            _follow(child, tail, listener)
+            with started(command, {}, log) as child:
+                _follow(child, tail, listener)
         except Interrupted as error:
             raise TrainingFailed("interrupted after training; what was trained is saved", INTERRUPTED_CODE) from error
-        finally:
-            child.end()
     return child.poll()
 
 

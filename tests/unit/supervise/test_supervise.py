@@ -7,13 +7,10 @@ import signal
 import sys
 import time
 
-import pytest
-
 from vramplan.emit.launch import SUPERVISOR_VARIABLE
 from vramplan.measure.run_dir import RunDir, append_event, read_events, write_json
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import explain, first_failure
-from vramplan.supervise.supervisor import Interrupted, interrupts_raise
 from vramplan.supervise.tail import Tail
 
 from support.training import processes_about
@@ -68,14 +65,6 @@ def test_a_child_gets_its_variables_and_its_supervisors_name(tmp_path):
 
     assert log.read_text().split()[0] == "b"
     assert log.read_text().split()[1].startswith(f"{os.getpid()}:")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_raise_inside_and_are_as_before_outside(number):
-    before = signal.getsignal(number)
-    with pytest.raises(Interrupted), interrupts_raise():
-        signal.raise_signal(number)
-    assert signal.getsignal(number) is before
 
 
 def test_ports_can_be_bound():
