@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,18 +94,32 @@ class RunDir:
 
 def append_event(file_path: Path, kind: str, /, **fields: Any) -> None:
     """Adds one event, whole: a line of JSON with its kind under ``event`` and the time (seconds since 1970)."""
-    line = json.dumps({"event": kind, **fields, "time": time.time()}) + "\n"
-    with file_path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    append_line(file_path, json.dumps({"event": kind, **fields, "time": time.time()}))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line. What a full disk left of an earlier one stays a line of its own, and spoils no other."""
+    with path.open("ab+") as file:
+        is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(("\n" * is_cut + line + "\n").encode())
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Every whole event of the file so far; none where there is no file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return whole_events(content[: content.rfind(b"\n") + 1])
+
+
+def whole_events(lines: bytes) -> list[dict[str, Any]]:
+    """The events of whole lines; a line that a full disk cut off is none."""
+    found = []
+    for line in lines.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:

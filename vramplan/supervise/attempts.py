@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vramplan.measure.run_dir import append_line
 from vramplan.supervise.classify import MEMORY_CAUSES, Cause
 
 FINISHED = "finished"
@@ -68,8 +69,7 @@ def append(path: Path, attempt: Attempt) -> None:
     """Adds a line. A ledger that cannot be written (a full disk) does not end the run."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(attempt)) + "\n")
+        append_line(path, json.dumps(asdict(attempt)))
 
 
 def read(path: Path) -> tuple[Attempt, ...]:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vramplan.measure.run_dir import append_line
 from vramplan.search.plan import Plan, plan_id
 
 
@@ -51,8 +52,7 @@ def remember(plan: Plan, changes: Mapping[str, Any], cause: str, phase: str, pat
     path = path or learnt_path()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(lesson)) + "\n")
+        append_line(path, json.dumps(asdict(lesson)))
 
 
 def recall(plan: Plan, path: Path | None = None) -> Lesson | None:
