@@ -13,15 +13,23 @@ from vramplan.units import parse_bytes
 OUT_OF_MEMORY_EXIT_CODE = 86
 """Exit code of a rank that ran out of memory and said so (the next one, 87, is that of a rank without a supervisor)."""
 
-_TEXTS = (
-    "CUDA out of memory",  # the caching allocator
-    "CUDA error: out of memory",  # the driver
-    "CUBLAS_STATUS_ALLOC_FAILED",  # a workspace of cuBLAS
-    "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
+_DRIVERS_TEXT = "CUDA error: out of memory"
+_HOST_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "std::bad_alloc",
     "Cannot allocate memory",  # ENOMEM of mmap, fork and thread creation
     "can't start new thread",  # pthread_create, whose stack does not fit
+)
+_PINNING = ("pin_memory()", "pin_memory=True")
+"""Calls by which the driver is asked for the host's memory (deepspeed/accelerator/abstract_accelerator.py:275-279); it
+refuses that in the words in which it refuses its own."""
+_TEXTS = (
+    "CUDA out of memory",  # the caching allocator
+    _DRIVERS_TEXT,
+    "CUDA driver error: out of memory",  # its own interface, which maps expandable segments (c10/cuda/driver_api.h)
+    "CUBLAS_STATUS_ALLOC_FAILED",  # a workspace of cuBLAS
+    "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
+    *_HOST_TEXTS,
 )
 _KINDS = ("OutOfMemoryError", "MemoryError")
 _REQUESTED = re.compile(r"(?:tried|unable) to allocate (\d+(?:\.\d+)?)\.? ?(bytes|[KMGT]iB)", re.IGNORECASE)
@@ -30,6 +38,15 @@ _REQUESTED = re.compile(r"(?:tried|unable) to allocate (\d+(?:\.\d+)?)\.? ?(byte
 def is_out_of_memory(kind: str, message: str) -> bool:
     """By the type that torch or Python raises, and by the texts of what is raised as a plain RuntimeError."""
     return kind in _KINDS or any(text in message for text in _TEXTS)
+
+
+def is_of_host(kind: str, message: str, traceback: str = "") -> bool:
+    """Whether an out-of-memory is of the host's memory: of its allocators, or of pages that were to be pinned, which
+    the last line of code in the traceback tells."""
+    if kind == "MemoryError" or any(text in message for text in _HOST_TEXTS):
+        return True
+    code = [line for line in traceback.splitlines() if line.startswith("    ") and line.strip(" ^~")]
+    return _DRIVERS_TEXT in message and any(call in line for line in code[-1:] for call in _PINNING)
 
 
 def requested_bytes(message: str) -> int | None:
@@ -91,6 +108,8 @@ class Marker:
     micro: int = 0
     plan: str = ""
     """``search.plan.plan_id`` of the plan that was run."""
+    device: str = ""
+    """Kind of the device on which that plan's tensors lie (``facts.device.Device.kind``)."""
     memory: MemoryState | None = None
     """Of a rank that ran out of it."""
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -103,6 +122,11 @@ class Marker:
     def is_out_of_memory(self) -> bool:
         """Told by what was raised."""
         return is_out_of_memory(self.kind, self.message)
+
+    @property
+    def is_of_host(self) -> bool:
+        """Whether the host's memory ran out although tensors lie on a device of their own."""
+        return self.device not in ("", "cpu") and is_of_host(self.kind, self.message, self.traceback)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""

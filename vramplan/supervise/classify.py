@@ -143,7 +143,7 @@ class Verdict:
 
     def __str__(self) -> str:
         who = "the run" if self.rank is None else f"rank {self.rank}"
-        if self.cause is Cause.HOST_MEMORY:
+        if self.cause is Cause.HOST_MEMORY and self.marker is None:
             return f"{who} was killed for want of host memory in {self.phase}"
         if self.cause is Cause.HANG:
             return f"{who} hung in {self.phase}"
@@ -172,6 +172,8 @@ def _of_memory(found: Evidence) -> Verdict | None:
 
 
 def _memory_cause(marker: Marker) -> Cause:
+    if marker.is_of_host:
+        return Cause.HOST_MEMORY
     if marker.memory is not None and marker.memory.is_fragmented:
         return Cause.FRAGMENTATION
     by_phase = _phase_cause(marker.phase)

@@ -42,6 +42,9 @@ class Ladder:
         self._plan, self._architecture = plan, architecture
         self._failed = [attempt for attempt in history if attempt.is_memory]
         self._forbidden = {attempt.plan for attempt in self._failed} | {plan_id(plan.run)}
+        on_host = plan.node.device.kind == "cpu"
+        self._of_device = [each for each in self._failed if on_host or each.cause != Cause.HOST_MEMORY.value]
+        """Those whose bytes are of the memory that tensors lie in."""
 
     def next(self, verdict: Verdict, *, keep_stage: bool) -> Lowered | Exhausted:
         """The next plan after ``verdict``, which is about memory and already in the history."""
@@ -61,12 +64,12 @@ class Ladder:
     def _own_step(self, verdict: Verdict) -> Lowered | None:
         """What mends a cause without slowing the training: a setting of the allocator, a smaller evaluation batch, no
         snapshots in the host's memory."""
-        run = self._plan.run
+        run, frees_host = self._plan.run, verdict.cause is Cause.HOST_MEMORY
         if verdict.cause is Cause.FRAGMENTATION and EXPANDABLE not in run.alloc_conf:
             changed = run.model_copy(update={"alloc_conf": ",".join(filter(None, (run.alloc_conf, EXPANDABLE)))})
         elif verdict.cause is Cause.EVALUATION and eval_batch(run) > 1:
             changed = with_field(run, "training.eval_micro_batch_size", self._eval_batch_that_fits(run))
-        elif verdict.phase == "save" and run.training.snapshot_every is not None:
+        elif run.training.snapshot_every is not None and (frees_host or verdict.phase == "save"):
             changed = with_field(run, "training.snapshot_every", None)
         else:
             return None
@@ -87,7 +90,7 @@ class Ladder:
     @property
     def _capacity(self) -> int | None:
         """The least that was ever seen to be all."""
-        return min((a.capacity_bytes for a in self._failed if a.capacity_bytes is not None), default=None)
+        return min((a.capacity_bytes for a in self._of_device if a.capacity_bytes is not None), default=None)
 
     @property
     def room_for_tensors(self) -> int:
@@ -95,7 +98,7 @@ class Ladder:
         missing there."""
         limits = [
             a.predicted_bytes - max(int(a.predicted_bytes * MARGIN_FRAC), _missing(a))
-            for a in self._failed
+            for a in self._of_device
             if a.predicted_bytes is not None
         ]
         return min([self._room, *limits])
@@ -103,11 +106,13 @@ class Ladder:
     @cached_property
     def _room(self) -> int:
         """Bytes that no phase of the next plan may exceed: the capacity that was seen; where none was, the peak of the
-        plan that failed, for it was passed unless it is where it failed."""
+        plan that failed, for it was passed unless it is where it failed; the device's, where it never failed."""
+        if not self._of_device:
+            return self._plan.node.capacity_bytes
         if self._capacity is not None:
             return int(self._capacity * (1 - MARGIN_FRAC))
         peak = self._plan.prediction.allocated_peak_bytes
-        last = next((a.predicted_bytes for a in reversed(self._failed) if a.plan == plan_id(self._plan.run)), None)
+        last = next((a.predicted_bytes for a in reversed(self._of_device) if a.plan == plan_id(self._plan.run)), None)
         return peak if last is None or last < peak else int(peak * (1 - MARGIN_FRAC))
 
     def _is_lower(self, run: RunSpec, known: Estimate, verdict: Verdict) -> bool:
@@ -116,7 +121,7 @@ class Ladder:
             return False
         if self._is_of_host(verdict):
             return known.fits and known.host_bytes_per_node < self._plan.prediction.host_bytes_per_node
-        limits = ((a.phase, a.step, a.predicted_bytes) for a in self._failed if a.predicted_bytes is not None)
+        limits = ((a.phase, a.step, a.predicted_bytes) for a in self._of_device if a.predicted_bytes is not None)
         return all(predicted_bytes(known, phase, step) <= limit * (1 - MARGIN_FRAC) for phase, step, limit in limits)
 
     def _is_of_host(self, verdict: Verdict) -> bool:
@@ -140,7 +145,7 @@ class Ladder:
         """What the failures so far have taught of the estimate."""
         return Correction.of(
             Seen(a.phase, a.needed_bytes, a.predicted_bytes)
-            for a in self._failed
+            for a in self._of_device
             if a.needed_bytes is not None and a.predicted_bytes is not None
         )
 

@@ -34,7 +34,7 @@ def main() -> NoReturn:
 
         outlive_killed_compilers()
 
-        status.plan = plan_id(plan.run)
+        status.plan, status.device = plan_id(plan.run), plan.node.device.kind
         train(plan, run_dir, status, resuming=arguments.resume, probing=arguments.probe, retrying=arguments.retry)
         barrier()  # no rank leaves while another still needs it
     except BaseException as error:  # noqa: BLE001  # whatever it is, the supervisor must learn of it

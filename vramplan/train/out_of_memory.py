@@ -31,12 +31,13 @@ class Reserve:
             self._block = None
 
 
-def memory_state(message: str, baseline_bytes: int, reserve_bytes: int) -> MemoryState:
-    """What this rank held and had left. ``baseline_bytes``: ``data_bytes`` before the model was loaded;
-    ``reserve_bytes``: of the process's own memory that was given back since the failure."""
+def memory_state(message: str, baseline_bytes: int, reserve_bytes: int, *, of_host: bool = False) -> MemoryState:
+    """What this rank held and had left, of the host's memory where that ran out (``of_host``). ``baseline_bytes``:
+    ``data_bytes`` before the model was loaded; ``reserve_bytes``: of the process's own memory that was given back since
+    the failure."""
     requested = requested_bytes(message)
     with suppress(Exception):  # after an error of the driver its own figures may not be had either
-        torch = _torch_with_cuda()
+        torch = None if of_host else _torch_with_cuda()
         if torch is not None:
             free, _ = torch.cuda.mem_get_info()
             return MemoryState(requested, torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), free)

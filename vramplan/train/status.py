@@ -14,7 +14,7 @@ from pathlib import Path
 from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
 from vramplan.errors import VramplanError
 from vramplan.facts.host import node_identity
-from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, is_out_of_memory
+from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, is_of_host, is_out_of_memory
 from vramplan.measure.run_dir import write_json
 from vramplan.train.disk import DiskReserve, full_disk_sentence
 from vramplan.train.out_of_memory import Reserve, data_bytes, memory_state
@@ -53,6 +53,8 @@ class RankStatus:
         self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
         self.now = Status(rank, os.getpid(), node=node_identity())
         self.plan = plan
+        self.device = "cpu"
+        """Kind of the device on which the plan's tensors lie."""
         self.reserve = Reserve()
         self.disk_reserve = DiskReserve(path.with_name(f".{path.name}.reserve"))
         self.baseline_bytes = 0
@@ -116,6 +118,11 @@ def write_failure(path: Path, status: RankStatus, error: BaseException) -> int:
     by_user = full_disk is not None or isinstance(error, VramplanError)
     code = error.exit_code if isinstance(error, VramplanError) else VramplanError.exit_code if by_user else 1
     code = OUT_OF_MEMORY_EXIT_CODE if out_of_memory else code
+    trace = "".join(traceback.format_exception(error))
+    memory = None
+    if out_of_memory:
+        of_host = status.device == "cpu" or is_of_host(kind, message, trace)
+        memory = memory_state(message, status.baseline_bytes, status.reserve.num_bytes, of_host=of_host)
     marker = Marker(
         rank=now.rank,
         phase=now.phase,
@@ -127,10 +134,11 @@ def write_failure(path: Path, status: RankStatus, error: BaseException) -> int:
         step=now.step,
         micro=now.micro,
         plan=status.plan,
-        memory=memory_state(message, status.baseline_bytes, status.reserve.num_bytes) if out_of_memory else None,
+        device=status.device,
+        memory=memory,
         shapes=status.shapes,
         samples=status.samples,
-        traceback="".join(traceback.format_exception(error)),
+        traceback=trace,
     )
     with suppress(OSError):  # on a full disk the exit code has to do
         write_json(path, marker.to_dict())

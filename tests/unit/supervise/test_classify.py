@@ -51,6 +51,40 @@ def test_unused_bytes_of_the_allocator_are_fragmentation():
     assert cause_of(marker(message=CUDA_TEXT, memory=pieces)) is Cause.FRAGMENTATION
 
 
+PINNED = """  File "deepspeed/accelerator/abstract_accelerator.py", line 339, in pin_memory
+    return self._torch_pin_memory(tensor)
+  File "deepspeed/accelerator/abstract_accelerator.py", line 276, in _torch_pin_memory
+    return tensor.pin_memory()
+           ^^^^^^^^^^^^^^^^^^^
+RuntimeError: CUDA error: out of memory
+"""
+FORWARD_OF_DRIVER = """  File "torch/nn/functional.py", line 1, in linear
+    return torch._C._nn.linear(input, weight)
+RuntimeError: CUDA error: out of memory
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "message", "traceback", "cause"),
+    [
+        ("cuda", "RuntimeError", CPU_TEXT, "", Cause.HOST_MEMORY),
+        ("cuda", "MemoryError", "", "", Cause.HOST_MEMORY),
+        ("cuda", "OSError", "[Errno 12] Cannot allocate memory", "", Cause.HOST_MEMORY),
+        ("cuda", "RuntimeError", "CUDA error: out of memory", PINNED, Cause.HOST_MEMORY),
+        ("cuda", "RuntimeError", "CUDA error: out of memory", FORWARD_OF_DRIVER, Cause.STEP),
+        ("cuda", "OutOfMemoryError", CUDA_TEXT, PINNED, Cause.STEP),
+        ("rocm", "RuntimeError", CPU_TEXT, "", Cause.HOST_MEMORY),
+        ("cpu", "RuntimeError", CPU_TEXT, "", Cause.STEP),
+        ("", "RuntimeError", CPU_TEXT, "", Cause.STEP),
+    ],
+)
+def test_the_hosts_memory_is_told_from_the_devices(device, kind, message, traceback, cause):
+    said = marker(phase="step4.micro1.optimizer_step", kind=kind, message=message, traceback=traceback, device=device)
+    verdict = classify(Evidence(86, (said,)))
+    assert verdict.cause is cause
+    assert "ran out of memory in step4.micro1.optimizer_step" in str(verdict)
+
+
 def test_a_rank_without_memory_comes_before_its_peers_and_before_the_users_error():
     peer = marker(rank=0, message=CLOSED, time=5.0)
     by_user = marker(rank=2, message="row 3 is bad", by_user=True, time=6.0)
@@ -141,6 +175,7 @@ def test_nothing_at_all_is_a_killed_process():
         ("MemoryError", ""),
         ("RuntimeError", CPU_TEXT),
         ("RuntimeError", "CUDA error: out of memory"),
+        ("RuntimeError", "CUDA driver error: out of memory"),
         ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         ("DistBackendError", "NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
         ("OSError", "[Errno 12] Cannot allocate memory"),

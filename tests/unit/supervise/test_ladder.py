@@ -224,6 +224,38 @@ def test_host_memory_on_a_gpu_node_moves_less_to_the_host():
     assert found.estimate.fits
 
 
+def test_what_was_moved_to_a_host_that_has_no_room_comes_back_to_the_device():
+    """The device did not fail, so it may hold more than under the plan that the host failed under."""
+    moved = plan_for(
+        zero=ZeroSpec(stage=2, offload_optimizer="cpu", offload_param="none"),
+        micro_batch_size=1,
+        activation_checkpointing="full",
+    )
+    gathered = MemoryState(requested=3 * GIB, reserved=100 * GIB, free=GIB)  # of the host
+    architecture, verdict, attempt = failed(moved, Cause.HOST_MEMORY, "step1.micro16.optimizer_step", gathered, step=1)
+    found = Ladder(moved, architecture, [attempt]).next(verdict, keep_stage=False)
+    assert found.plan.run.zero.offload_optimizer == "none"
+    assert found.estimate.allocated_peak_bytes > moved.prediction.allocated_peak_bytes
+    assert found.estimate.fits
+
+
+def test_what_the_host_had_left_says_nothing_of_the_device():
+    plan = plan_for(gpus=2, global_batch_size=8, micro_batch_size=4)
+    of_host = MemoryState(requested=GIB, reserved=GIB, free=0)
+    architecture, _, host = failed(plan, Cause.HOST_MEMORY, FORWARD, of_host)
+    _, verdict, device = failed(plan, Cause.ACTIVATIONS, BACKWARD)
+    alone = Ladder(plan, architecture, [device]).next(verdict, keep_stage=False)
+    after = Ladder(plan, architecture, [host, device]).next(verdict, keep_stage=False)
+    assert after.changes == alone.changes
+
+
+def test_snapshots_go_first_where_the_hosts_memory_ran_out_in_a_step():
+    keen = plan_for(training=TrainingSpec(snapshot_every=1))
+    architecture, verdict, attempt = failed(keen, Cause.HOST_MEMORY, FORWARD)
+    found = Ladder(keen, architecture, [attempt]).next(verdict, keep_stage=True)
+    assert found.changes == (("training.snapshot_every", None),)
+
+
 def test_evaluation_and_save_are_predicted_by_the_estimate(plan):
     architecture = resolve_architecture(plan.run)
     known = estimate_run(plan.run, plan.node, architecture)

@@ -9,6 +9,7 @@ import time
 
 from vramplan.emit.launch import SUPERVISOR_VARIABLE, process_identity
 from vramplan.errors import DataError
+from vramplan.measure.marker import Marker
 from vramplan.train.status import ORPHAN_EXIT_CODE, RankStatus, write_failure
 
 
@@ -83,3 +84,16 @@ def test_a_rank_ends_with_its_supervisor(tmp_path):
             supervisor.send_signal(signal.SIGKILL)
             supervisor.wait()
             assert rank.wait(timeout=5) == ORPHAN_EXIT_CODE
+
+
+def test_a_marker_says_whose_memory_ran_out(tmp_path):
+    status = RankStatus(tmp_path / "s.json", 0)
+    assert status.device == "cpu"
+    status.device = "cuda"
+    assert write_failure(tmp_path / "f.json", status, MemoryError()) == 86
+    read = Marker.read(tmp_path / "f.json")
+    assert read.is_of_host
+    assert read.memory.allocated is None  # the host's figures
+    status.device = "cpu"  # where tensors lie in the host's memory
+    assert write_failure(tmp_path / "f.json", status, MemoryError()) == 86
+    assert not Marker.read(tmp_path / "f.json").is_of_host
