@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from vramplan.emit.launch import launch_environment
+from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, is_out_of_memory
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan, plan_id
 from vramplan.train.status import RankStatus, start_guard, write_failure
@@ -38,19 +41,26 @@ def main() -> NoReturn:
         train(plan, run_dir, status, resuming=arguments.resume, probing=arguments.probe, retrying=arguments.retry)
         barrier()  # no rank leaves while another still needs it
     except BaseException as error:  # noqa: BLE001  # whatever it is, the supervisor must learn of it
-        import traceback
-
-        code = write_failure(run_dir.failure_of(rank), status, error)
-        traceback.print_exception(error)
-        _leave(code)
+        _leave(_last_words(run_dir.failure_of(rank), status, error))
     _leave(0)
+
+
+def _last_words(path: Path, status: RankStatus, error: BaseException) -> int:
+    """Says why this rank ends, where the supervisor looks and in its log; its exit code. Where neither can be written
+    (a full disk, no memory), the code has to do: a rank that does not end holds its peers."""
+    code = OUT_OF_MEMORY_EXIT_CODE if is_out_of_memory(type(error).__name__, str(error)) else 1
+    with suppress(Exception):
+        code = write_failure(path, status, error)
+        traceback.print_exception(error)
+    return code
 
 
 def _leave(code: int) -> NoReturn:
     """Ends at once, with all that was done on the disk: an orderly shutdown after a failure would wait for ranks that
     wait for this one, and after success it now and then aborts ("terminate called without an active exception")."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(code)
 
 

@@ -164,6 +164,11 @@ def test_a_rank_that_ended_by_itself_without_a_word_was_not_killed():
     assert classify(Evidence(1, (echo,), ranks, dead=(1,))).cause is Cause.KILLED
 
 
+def test_ranks_that_could_not_write_a_status_are_not_started_again():
+    assert classify(Evidence(1)).cause is Cause.ERROR
+    assert classify(Evidence(247)).may_pass
+
+
 def test_nothing_at_all_is_a_killed_process():
     assert classify(Evidence(0, ranks=(RankState(0, "save"),))).cause is Cause.KILLED
 
