@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from vramplan.spec.run import RunSpec
 TRAINER_MODULE = "vramplan.train"
 """What runs on each rank: ``python -m vramplan.train PLAN RUN_DIR``."""
 DEFAULT_PORT = 29500
+_ALLOC_CONF = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_SETTING = re.compile(r"(?:\[[^\]]*\]|[^,\[])+")
 SUPERVISOR_VARIABLE = "VRAMPLAN_SUPERVISOR"
 """``process_identity`` of the process that started the launcher: a rank does not outlive it."""
 
@@ -71,16 +74,27 @@ def torchrun_command(
 
 
 def launch_environment(run: RunSpec, node: Node, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that the launch sets on top of ``inherited`` (this process's own); one that is set there stays."""
+    """Variables that the launch sets on top of ``inherited`` (this process's own); one that is set there stays, but of
+    the allocator's settings those that the plan has, which its bytes and a recovery rely on."""
     inherited = os.environ if inherited is None else inherited
     # DeepSpeed knows AMD's GPUs as cuda (accelerator/real_accelerator.py)
     wanted: dict[str, str] = {"DS_ACCELERATOR": "cuda" if node.device.kind == "rocm" else node.device.kind}
     if node.device.kind == "cpu":
         # without it each rank starts a thread a core, and the ranks share the cores
         wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // node.gpus_per_node))
+    variables = {name: value for name, value in wanted.items() if name not in inherited}
     if run.alloc_conf:
-        wanted["PYTORCH_CUDA_ALLOC_CONF"] = run.alloc_conf
-    return {name: value for name, value in wanted.items() if name not in inherited}
+        # the first of these that is set is the only one that torch reads (c10/cuda/CUDAAllocatorConfig.h:136-147)
+        set_there = next((inherited[name] for name in _ALLOC_CONF if name in inherited), "")
+        variables[_ALLOC_CONF[0]] = _with_settings(set_there, run.alloc_conf)
+    return variables
+
+
+def _with_settings(before: str, settings: str) -> str:
+    """An allocator's configuration with some settings (``key:value``, a value may be a list in brackets) replaced."""
+    new = _SETTING.findall(settings)
+    names = {each.partition(":")[0] for each in new}
+    return ",".join([each for each in _SETTING.findall(before) if each.partition(":")[0] not in names] + new)
 
 
 def shell_text(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:

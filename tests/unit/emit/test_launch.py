@@ -5,6 +5,8 @@ import shlex
 import subprocess
 import sys
 
+import pytest
+
 from vramplan.emit.launch import (
     launch_command,
     launch_environment,
@@ -65,6 +67,30 @@ def test_what_the_user_set_stays():
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
     }
     assert launch_environment(RUN, node("rocm"), inherited={})["DS_ACCELERATOR"] == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("inherited", "seen"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:True"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "roundup_power2_divisions:[256:1,>:8],max_split_size_mb:128"},
+            "roundup_power2_divisions:[256:1,>:8],max_split_size_mb:128,expandable_segments:True",
+        ),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64,expandable_segments:True"),
+    ],
+)
+def test_the_allocators_settings_of_the_plan_reach_the_ranks_whatever_the_user_exports(inherited, seen):
+    found = launch_environment(RUN, node(), inherited=inherited)
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == seen
+    again = launch_environment(RUN, node(), inherited={**inherited, **found})  # a rank, started by the launcher
+    assert again["PYTORCH_CUDA_ALLOC_CONF"] == seen
+
+
+def test_settings_that_the_plan_does_not_have_stay_as_they_are():
+    bare = RunSpec(model="x")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in launch_environment(bare, node(), inherited={"PYTORCH_CUDA_ALLOC_CONF": "x"})
 
 
 def test_the_shell_reads_the_text_as_it_was_meant():
