@@ -39,8 +39,14 @@ def claim(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> Path:
 
 def has_saved_state(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> bool:
     """Whether there is anything that a run could go on from."""
+    return newest_saved_step(run_dir, shared_memory) is not None
+
+
+def newest_saved_step(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> int | None:
+    """Optimizer steps in the newest of a run's checkpoints and snapshots; None where there is none."""
     places = (run_dir.checkpoints, snapshots_of(run_dir, shared_memory))
-    return any(True for place in places for _ in place.glob(f"{_PREFIX}*"))
+    names = (path.name.removeprefix(_PREFIX) for place in places for path in place.glob(f"{_PREFIX}*"))
+    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def put_away(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> str | None:

@@ -16,6 +16,7 @@ FINISHED = "finished"
 """Under ``cause`` of an attempt that came to the run's end."""
 INTERRUPTED = "interrupted"
 NOT_STARTED = "not started"
+"""The launcher ended before any rank began."""
 
 
 @dataclass(frozen=True, slots=True)

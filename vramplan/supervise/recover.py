@@ -17,7 +17,7 @@ from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir, append_event
-from vramplan.measure.snapshots import has_saved_state, put_away
+from vramplan.measure.snapshots import has_saved_state, newest_saved_step, put_away
 from vramplan.search.lower import Below, Lowered, changes, with_changes, words_of
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.space import Candidate
@@ -29,7 +29,7 @@ from vramplan.supervise.interrupts import Interrupted, interrupts_raise
 from vramplan.supervise.ladder import Ladder, predicted_of
 from vramplan.supervise.learnt import learnt_path, recall, remember
 from vramplan.supervise.offers import Offer, first_allowed, offers
-from vramplan.supervise.supervisor import Listener, interrupted, run_plan
+from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, interrupted, run_plan
 from vramplan.supervise.watch import SILENT_AFTER_S
 
 NOTHING_LEFT_CODE = 4
@@ -45,11 +45,15 @@ class Progress:
     """How far an attempt came, by its events; ``listener`` hears them too."""
 
     listener: Listener
-    started: float = field(default_factory=time.time)
-    first_step: int = 0
-    last_step: int = 0
     saved_step: int = 0
+    """Before the first event: of what it goes on from."""
+    started: float = field(default_factory=time.time)
+    first_step: int = field(init=False)
+    last_step: int = field(init=False)
     saved_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.first_step = self.last_step = self.saved_step
 
     def on_event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -107,7 +111,7 @@ def _until_finished(
     if not resuming:
         plan = _start_from_what_was_learnt(plan, run_dir, architecture, listener)
     while True:
-        free, progress = free_bytes(), Progress(listener)
+        free, progress = free_bytes(), Progress(listener, (newest_saved_step(run_dir) or 0) if resuming else 0)
         try:
             run_plan(
                 plan,
@@ -253,7 +257,7 @@ def _ended(plan: Plan, progress: Progress) -> Attempt:
 def _attempt(plan: Plan, progress: Progress, architecture: Architecture, error: TrainingFailed) -> Attempt:
     ended, verdict = _ended(plan, progress), error.verdict
     if verdict is None:
-        return ended
+        return ended if error.exit_code == INTERRUPTED_CODE else replace(ended, cause=ledger.NOT_STARTED)
     memory = verdict.memory or MemoryState()
     return replace(
         ended,

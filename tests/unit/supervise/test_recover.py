@@ -1,0 +1,95 @@
+"""What the supervisor makes of attempts that end early; the attempts themselves are acted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vramplan.facts.devices import resolve_node
+from vramplan.facts.resolve import resolve_architecture
+from vramplan.measure.marker import MemoryState
+from vramplan.measure.run_dir import RunDir
+from vramplan.search.plan import Plan
+from vramplan.search.planner import make_plan
+from vramplan.spec.run import HardwareSpec, RunSpec
+from vramplan.supervise import attempts, learnt, recover
+from vramplan.supervise.attempts import Attempt
+from vramplan.supervise.classify import Cause, Verdict
+from vramplan.supervise.failure import TrainingFailed
+from vramplan.supervise.supervisor import INTERRUPTED_CODE
+
+Act = Callable[[Plan, RunDir, Callable[[dict[str, Any]], None]], None]
+KILLED = TrainingFailed("killed", 3, Verdict(Cause.KILLED, "resume", 0))
+LOGITS = Verdict(Cause.LOGITS, "step2.micro1.forward", 0, 2, MemoryState(2**30, 2**33, 2**33, 2**20))
+OUT_OF_MEMORY = TrainingFailed("out of memory", 3, LOGITS)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    run = RunSpec(
+        model="meta-llama/Llama-3.2-1B-Instruct",
+        global_batch_size=8,
+        micro_batch_size=4,
+        seq_len=2048,
+        hardware=HardwareSpec(gpu="h100-80gb", gpus_per_node=1, host_memory="256GiB"),
+    )
+    return make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+
+
+@pytest.fixture
+def learnt_file(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return learnt.learnt_path()
+
+
+@pytest.fixture
+def acted(monkeypatch, plan, learnt_file, tmp_path):
+    """Runs acts one after the other in place of attempts; what was said, and what the ledger holds."""
+    monkeypatch.setattr(recover, "wait_until_free", lambda _: True)
+
+    def run(*acts: Act, of: Plan = plan, resuming: bool = False) -> tuple[list[dict[str, Any]], tuple[Attempt, ...]]:
+        said, left, run_dir = [], list(acts), RunDir(tmp_path / "run")
+        run_dir.root.mkdir(exist_ok=True)
+        monkeypatch.setattr(recover, "run_plan", lambda plan, where, listen, **_: left.pop(0)(plan, where, listen))
+        architecture = resolve_architecture(of.run)
+        try:
+            recover.train_to_the_end(of, run_dir, architecture, said.append, resuming=resuming)
+        except TrainingFailed as error:
+            said.append({"event": "failed", "error": error})
+        assert left == []
+        return said, attempts.read(run_dir.attempts)
+
+    return run
+
+
+def fails(error: TrainingFailed, saved: int = 0) -> Act:
+    def act(plan: Plan, run_dir: RunDir, listen: Callable[[dict[str, Any]], None]) -> None:
+        if saved:
+            (run_dir.checkpoints / f"step-{saved:08d}").mkdir(parents=True)
+            listen({"event": "start", "step": 0})
+            listen({"event": "checkpoint", "step": saved, "time": 1.0})
+        raise error
+
+    return act
+
+
+def finishes(*_: Any) -> None:
+    pass
+
+
+def test_a_failure_before_the_first_event_says_what_it_goes_on_from(acted):
+    """Out of the resume itself, say: no event has told yet which checkpoint it is."""
+    said, ledger = acted(fails(KILLED, saved=3), fails(KILLED), finishes)
+    assert [event["from_step"] for event in said if event["event"] == "recovery"] == [3, 3]
+    assert [(each.first_step, each.last_saved_step) for each in ledger] == [(0, 3), (3, 3), (3, 3)]
+    assert [event["steps_repeated"] for event in said if event["event"] == "recovery"] == [0, 0]
+
+
+def test_a_launcher_that_starts_no_rank_is_not_an_interrupt(acted):
+    _, (attempt,) = acted(fails(TrainingFailed("the launcher ended with code 2 before any rank started")))
+    assert attempt.cause == attempts.NOT_STARTED
+    _, (_, attempt) = acted(fails(TrainingFailed("interrupted", INTERRUPTED_CODE)), resuming=True)
+    assert attempt.cause == attempts.INTERRUPTED
