@@ -18,7 +18,7 @@ from vramplan.facts.architecture import Architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir, append_event
 from vramplan.measure.snapshots import has_saved_state, newest_saved_step, put_away
-from vramplan.search.lower import Below, Lowered, changes, with_changes, words_of
+from vramplan.search.lower import Below, Lowered, with_changes, words_of
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.space import Candidate
 from vramplan.supervise import attempts as ledger
@@ -27,7 +27,7 @@ from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
 from vramplan.supervise.interrupts import Interrupted, interrupts_raise
 from vramplan.supervise.ladder import Ladder, predicted_of
-from vramplan.supervise.learnt import learnt_path, recall, remember
+from vramplan.supervise.learnt import learn, learnt_path, recall
 from vramplan.supervise.offers import Offer, first_allowed, offers
 from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, interrupted, run_plan
 from vramplan.supervise.watch import SILENT_AFTER_S
@@ -48,6 +48,8 @@ class Progress:
     saved_step: int = 0
     """Before the first event: of what it goes on from."""
     started: float = field(default_factory=time.time)
+    halved: dict[str, Any] | None = None
+    """The last event of a step that was taken anew, in the same process, with smaller micro-batches."""
     first_step: int = field(init=False)
     last_step: int = field(init=False)
     saved_at: float | None = None
@@ -61,6 +63,8 @@ class Progress:
             self.first_step = self.last_step = self.saved_step = event["step"]
         elif kind == "step":
             self.last_step = event["step"]
+        elif kind == "halved":
+            self.halved = event
         elif kind in ("checkpoint", "snapshot"):
             self.saved_step, self.saved_at = event["step"], event["time"]
         self.listener(event)
@@ -136,7 +140,7 @@ def _until_finished(
             plan, resuming = _go_on(plan, run_dir, decided)
         else:
             ledger.append(run_dir.attempts, replace(_ended(plan, progress), cause=ledger.FINISHED, seconds_lost=0.0))
-            _remember(asked, plan, tried)
+            learn(asked, plan, tried, progress.halved)
             return plan
 
 
@@ -155,15 +159,6 @@ def _start_from_what_was_learnt(plan: Plan, run_dir: RunDir, architecture: Archi
     )
     listener({"event": "note", "text": text})
     return better.plan
-
-
-def _remember(asked: Plan, finished: Plan, tried: Sequence[Attempt]) -> None:
-    """What the next run of the plan that was asked for should start with."""
-    last = next((attempt for attempt in reversed(tried) if attempt.is_memory), None)
-    changed = changes(asked.run, finished.run)
-    same_training = with_changes(asked.run, dict(changed)) == finished.run
-    if last is not None and changed and same_training:
-        remember(asked, dict(changed), last.cause, last.phase)
 
 
 def _go_on(plan: Plan, run_dir: RunDir, decided: Lowered | Offer | None) -> tuple[Plan, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir
-from vramplan.search.plan import Plan
+from vramplan.search.lower import Below, with_changes
+from vramplan.search.plan import Plan, plan_id
 from vramplan.search.planner import make_plan
 from vramplan.spec.run import HardwareSpec, RunSpec
 from vramplan.supervise import attempts, learnt, recover
@@ -93,3 +95,44 @@ def test_a_launcher_that_starts_no_rank_is_not_an_interrupt(acted):
     assert attempt.cause == attempts.NOT_STARTED
     _, (_, attempt) = acted(fails(TrainingFailed("interrupted", INTERRUPTED_CODE)), resuming=True)
     assert attempt.cause == attempts.INTERRUPTED
+
+
+def test_what_was_learnt_before_an_interrupt_is_remembered_when_the_run_is_done(acted, plan, learnt_file):
+    """The plan that is resumed is the one that was reached; the plan that was asked for is met again next time."""
+    _, (first, _) = acted(fails(OUT_OF_MEMORY), fails(TrainingFailed("interrupted", INTERRUPTED_CODE)))
+    assert first.plan == plan_id(plan.run)
+    assert not learnt_file.exists()
+    reached = Below(plan, resolve_architecture(plan.run), keep_stage=True).with_run(
+        with_changes(plan.run, first.changes)
+    )
+    acted(finishes, of=reached.plan, resuming=True)
+    lesson = learnt.recall(plan)
+    assert lesson.changes == first.changes
+    assert (lesson.cause, lesson.phase) == (LOGITS.cause.value, LOGITS.phase)
+
+
+def test_every_plan_on_the_way_down_has_its_lesson(acted, plan):
+    _, (first, second, _) = acted(fails(OUT_OF_MEMORY), fails(OUT_OF_MEMORY), finishes)
+    last = {**first.changes, **second.changes}
+    assert with_changes(plan.run, learnt.recall(plan).changes) == with_changes(plan.run, last)
+    architecture = resolve_architecture(plan.run)
+    between = Below(plan, architecture, keep_stage=True).with_run(with_changes(plan.run, first.changes)).plan
+    assert plan_id(between.run) == second.plan
+    assert learnt.recall(between).changes == second.changes
+
+
+def test_a_plan_of_the_users_between_teaches_nothing_of_the_one_before(acted, plan):
+    acted(fails(OUT_OF_MEMORY), fails(TrainingFailed("interrupted", INTERRUPTED_CODE)))
+    own = replace(plan, run=with_changes(plan.run, {"micro_batch_size": 1, "grad_accum_steps": 8}))
+    acted(finishes, of=own, resuming=True)
+    assert learnt.recall(plan) is None
+
+
+def test_a_step_taken_anew_in_place_is_learnt_from(acted, plan):
+    def halves(_plan, _run_dir, listen):
+        listen({"event": "halved", "step": 4, "micro_batch_size": 3})
+
+    acted(halves)
+    lesson = learnt.recall(plan)
+    assert lesson.changes == {"micro_batch_size": 2, "grad_accum_steps": 4}
+    assert lesson.phase == "step 5"
