@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -127,11 +128,17 @@ class Plan:
             raise SpecError(f"{source}: is a damaged plan ({error!r}); make it again with `vramplan plan`") from error
 
     def save(self, path: Path | str) -> None:
-        """Writes plan.yaml."""
+        """Writes plan.yaml; one that is there stays whole until this one is (a run is resumed from it)."""
         import yaml
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        Path(path).write_text(_HEADER + text, encoding="utf-8")
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(_HEADER + text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -231,3 +232,18 @@ def test_a_file_that_is_no_plan_is_named(tmp_path: Path, text: str, said: str):
 def test_plans_are_told_from_specs():
     assert is_plan({"vramplan_plan": 1})
     assert not is_plan({"model": "x"})
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_earlier_one_whole(tmp_path):
+    """As on a full disk: a run whose plan is half written could not be resumed."""
+    plan = make_plan(ask(SMOL), LAPTOP, resolve_architecture(ask(SMOL)))
+    plan.save(tmp_path / "plan.yaml")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            plan.save(tmp_path / "plan.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Plan.load(tmp_path / "plan.yaml").run == plan.run
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
