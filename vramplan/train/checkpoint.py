@@ -76,7 +76,7 @@ def save_checkpoint(
             "whole, and --resume goes on from them"
         ) from error
     if engine.rank == 0:
-        _prune(directory, keep, keep_step)
+        _prune(directory, target, keep, keep_step)
     dist.barrier()
     return target
 
@@ -212,9 +212,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(directory: Path, keep: int, keep_step: int | None = None) -> None:
-    """By one rank alone, so it looks at sizes only: contents are read by all ranks together, at a resume."""
-    complete = [path for path in published(directory) if find_missing_bytes(path) is None]
+def _prune(directory: Path, written: Path, keep: int, keep_step: int | None = None) -> None:
+    """By one rank alone, so it looks at sizes only: contents are read by all ranks together, at a resume.
+
+    One that is newer than the one just ``written`` was passed over at a resume, so it is damaged and kept for nothing.
+    """
+    reached = [path for path in published(directory) if path.name <= written.name]
+    complete = [path for path in reached if find_missing_bytes(path) is None]
     kept = {path.name for path in complete[:keep]} | ({_name(keep_step)} if keep_step is not None else set())
     stale = [path for path in published(directory) if path.name not in kept]
     for path in (*stale, *directory.glob(f"{_PARTIAL}*"), *directory.glob(f"{_NEUTRAL}*")):
