@@ -98,13 +98,19 @@ def train_to_the_end(
     """Runs a plan, and those that follow from its failures, until one finishes; gives that one.
 
     Raises:
-        TrainingFailed: as ``run_plan``, where another attempt would not help; code 4 where no plan is left.
+        TrainingFailed: as ``run_plan``, where another attempt would not help; code 4 where no plan is left, 2 where the
+            supervisor's own files cannot be written.
     """
     with interrupts_raise():  # between two attempts too
         try:
             return _until_finished(plan, run_dir, architecture, listener, terms, resuming)
         except Interrupted as error:
             raise interrupted(run_dir) from error
+        except OSError as error:  # a full disk: what ranks meet of it comes as their failure
+            what = f"{error.filename or run_dir.root} cannot be written ({error.strerror})"
+            raise TrainingFailed(
+                f"{what}; --resume goes on from the last checkpoint", VramplanError.exit_code
+            ) from error
 
 
 def _until_finished(

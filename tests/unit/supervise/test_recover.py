@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_a_launcher_that_starts_no_rank_is_not_an_interrupt(acted):
     assert attempt.cause == attempts.NOT_STARTED
     _, (_, attempt) = acted(fails(TrainingFailed("interrupted", INTERRUPTED_CODE)), resuming=True)
     assert attempt.cause == attempts.INTERRUPTED
+
+
+def test_a_plan_that_does_not_fit_on_the_disk_is_one_sentence(acted, monkeypatch, tmp_path):
+    def full(_plan, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Plan, "save", full)
+    said, _ = acted(fails(OUT_OF_MEMORY))
+    error = said[-1]["error"]
+    assert str(error).startswith(f"{tmp_path}/run/plan.yaml cannot be written (No space left on device); --resume")
+    assert error.exit_code == 2
 
 
 def test_what_was_learnt_before_an_interrupt_is_remembered_when_the_run_is_done(acted, plan, learnt_file):
