@@ -1,7 +1,9 @@
 """Recovery from out-of-memory for other trainers: what ended a run, which plan to take next, and two drop-ins.
 
-- ``classify`` says from what is known of an ended run (``Evidence``) what ended it (``Verdict``, ``Cause``);
-- ``Ladder`` chooses the next plan for a run that ran out of memory, given every ``Attempt`` so far;
+- ``verdict_of`` says of an exception that a training loop caught what ended the step (``Verdict``, ``Cause``), and
+  ``next_plan`` which plan to take then, given every ``Attempt`` (``attempt_of``) so far;
+- ``classify`` says the same from all that is known of an ended run of several ranks (``Evidence``), and ``Ladder`` is
+  what ``next_plan`` asks;
 - ``find_executable_batch_size`` stands in for accelerate's and keeps the global batch;
 - ``FitCallback`` for transformers' Trainer (and TRL's) asks before training whether it fits, and writes down what was
   predicted beside what was measured.
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.measure.marker import Marker, MemoryState, is_out_of_memory
 from vramplan.recovery.batch_size import find_executable_batch_size
+from vramplan.recovery.failures import attempt_of, next_plan, verdict_of
 from vramplan.search.lower import Lowered
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.classify import Cause, Evidence, RankState, Verdict, classify
@@ -35,9 +38,12 @@ __all__ = [
     "MemoryState",
     "RankState",
     "Verdict",
+    "attempt_of",
     "classify",
     "find_executable_batch_size",
     "is_out_of_memory",
+    "next_plan",
+    "verdict_of",
 ]
 
 

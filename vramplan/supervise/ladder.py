@@ -8,10 +8,11 @@ kind of phase. The plan taken is the fastest whose predicted peak in each phase 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vramplan.facts.architecture import Architecture
+from vramplan.measure.marker import MemoryState
 from vramplan.memory.estimate import UncoveredError, estimate_run
 from vramplan.memory.ledger import Estimate
 from vramplan.search.lower import Below, Lowered
@@ -162,6 +163,23 @@ def _missing(attempt: Attempt) -> int:
     if attempt.needed_bytes is None or attempt.capacity_bytes is None:
         return 0
     return max(0, attempt.needed_bytes - attempt.capacity_bytes)
+
+
+def judged(attempt: Attempt, plan: Plan, architecture: Architecture, verdict: Verdict) -> Attempt:
+    """An attempt under ``plan`` with its cause, the bytes that were seen at its end, and those that were predicted."""
+    memory = verdict.memory or MemoryState()
+    return replace(
+        attempt,
+        cause=verdict.cause.value,
+        phase=verdict.phase,
+        rank=verdict.rank,
+        step=verdict.step,
+        requested_bytes=memory.requested,
+        held_bytes=memory.held,
+        needed_bytes=memory.needed,
+        capacity_bytes=memory.capacity,
+        predicted_bytes=predicted_of(plan, architecture, verdict) if verdict.is_memory else None,
+    )
 
 
 def predicted_of(plan: Plan, architecture: Architecture, verdict: Verdict) -> int | None:

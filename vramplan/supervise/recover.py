@@ -15,7 +15,6 @@ from typing import Any
 
 from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
-from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir, append_event
 from vramplan.measure.snapshots import has_saved_state, newest_saved_step, put_away
 from vramplan.search.lower import Below, Lowered, with_changes, words_of
@@ -26,7 +25,7 @@ from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
 from vramplan.supervise.interrupts import Interrupted, interrupts_raise
-from vramplan.supervise.ladder import Ladder, predicted_of
+from vramplan.supervise.ladder import Ladder, judged
 from vramplan.supervise.learnt import learn, learnt_path, recall
 from vramplan.supervise.offers import Offer, first_allowed, offers
 from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, interrupted, run_plan
@@ -259,19 +258,7 @@ def _attempt(plan: Plan, progress: Progress, architecture: Architecture, error: 
     ended, verdict = _ended(plan, progress), error.verdict
     if verdict is None:
         return ended if error.exit_code == INTERRUPTED_CODE else replace(ended, cause=ledger.NOT_STARTED)
-    memory = verdict.memory or MemoryState()
-    return replace(
-        ended,
-        cause=verdict.cause.value,
-        phase=verdict.phase,
-        rank=verdict.rank,
-        step=verdict.step,
-        requested_bytes=memory.requested,
-        held_bytes=memory.held,
-        needed_bytes=memory.needed,
-        capacity_bytes=memory.capacity,
-        predicted_bytes=predicted_of(plan, architecture, verdict) if verdict.is_memory else None,
-    )
+    return judged(ended, plan, architecture, verdict)
 
 
 def _announce(
