@@ -207,7 +207,7 @@ def _follow(
             if trouble:
                 deadline = time.monotonic() + (_LAST_WORDS_S if trouble.is_of_end else 0.0)
         if ended:
-            return None if finished and child.poll() == 0 else trouble
+            return None if finished and (child.poll() == 0 or trouble.launcher_hangs) else trouble
         time.sleep(_POLL_S)
 
 

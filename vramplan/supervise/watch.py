@@ -29,6 +29,8 @@ class Trouble:
     dead: tuple[int, ...] = ()
     silent: tuple[int, ...] = ()
     stuck_s: float | None = None
+    launcher_hangs: bool = False
+    """Whether every rank has long come to its end and is gone, and the launcher lives on."""
 
     @property
     def is_of_end(self) -> bool:
@@ -36,7 +38,7 @@ class Trouble:
         return bool(self.markers or self.dead)
 
     def __bool__(self) -> bool:
-        return bool(self.markers or self.dead or self.silent or self.stuck_s is not None)
+        return bool(self.markers or self.dead or self.silent or self.stuck_s is not None or self.launcher_hangs)
 
 
 @dataclass
@@ -62,6 +64,7 @@ class RankWatch:
     _node: str = field(default_factory=node_identity)
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _last_look: float | None = None
+    _all_gone_s: float = 0.0
 
     def look(self) -> Trouble:
         """What is wrong now."""
@@ -73,15 +76,20 @@ class RankWatch:
             self._notice(status, passed)
         ended = {status["rank"] for status in every if status["phase"] == "end"}
         running = [status for status in every if status["rank"] not in ended]
-        here = [status for status in running if status.get("node") == self._node]
+        here = [status for status in every if status.get("node") == self._node]
         if self.kills is not None:
-            self.kills.look(status["pid"] for status in every if status.get("node") == self._node)
-        silent = tuple(rank for rank, seen in self._seen.items() if seen.silent_s > self.silent_after_s)
+            self.kills.look(status["pid"] for status in here)
+        gone = {status["rank"] for status in here if not _lives(status["pid"])}
+        lives = {status["rank"] for status in here} - gone
+        self._all_gone_s = 0.0 if running or lives or not every else self._all_gone_s + passed
+        silent = (rank for rank, seen in self._seen.items() if seen.silent_s > self.silent_after_s)
         return Trouble(
             markers=tuple(sorted(self.run_dir.ranks.glob("rank*.failure.json"))),
-            dead=tuple(status["rank"] for status in here if not _lives(status["pid"])),
-            silent=tuple(rank for rank in silent if rank not in ended),
+            dead=tuple(sorted(gone - ended)),
+            # one that has come to its end beats no more when it is gone, which is no trouble
+            silent=tuple(rank for rank in silent if rank not in ended or rank in lives),
             stuck_s=self._stuck_s(running),
+            launcher_hangs=self._all_gone_s > self.silent_after_s,
         )
 
     def _notice(self, status: dict[str, Any], passed: float) -> None:

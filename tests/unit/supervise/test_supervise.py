@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 
 from vramplan.emit.launch import SUPERVISOR_VARIABLE
+from vramplan.facts.host import node_identity
 from vramplan.measure.run_dir import RunDir, append_event, read_events, write_json
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import explain, first_failure
+from vramplan.supervise.supervisor import _follow
 from vramplan.supervise.tail import Tail
+from vramplan.supervise.watch import RankWatch
 
 from support.training import processes_about
 
@@ -65,6 +69,23 @@ def test_a_child_gets_its_variables_and_its_supervisors_name(tmp_path):
 
     assert log.read_text().split()[0] == "b"
     assert log.read_text().split()[1].startswith(f"{os.getpid()}:")
+
+
+def test_a_finished_run_does_not_wait_for_a_launcher_that_hangs(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.ranks.mkdir()
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    status = {"rank": 0, "pid": gone.pid, "phase": "end", "time": 1.0, "node": node_identity()}
+    run_dir.status_of(0).write_text(json.dumps(status))
+    child = Child(python("import time; time.sleep(600)", str(tmp_path)), {}, tmp_path / "log")
+    tail, watch = Tail(run_dir.metrics), RankWatch(run_dir, silent_after_s=0.3)
+    append_event(run_dir.metrics, "end")
+    try:
+        assert _follow(child, tail, lambda _: None, None, watch) is None
+    finally:
+        child.end()
+    assert processes_about(str(tmp_path)) == []
 
 
 def test_ports_can_be_bound():

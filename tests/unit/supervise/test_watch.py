@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from vramplan.measure.run_dir import RunDir
 from vramplan.supervise.attempts import Attempt, append, read
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
-from vramplan.supervise.watch import RankWatch
+from vramplan.supervise.watch import RankWatch, Trouble
 from vramplan.train.status import RankStatus, write_failure
 
 BEATING = """
@@ -92,6 +93,28 @@ def test_a_rank_that_came_to_its_end_is_not_missed(run_dir):
     text = run_dir.status_of(0).read_text().replace(str(os.getpid()), str(gone.pid).ljust(len(str(os.getpid()))))
     run_dir.status_of(0).write_text(text)
     assert not RankWatch(run_dir).look()
+
+
+def test_a_rank_that_hangs_after_its_last_step_is_silent(run_dir, rank):
+    """It says that it is at its end, and a peer that waits for it would wait for half an hour."""
+    text = run_dir.status_of(1).read_text().replace("step1.micro1.forward", "end")
+    watch = RankWatch(run_dir, silent_after_s=2.5)
+    rank.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    run_dir.status_of(1).write_text(text)
+    assert not watch.look()
+    assert look_until(watch, bool).silent == (1,)
+
+
+def test_a_launcher_that_does_not_end_after_its_ranks_is_told(run_dir):
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    status = RankStatus(run_dir.status_of(0), 0)
+    watch = RankWatch(run_dir, silent_after_s=0.5)
+    status.now = replace(status.now, pid=gone.pid)
+    status.mark("end")
+    assert not watch.look()
+    assert look_until(watch, bool) == Trouble(launcher_hangs=True)
 
 
 def test_a_marker_is_trouble_and_names_what_was_worked_on(run_dir):
