@@ -3,6 +3,7 @@
 ``python -m support.wall_worker ROOT MODEL STAGE[:WHERE] ...`` with WHERE ``forward`` or ``backward``: from the second
 micro-batch of the second step on the last layer asks there for 2**50 bytes whenever it is given more than 2 sequences,
 which torch's allocator refuses as it refuses whatever is too much. ``held``: and something holds on to the activations.
+``python``: Python is asked for as much, whose error has no words.
 Without WHERE micro-batches are of 2 sequences from the second step on, and no wall is met.
 """
 
@@ -83,6 +84,8 @@ def _build_wall(engine: TrainEngine, where: str) -> None:
             return
         if where == "held":
             _held.append(hidden)
+        if where == "python":
+            bytearray(_REFUSED)
         _ask_for_too_much(hidden)
 
     engine.module.model.layers[-1].register_forward_hook(after_last_layer)

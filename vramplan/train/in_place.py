@@ -53,6 +53,13 @@ class InPlace:
         return max(0, alive - self._alive)
 
 
+def without_frames(error: Exception) -> tuple[type[Exception], str]:
+    """The kind and the words of an out-of-memory, by which it can be raised again and told for what it is, without the
+    frames that hold the failed pass. Python's own has no words (``MemoryError()``), and its name stands for them."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError), str(error).strip() or repr(error)
+
+
 def drop_gradients(engine: TrainEngine) -> None:
     """Makes the engine as it is between steps (DeepSpeed 0.19.8 has no call for it)."""
     for param in engine.module.parameters():

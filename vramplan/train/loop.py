@@ -23,7 +23,7 @@ from vramplan.spec.run import RunSpec
 from vramplan.train.checkpoint import load_step
 from vramplan.train.engine import TrainEngine
 from vramplan.train.evaluate import evaluate
-from vramplan.train.in_place import InPlace
+from vramplan.train.in_place import InPlace, without_frames
 from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pinned import pinned_loss
@@ -236,21 +236,19 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not self._in_place.may_retry(error, self._micro_batch_size):
                     raise
-                message = str(error)
-            self._halve_micro_batches(step, message)
+                kind, message = without_frames(error)
+            self._halve_micro_batches(step, kind, message)
 
-    def _halve_micro_batches(self, step: int, message: str) -> None:
+    def _halve_micro_batches(self, step: int, kind: type[Exception], message: str) -> None:
         """Raises:
-        RuntimeError: the failed pass is not wholly gone, so the process must end with what it met.
+        kind: the failed pass is not wholly gone, so the process must end with what it met.
         """
         held = self._in_place.clean_up()
         if held:
-            raise RuntimeError(f"{message}\n{held} bytes of the failed pass are still held")
+            raise kind(f"{message}\n{held} bytes of the failed pass are still held")
         self.phases.stop_measuring()  # the record is of a run as planned
         self._micro_batch_size = -(-self._micro_batch_size // 2)
-        self.metrics.event(
-            "halved", step=step, micro_batch_size=self._micro_batch_size, reason=message.strip().splitlines()[0]
-        )
+        self.metrics.event("halved", step=step, micro_batch_size=self._micro_batch_size, reason=message.splitlines()[0])
 
     def _accumulate(self, step: int, batch: GlobalBatch) -> torch.Tensor:
         """Forward and backward of each micro-batch of this rank; the sum of their parts of the loss."""
