@@ -28,7 +28,7 @@ class Cause(Enum):
     HOST_MEMORY = "host memory"
     KILLED = "a killed process"
     HANG = "a hang"
-    NAN = "a loss that is not finite"
+    NAN = "a loss or gradient that is not finite"
     USER = "the user's own error"
     ERROR = "an error of the program"
 
@@ -88,6 +88,8 @@ _COMMUNICATION_TEXTS = (
     "EADDRINUSE",  # another process took the port between its choice and the ranks' meeting
 )
 _NAN_TEXT = "the loss is "
+_OVERFLOW_TEXTS = ("loss scale already at minimum",)
+"""Of fp16's scaling, where gradients overflow at every scale (deepspeed/runtime/fp16/loss_scaler.py:259)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +262,8 @@ def _of_error(found: Evidence) -> Verdict | None:
     if not own:
         return None
     first = min(own, key=lambda marker: marker.time)
-    return Verdict(Cause.ERROR, first.phase, first.rank, first.step, marker=first)
+    cause = Cause.NAN if _tells_of(first.message, _OVERFLOW_TEXTS) else Cause.ERROR
+    return Verdict(cause, first.phase, first.rank, first.step, marker=first)
 
 
 def _of_death(found: Evidence) -> Verdict | None:

@@ -130,6 +130,8 @@ def test_a_silent_rank_and_ranks_that_stand_still_are_a_hang():
 def test_what_no_plan_mends():
     nan = marker(message="the loss is nan at step 4 (samples x)", by_user=True, kind="RunFailedError")
     assert cause_of(nan) is Cause.NAN
+    overflow = "Current loss scale already at minimum - cannot decrease scale anymore. Exiting run."
+    assert cause_of(marker(message=overflow, kind="Exception", exit_code=1), launcher_code=1) is Cause.NAN
     assert cause_of(marker(message="row 3 is bad", by_user=True)) is Cause.USER
     assert cause_of(marker(message="shape mismatch"), marker(rank=0, message=CLOSED, time=1.0)) is Cause.ERROR
     for cause in (Cause.NAN, Cause.USER, Cause.ERROR):
