@@ -49,6 +49,12 @@ def newest_saved_step(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> i
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
+def held_bytes(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> int:
+    """Bytes of the host's memory that a run's snapshots take while no process of it lives."""
+    files = (path for path in snapshots_of(run_dir, shared_memory).rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
+
+
 def put_away(run_dir: RunDir, shared_memory: Path = SHARED_MEMORY) -> str | None:
     """Frees the memory of a run's snapshots; the newest becomes a checkpoint if no checkpoint is as new.
 

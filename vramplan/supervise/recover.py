@@ -16,7 +16,7 @@ from typing import Any
 from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.measure.run_dir import RunDir, append_event
-from vramplan.measure.snapshots import has_saved_state, newest_saved_step, put_away
+from vramplan.measure.snapshots import has_saved_state, held_bytes, newest_saved_step, put_away
 from vramplan.search.lower import Below, Lowered, with_changes, words_of
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.space import Candidate
@@ -120,7 +120,8 @@ def _until_finished(
     if not resuming:
         plan = _start_from_what_was_learnt(plan, run_dir, architecture, listener)
     while True:
-        free, progress = free_bytes(), Progress(listener, (newest_saved_step(run_dir) or 0) if resuming else 0)
+        free, kept = free_bytes(), held_bytes(run_dir)
+        progress = Progress(listener, (newest_saved_step(run_dir) or 0) if resuming else 0)
         try:
             run_plan(
                 plan,
@@ -141,7 +142,8 @@ def _until_finished(
             if isinstance(decided, TrainingFailed):
                 raise decided from error
             _announce(run_dir, listener, attempt, str(error.verdict), decided)
-            wait_until_free(free)
+            host, *devices = free
+            wait_until_free((host + kept - held_bytes(run_dir), *devices))  # snapshots stay
             plan, resuming = _go_on(plan, run_dir, decided)
         else:
             ledger.append(run_dir.attempts, replace(_ended(plan, progress), cause=ledger.FINISHED, seconds_lost=0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir
+from vramplan.measure.snapshots import snapshots_of
 from vramplan.search.lower import Below, with_changes
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.planner import make_plan
@@ -89,6 +91,24 @@ def test_a_failure_before_the_first_event_says_what_it_goes_on_from(acted):
     assert [event["from_step"] for event in said if event["event"] == "recovery"] == [3, 3]
     assert [(each.first_step, each.last_saved_step) for each in ledger] == [(0, 3), (3, 3), (3, 3)]
     assert [event["steps_repeated"] for event in said if event["event"] == "recovery"] == [0, 0]
+
+
+def test_memory_that_snapshots_keep_is_not_waited_for(acted, monkeypatch, tmp_path):
+    expected = []
+    monkeypatch.setattr(recover, "free_bytes", lambda: (1000, 70))
+    monkeypatch.setattr(recover, "wait_until_free", expected.append)
+    memory = snapshots_of(RunDir(tmp_path / "run"))
+
+    def takes_a_snapshot(*_):
+        (memory / "step-00000002").mkdir(parents=True)
+        (memory / "step-00000002" / "shard").write_bytes(b"x" * 300)
+        raise KILLED
+
+    try:
+        acted(takes_a_snapshot, fails(KILLED), finishes)
+    finally:
+        shutil.rmtree(memory)
+    assert expected == [(700, 70), (1000, 70)]
 
 
 def test_a_launcher_that_starts_no_rank_is_not_an_interrupt(acted):
