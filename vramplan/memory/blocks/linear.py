@@ -64,8 +64,9 @@ def _quantized(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tens
         out = ops.linear_4bit(low, linear.weight_numel, out_numel, label, ctx.dtype, ctx.device)
         if ctx.hooks is not None:
             _view_in_node(ctx, out, weight.name, ctx.hooks.whole(weight.name))
-        del low
-        return ops.to(out, given, label)
+        result = ops.to(out, given, label)
+        del low  # named until the module returns
+        return result
 
     return ctx.call(linear.name, (weight, bias), run, x)
 
