@@ -157,6 +157,9 @@ class Architecture:
     """The final norm is registered before the layers (OPT)."""
     both_masks: bool = False
     """Masks of both kinds are made whichever kinds its layers are of (Llama-4)."""
+    masks_by_document: bool = True
+    """Masks are made with positions, by which packed documents do not see each other (not BLOOM's, Falcon's, OPT's and
+    gpt-oss's)."""
     spare_mask: bool = False
     """A mask for sliding layers is made though none slides (Qwen2-MoE: its window is then 0, which all reach)."""
     router_scores: str = "dropped"

@@ -360,9 +360,10 @@ def job_from_run(
         offload_optimizer=run.zero.offload_optimizer in ("cpu", "nvme"),
         offload_param=run.zero.offload_param in ("cpu", "nvme"),
         clipping=run.training.max_grad_norm > 0,
-        # flash-attn takes packed documents as they lie; BLOOM and Falcon make their masks without positions
-        # (models/bloom/modeling_bloom.py, models/falcon/modeling_falcon.py: create_causal_mask)
-        masked=run.attention_mask if run.attention == "flash_attention_2" or architecture.has_own_core else run.masked,
+        # flash-attn takes packed documents as they lie
+        masked=run.masked
+        if run.attention != "flash_attention_2" and architecture.masks_by_document
+        else run.attention_mask,
         given_positions=run.data.packing != "none" or layout.sp > 1,
         retain=run.retain,
         managed=managed or (bool(run.zero.overlap_comm) and run.zero.stage < 2),

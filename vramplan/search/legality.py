@@ -246,7 +246,7 @@ def _sequence_parallel_length(run: RunSpec, node: Node, architecture: Architectu
 def _packing_is_seen(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.data.packing == "none" or run.attention == "flash_attention_2":
         return None
-    if architecture.has_own_core:
+    if not architecture.masks_by_document:
         return (
             f"data.packing {run.data.packing}: {architecture.family} makes its masks without positions, so packed "
             "documents would see each other: set data.packing none"
@@ -295,7 +295,10 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_sequence_parallel_window, "transformers/integrations/sdpa_attention.py, sdpa_attention_forward"),
     (_sequence_parallel_methods, "deepspeed/runtime/zero/stage3.py, __reduce_and_partition_ipg_grads"),
     (_sequence_parallel_length, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPDataLoaderAdapter.refill"),
-    (_packing_is_seen, "transformers/models/falcon/modeling_falcon.py, FalconModel; ulysses_sp.py, uattn_wrapper"),
+    (
+        _packing_is_seen,
+        "transformers/models/opt/modeling_opt.py, OPTDecoder (create_causal_mask); ulysses_sp.py, uattn_wrapper",
+    ),
     (_tensor_and_sequence_parallel, "deepspeed/runtime/engine.py, _configure_tensor_parallel_states (self.mpu)"),
     (_tensor_parallel_adapters, "deepspeed/module_inject/auto_tp.py (no LoRA layer in its policies)"),
 )

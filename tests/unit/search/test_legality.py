@@ -67,6 +67,12 @@ REFUSED = [
     ({"model": "bigscience/bloom-560m", "attention": "sdpa"}, NODE, "does not exist for the bloom family"),
     ({"model_config_fields": FALCON_RW, "attention": "flash_attention_2"}, NODE, "no place for falcon's ALiBi"),
     ({"model_config_fields": FALCON_RW, "data": {"packing": "best_fit"}}, NODE, "other: set data.packing none"),
+    ({"model": "facebook/opt-125m", "data": {"packing": "best_fit"}}, NODE, "opt makes its masks without positions"),
+    (
+        {"model": "openai/gpt-oss-20b", "attention": "eager", "data": {"packing": "best_fit"}},
+        NODE,
+        "gpt_oss makes its masks without positions",
+    ),
     ({"layout": {"dp": 4, "sp": 2}, "data": {"packing": "best_fit"}}, NODE, "set attention flash_attention_2"),
     ({"model": "meta-llama/Llama-4-Scout-17B-16E-Instruct", "method": "lora"}, NODE, "llama4's routers"),
     ({"method": {"kind": "qlora", "use_dora": True}, "zero": {"stage": 3}}, CPU_NODE, "does not know"),

@@ -32,6 +32,7 @@ def build(fields: Fields) -> Architecture:
         head=Linear("lm_head", hidden, vocab, bias=False, role=Role.HEAD),
         tied_embeddings=fields.flag("tie_word_embeddings", default=True),
         layer_prefix="transformer.h",
+        masks_by_document=False,
     )
 
 

@@ -35,6 +35,7 @@ def build(fields: Fields) -> Architecture:
         head=Linear("lm_head", narrow, vocab, bias=False, role=Role.HEAD),
         tied_embeddings=fields.flag("tie_word_embeddings", default=True),
         layer_prefix=f"{prefix}.layers",
+        masks_by_document=False,
     )
 
 
