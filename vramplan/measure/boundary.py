@@ -109,7 +109,8 @@ def estimated_largest(job: JobSpec, device_type: str) -> int:
         run = run.model_copy(update={"attention_mask": job.attention_mask and job.masked})
         found = estimate(run, node, resolve_architecture(run), rank=0, managed=True)
         held = sum(term.num_bytes for term in found.overhead if term.name in HELD_BY_THE_ALLOCATOR)
-        return found.allocated_peak_bytes + held <= (job.cap_bytes or 0)
+        peak = max(phase.peak_bytes for phase in found.through_steps(job.steps))
+        return peak + held <= (job.cap_bytes or 0)
 
     return largest_that(fits)
 

@@ -146,11 +146,20 @@ def compare_record(record: Record | UnreadRecord) -> RecordComparison:
         found = estimate_record(record)
     except VramplanError as error:
         return RecordComparison(record.id, label, None, measured, str(error))
-    predicted = found.train_allocated_peak_bytes
+    passed = found.through_steps(_steps_of(record))
+    predicted = max(phase.peak_bytes for phase in passed if phase.phase.startswith("step"))
     if measured is None:
         reason = f"nothing measured: the run ended as {record.measured.outcome}"
         return RecordComparison(record.id, label, predicted, None, reason)
     return RecordComparison(record.id, label, predicted, measured, phases=_phases(found, record.measured))
+
+
+def _steps_of(record: Record) -> int:
+    """Optimizer steps that were measured: a run that came to its end has a phase of each."""
+    phases = [phase.phase for phase in record.measured.phases if phase.is_step]
+    if record.measured.outcome != "ok" or not phases:
+        return record.spec.steps
+    return 1 if all(name.startswith("step1.") for name in phases) else 2
 
 
 def estimate_record(record: Record) -> Estimate:

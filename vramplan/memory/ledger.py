@@ -78,6 +78,11 @@ class Estimate:
         """The highest peak of the step phases (a record's figure of that name)."""
         return max(phase.peak_bytes for phase in self.phases if phase.phase.startswith("step"))
 
+    def through_steps(self, steps: int) -> tuple[PhaseBytes, ...]:
+        """The phases of a run that ends after so many steps; every later step is as the second."""
+        later = "step2." if steps == 1 else "no phase"
+        return tuple(phase for phase in self.phases if not phase.phase.startswith(later))
+
     @property
     def between_steps_bytes(self) -> int:
         """What is allocated after the last step."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vramplan.measure.compare import quantile, summarize
+from vramplan.measure.compare import compare_record, estimate_record, quantile, summarize
+from vramplan.measure.record import Measured, read_records
 
 FRACTIONS = st.floats(-0.9, 5, allow_nan=False)
 
@@ -28,6 +32,20 @@ def test_a_summary_bounds_every_error(errors: list[float]):
     assert found.p95_abs_error_frac is not None
     assert found.median_abs_error_frac is not None
     assert 0 <= found.median_abs_error_frac <= found.p95_abs_error_frac
+
+
+def test_of_a_run_of_one_step_the_peak_of_one_step_is_predicted():
+    """States come to be in the first step, so the second is higher."""
+    records = read_records(Path(__file__).parents[2] / "golden" / "cpu_records.jsonl")
+    record = next(each for each in records if each.id == "CA000")
+    whole = compare_record(record)
+    first = tuple(phase for phase in record.measured.phases if not phase.phase.startswith("step2."))
+    peak = max(phase.allocated_peak_bytes for phase in first if phase.is_step)
+    assert peak < whole.measured_bytes
+    measured = Measured("ok", first, train_allocated_peak_bytes=peak)
+    found = compare_record(replace(record, measured=measured))
+    assert found.predicted_bytes == pytest.approx(peak, rel=0.001)
+    assert found.predicted_bytes < whole.predicted_bytes == estimate_record(record).train_allocated_peak_bytes
 
 
 def test_nothing_covered_has_no_statistics():
