@@ -15,6 +15,8 @@ def check_run(run: RunSpec) -> None:
     retain = run.retain
     if retain.kl is not None and run.loss == "liger":
         raise LegalityError("retain.kl needs the logits, which loss liger never makes: use loss hf, or l2sp or ewc")
+    if run.loss != "hf" and (key := _needs_token_losses(run)) is not None:
+        raise LegalityError(f"{key} weighs the loss of each token, and loss {run.loss} gives their mean alone: use hf")
     if retain.interpolate and isinstance(run.method, LoraMethod) and run.method.use_dora:
         raise LegalityError("retain.interpolate cannot scale DoRA's adapters: set method.use_dora false, or drop it")
     if run.training.patience is not None and run.training.best_on is None:
@@ -31,6 +33,14 @@ def check_run(run: RunSpec) -> None:
         raise SpecError(
             f"{watching[0]} watches evaluations, of which there is one only, at the end: set training.eval_every"
         )
+
+
+def _needs_token_losses(run: RunSpec) -> str | None:
+    """The key for which the loss is taken from the logits in fp32 (``train/loss.py``, ``token_nll``), token by token:
+    a loss that spares them would be planned for and not run."""
+    if run.data.hard_examples is not None:
+        return "data.hard_examples"
+    return "weight_column" if any(source.weight_column is not None for source in run.data.sources) else None
 
 
 def _no_such_set(key: str, name: str, known: tuple[str, ...]) -> str:

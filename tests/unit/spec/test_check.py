@@ -1,0 +1,27 @@
+"""Keys that do not go together are refused before anything is planned for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vramplan.errors import LegalityError
+from vramplan.spec.check import check_run
+from vramplan.spec.load import run_from_mapping
+
+WEIGHTED = {"train": {"path": "a.jsonl", "weight_column": "w"}}
+
+
+@pytest.mark.parametrize("loss", ["chunked", "liger"])
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"hard_examples": {}}, "data.hard_examples"),
+        (WEIGHTED, "weight_column"),
+        ({"replay": WEIGHTED["train"]}, "weight_column"),
+    ],
+)
+def test_what_weighs_tokens_needs_the_loss_of_each(loss, data, key):
+    with pytest.raises(LegalityError, match=rf"{key} weighs the loss of each token, and loss {loss} gives"):
+        check_run(run_from_mapping({"model": "x", "loss": loss, "data": data}))
+    check_run(run_from_mapping({"model": "x", "data": data}))
+    check_run(run_from_mapping({"model": "x", "loss": loss}))
