@@ -17,6 +17,7 @@ from vramplan.retain.freeze import freeze
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import FullMethod
 from vramplan.train.export import replaced_directory
+from vramplan.train.pretrained import why_not_read
 from vramplan.train.seeds import seed_initial_weights
 
 
@@ -107,8 +108,9 @@ def pretrained(run: RunSpec, directory: Path) -> Any:
         _keep_packing(model)
         return model
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{directory}: cannot be loaded as a causal language model ({reason})") from error
+        raise ConfigError(
+            f"{directory}: cannot be loaded as a causal language model ({why_not_read(error)})"
+        ) from error
 
 
 def _keep_packing(model: torch.nn.Module) -> None:

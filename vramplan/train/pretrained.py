@@ -53,7 +53,7 @@ def load_tokenizer(directory: Path, run: RunSpec) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=run.training.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{directory}: has no tokenizer that can be read ({_first_line(error)})") from error
+        raise ConfigError(f"{directory}: has no tokenizer that can be read ({why_not_read(error)})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -75,7 +75,7 @@ def _from_hub(run: RunSpec) -> Path:
             ) from error
         raise SpecError(
             f"model {run.model!r} is neither a directory nor in the hub's cache, and the hub does not give it "
-            f"({_first_line(error)}); give a local directory"
+            f"({why_not_read(error)}); give a local directory"
         ) from error
 
 
@@ -103,6 +103,23 @@ def _checked(directory: Path, run: RunSpec) -> Path:
     return directory
 
 
-def _first_line(error: BaseException) -> str:
+def load_config(directory: Path, run: RunSpec) -> Any:
+    """The model's config as transformers parses it.
+
+    Raises:
+        ConfigError: transformers cannot.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=run.training.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{directory}/config.json: transformers cannot read it ({why_not_read(error)})") from error
+
+
+def why_not_read(error: BaseException) -> str:
+    """What kept transformers or the hub's client from reading a model, in one line."""
     text = str(error).strip()
+    if "trust_remote_code" in text:  # transformers/dynamic_module_utils.py, resolve_trust_remote_code
+        return "it comes with code of its own, which is run only with training.trust_remote_code: true"
     return text.splitlines()[0] if text else type(error).__name__

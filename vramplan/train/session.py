@@ -13,7 +13,6 @@ from vramplan.data.augment import add_embedding_noise
 from vramplan.data.dataset import RunData, load_data, with_eval_sets
 from vramplan.data.sample import Sample
 from vramplan.emit.deepspeed import ds_config
-from vramplan.errors import ConfigError
 from vramplan.facts.resolve import read_config
 from vramplan.measure.run_dir import RunDir, write_json
 from vramplan.measure.snapshots import snapshots_of
@@ -29,7 +28,7 @@ from vramplan.train.metrics import Memory, Metrics
 from vramplan.train.model import check_fit_of_tokenizer, count_parameters, load_model, start_directory
 from vramplan.train.phases import PROBED_STEPS, Phases
 from vramplan.train.pinned import check_pinned_loss
-from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
+from vramplan.train.pretrained import load_config, load_tokenizer, model_directory, public_name
 from vramplan.train.probe_run import ProbeLoop, run_probe
 from vramplan.train.record import Recorder, versions
 from vramplan.train.retention import general_samples, reference_model, start_penalties
@@ -123,13 +122,7 @@ def _read_inputs(plan: Plan) -> Inputs:
     directory = model_directory(run)
     tokenizer = load_tokenizer(directory, run)
     config = dict(read_config(directory / "config.json"))
-    from transformers import AutoConfig
-
-    try:
-        parsed = AutoConfig.from_pretrained(directory, trust_remote_code=run.training.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{directory}/config.json: transformers cannot read it ({error})") from error
-    check_fit_of_tokenizer(run, parsed, tokenizer)
+    check_fit_of_tokenizer(run, load_config(directory, run), tokenizer)
     data, eval_sets = with_eval_sets(load_data(run, tokenizer), run, tokenizer)
     return Inputs(directory, config, tokenizer, data, eval_sets, general_samples(run, tokenizer))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from vramplan.errors import ConfigError, SpecError
 from vramplan.spec.load import run_from_mapping
 from vramplan.train import embedded
 from vramplan.train.model import check_fit_of_tokenizer, pretrained
-from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
+from vramplan.train.pretrained import load_config, load_tokenizer, model_directory, public_name
 
 from support.tiny_model import save_tiny_model, tiny_tokenizer
 
@@ -85,6 +87,21 @@ def test_without_its_package_the_embedded_model_says_how_to_get_it(monkeypatch):
 def test_a_directory_without_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="has no tokenizer that can be read"):
         load_tokenizer(tmp_path, run(tmp_path))
+
+
+def test_code_of_the_models_own_runs_only_when_asked_for(tmp_path):
+    code = {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(code))
+    (tmp_path / "configuration_mine.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class Mine(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    with pytest.raises(ConfigError, match=r"run only with training\.trust_remote_code: true\)$") as caught:
+        load_config(tmp_path, run(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    assert load_config(tmp_path, run(tmp_path, training={"trust_remote_code": True})).model_type == "mine"
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_tokenizer_gets_a_padding_token(tmp_path):
