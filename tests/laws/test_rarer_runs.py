@@ -54,6 +54,24 @@ WITH_ADAPTERS: Runs = (
 )
 """DoRA on 4-bit weights and on tables, 4-bit weights under ZeRO-3 in fp32 and under autocast."""
 
+AGAIN = {"checkpoint_reentrant": True}
+REENTRANT: Runs = tuple(
+    (key, AGAIN)
+    for key in (
+        "gpt2.0/full/3/full/sdpa/bf16/none/cpu/4/2/1/adamw/none/small/kept",
+        "qwen3_moe.24/full/3/full/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+        "gemma2.27/lora/3/full/eager/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
+        "qwen2.18/qlora/3/full/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go",
+        "mistral.15/dora/3/full/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+        "olmo2.38/full/3/full/sdpa/bf16/none/cuda/4/2/1/adamw/both/small/let go",
+        "bloom.8/full/2/full/eager/bf16/padded/cuda/4/2/1/adamw/none/small/let go",
+        "bloom.8/lora/3/full/eager/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+        "falcon.9/full/3/full/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
+        "falcon.12/full/1/full/eager/fp32/none/cpu/4/1/1/adamw/none/small/kept",
+    )
+)
+"""Under ZeRO-3, where no checkpoint stores what is recomputed, and layers that return more than a state."""
+
 
 def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
     fields = Case.parse(key).run().model_dump()
@@ -63,7 +81,7 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", [UNDER_MUON, WITH_ADAPTERS], ids=["muon", "adapters"])
+@pytest.mark.parametrize("runs", [UNDER_MUON, WITH_ADAPTERS, REENTRANT], ids=["muon", "adapters", "reentrant"])
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]
     nodes = [resolve_node(run.hardware) for run in asked]

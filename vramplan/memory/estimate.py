@@ -181,10 +181,6 @@ def check_covered(job: Job) -> None:
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
         "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
         **why_uncovered(job),
-        "reentrant checkpointing under ZeRO-3": job.checkpointing and job.reentrant and job.stage == 3,
-        f"reentrant checkpointing of the {family} family": job.checkpointing
-        and job.reentrant
-        and job.architecture.has_own_core,
         "pipeline or expert parallelism": max(job.layout.pp, job.layout.ep) > 1,
         job.split_refused: bool(job.split_refused),
         "tensor parallelism under ZeRO-3": job.layout.tp > 1 and job.stage == 3,

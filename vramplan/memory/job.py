@@ -9,9 +9,6 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
-from vramplan.memory.blocks.against_forgetting import KL_CHUNK_TOKENS
-from vramplan.memory.blocks.chunked_loss import block_rows
-from vramplan.memory.blocks.fused_loss import rows_at_once
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.parameters import (
@@ -26,6 +23,7 @@ from vramplan.memory.parameters import (
     trained_tensors,
 )
 from vramplan.memory.quantized import nf4_bytes, packed_numel
+from vramplan.memory.rows import chunk_rows, fused_loss_rows, kl_chunk_tokens, tile_rows
 from vramplan.memory.size import Size, basis_at
 from vramplan.memory.tensor_parallel import split, why_not
 from vramplan.spec.layout import Layout
@@ -368,29 +366,6 @@ def job_from_run(
         retain=run.retain,
         managed=managed or (bool(run.zero.overlap_comm) and run.zero.stage < 2),
     )
-
-
-def fused_loss_rows(loss: str, num_tokens: int, architecture: Architecture) -> int:
-    """Tokens of a chunk of the loss on one rank; 0 for a loss over whole logits."""
-    if loss != "liger":
-        return 0
-    return rows_at_once(num_tokens, architecture.vocab_size, architecture.hidden_size)
-
-
-def chunk_rows(loss: str, num_tokens: int, architecture: Architecture) -> tuple[int, int]:
-    """Tokens of the first two blocks of the chunked loss on one rank of the CPU; (0, 0) for one block, or none."""
-    return block_rows(num_tokens, architecture.vocab_size) if loss == "chunked" else (0, 0)
-
-
-def tile_rows(batch: int, positions: int, architecture: Architecture) -> int:
-    """Tokens that a tiled MLP takes at a time: stretches of each sequence about as long as the model is wide, all of
-    one length (``torch.chunk``)."""
-    return batch * -(-positions // -(-positions // architecture.hidden_size))
-
-
-def kl_chunk_tokens(retain: RetainSpec, num_tokens: int) -> int:
-    """Tokens whose probabilities the KL term has at once on one rank; 0 without it."""
-    return 0 if retain.kl is None else min(KL_CHUNK_TOKENS, num_tokens)
 
 
 @lru_cache(maxsize=256)

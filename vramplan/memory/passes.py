@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vramplan.memory.job import Job, chunk_rows, tile_rows
+from vramplan.memory.job import Job
+from vramplan.memory.rows import chunk_rows, tile_rows
 from vramplan.spec.run import RunSpec
 
 

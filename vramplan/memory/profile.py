@@ -312,6 +312,12 @@ class Runner:
                 ctx.casts = casts
                 ctx.frame.clear()  # recomputing can end in the middle of a module
                 ctx.returned = None
+                if not self.run.reentrant:
+                    ctx.recomputed = None
+
+        def other_result() -> Tensor | None:
+            found, ctx.recomputed = ctx.output if self.tape.in_first_forward else ctx.recomputed, None
+            return found
 
         with self.tape.at(f"layer {index}"):
             if not self.run.recomputes(index):
@@ -320,7 +326,8 @@ class Runner:
                 return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
             kept = self._kept_by_nodes()
             kept += tables.tensors()
-            return checkpoint_reentrant(self.tape, forward, x, kept, on_host=self.run.host_checkpoints)
+            on_host = self.run.host_checkpoints
+            return checkpoint_reentrant(self.tape, forward, x, kept, other_result, on_host=on_host)
 
     def _kept_by_nodes(self) -> list[Tensor]:
         """What nodes of reentrant checkpoints hold beside saved tensors: the loop's, where it keeps the outputs and

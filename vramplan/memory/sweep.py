@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vramplan.errors import SpecError
-from vramplan.memory.job import Job, chunk_rows, fused_loss_rows, kl_chunk_tokens, tile_rows
+from vramplan.memory.job import Job
 from vramplan.memory.partition import ranks_that_differ
+from vramplan.memory.rows import chunk_rows, fused_loss_rows, kl_chunk_tokens, tile_rows
 from vramplan.memory.size import Size, basis_at, evaluate, undominated
 from vramplan.memory.walked import walk
 from vramplan.spec.layout import Layout

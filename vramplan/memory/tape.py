@@ -223,6 +223,11 @@ class Tape:
         self._hooks: list[Packer | Recorder] = []
         self._grad_enabled = True
 
+    @property
+    def records(self) -> bool:
+        """Whether a checkpointed region runs for the second time, so that what it saves is stored by the region."""
+        return bool(self._hooks) and isinstance(self._hooks[-1], Recorder)
+
     def new(self, numel: Size, dtype: Dtype, label: str) -> Tensor:
         """Allocate ``numel`` elements (a size polynomial of elements) of ``dtype`` under ``label``."""
         width = dtype.nbytes

@@ -152,14 +152,13 @@ class Zero12(Engine):
             if self.offloads and self.rank in flush.ranks:
                 own = left if moves else left + flush.numel * self.width
                 instants.append((own + (norm := self._norm_bytes(flush.held)), "gradient norm", own, 0, -norm))
-        waiting = {**bucket, labels.GRADIENTS: left if self.contiguous else 0}  # beside what is made at the boundary
         # they differ by plain bytes, so the highest is highest for every batch
-        _, name, left, filled, copy = max(instants, key=lambda each: each[0])
+        waiting, (_, name, left, filled, copy) = left * self.contiguous, max(instants, key=lambda each: each[0])
         scratch = labels.REDUCTION if copy >= 0 else labels.NORM
         parts = {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, scratch: abs(copy)}
         stretch.see(name, self.resident, outputs, bucket, parts)
         self.resident = merged(self.resident, self._partition())
-        self._finish(stretch, outputs, waiting)
+        self._finish(stretch, outputs, bucket, {labels.GRADIENTS: waiting})
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 2, and the boundary of stage 1 where that overlaps: each gradient moves into the bucket; full buckets

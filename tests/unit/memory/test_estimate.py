@@ -103,7 +103,6 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
         ({"layout": {"dp": 2, "tp": 2, "sp": 2}}, "tensor parallelism with sequence parallelism"),
         ({"model": "Qwen/Qwen2.5-7B-Instruct", "layout": {"dp": 1, "tp": 8}}, "uneven shares .4 by 8"),
         ({"model": "google/gemma-2-9b", "layout": {"dp": 4, "tp": 2}}, "tensor parallelism of the gemma2 family"),
-        ({"checkpoint_reentrant": True, "zero": {"stage": 3}}, "reentrant checkpointing under ZeRO-3"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -102,6 +102,8 @@ class BlockContext:
     """Local variables of the inner model, alive until it returns."""
     output: Tensor | None = None
     """Attention weights that a layer returns to the model, which holds them until the next layer returns (BLOOM)."""
+    recomputed: Tensor | None = None
+    """Attention weights that a layer returns as it is recomputed."""
     returned: Tensor | None = None
     """Attention weights that the caller of an attention module holds until its layer is done."""
     frame: list[Tensor] = field(default_factory=list)

@@ -30,8 +30,11 @@ RESIDUAL = "residual stream"
 def run_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``decoder_layer(x)`` in the layer's arrangement (``DecoderLayer.residual``)."""
     x = _ARRANGEMENTS[layer.residual](ctx, x, layer)
-    if layer.mixer.core != "shared" and ctx.tape.in_first_forward:
-        ctx.output = ctx.returned
+    if layer.mixer.core != "shared":
+        if ctx.tape.in_first_forward:
+            ctx.output = ctx.returned
+        else:
+            ctx.recomputed = ctx.returned
     ctx.returned = None
     return x
 

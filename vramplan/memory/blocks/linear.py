@@ -123,7 +123,7 @@ def recomputed(ctx: BlockContext, weight: Parameter) -> Tensor | None:
     """What recomputing saves of a gathered weight: a view of the whole, which outlives its release, if it is trained
     (torch/utils/checkpoint.py stores ``x.detach() if x.requires_grad else x``); elsewhere the parameter itself is
     saved, and loses its bytes when it is released."""
-    if ctx.hooks is None or ctx.tape.in_first_forward or not weight.requires_grad:
+    if ctx.hooks is None or not ctx.tape.records or not weight.requires_grad:
         return None
     return ctx.hooks.whole(weight.name)
 
