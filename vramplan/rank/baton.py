@@ -17,6 +17,11 @@ until it counts as abandoned."""
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
+class CompilerEnded(RuntimeError):
+    """Another process, of whatever run, was ended while it compiled what this one waited for. It passes: who needs the
+    operator next compiles it, and the supervisor (``supervise/classify.py``) starts the run again."""
+
+
 def outlive_killed_compilers() -> None:
     """From now on torch's compiles in this process take over locks whose owner is dead, instead of waiting for them.
 
@@ -45,7 +50,7 @@ def outlive_killed_compilers() -> None:
         def wait(self) -> None:
             while os.path.exists(self.lock_file_path):
                 if is_abandoned(Path(self.lock_file_path)):
-                    raise RuntimeError(
+                    raise CompilerEnded(
                         f"the process that compiled {Path(self.lock_file_path).parent.name} was ended: start again"
                     )
                 time.sleep(self.wait_seconds)

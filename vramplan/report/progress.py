@@ -74,6 +74,7 @@ class TrainingView:
             self._progress.update(self._task, doing=doing)
 
     def _on_note(self, event: dict[str, Any]) -> None:
+        self._predicted = event.get("predicted_bytes", self._predicted)  # of another plan, which the note is about
         self._say(f"note: {event['text']}")
 
     def _on_resumed(self, event: dict[str, Any]) -> None:

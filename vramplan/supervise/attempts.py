@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.measure.run_dir import append_line
-from vramplan.supervise.classify import MEMORY_CAUSES, Cause
+from vramplan.supervise.classify import MEMORY_CAUSES, PASSING_CAUSES
 
 FINISHED = "finished"
 """Under ``cause`` of an attempt that came to the run's end."""
@@ -63,7 +63,7 @@ class Attempt:
     @property
     def may_pass(self) -> bool:
         """Whether it ended by something that passes."""
-        return self.cause in (Cause.KILLED.value, Cause.HANG.value, Cause.COMMUNICATOR.value)
+        return self.cause in {cause.value for cause in PASSING_CAUSES}
 
 
 def append(path: Path, attempt: Attempt) -> None:

@@ -25,6 +25,7 @@ class Cause(Enum):
     RESUME = "resuming"
     FRAGMENTATION = "fragmentation"
     COMMUNICATOR = "communication"
+    COMPILER = "an ended compiler"
     HOST_MEMORY = "host memory"
     KILLED = "a killed process"
     HANG = "a hang"
@@ -50,7 +51,7 @@ MEMORY_CAUSES = frozenset(
     }
 )
 """Those that another plan can mend."""
-PASSING_CAUSES = frozenset({Cause.KILLED, Cause.HANG, Cause.COMMUNICATOR})
+PASSING_CAUSES = frozenset({Cause.KILLED, Cause.HANG, Cause.COMMUNICATOR, Cause.COMPILER})
 """Those that the same plan may not meet again."""
 
 _SIGKILL_CODES = (-9, 137, 247)
@@ -88,6 +89,8 @@ _COMMUNICATION_TEXTS = (
     "EADDRINUSE",  # another process took the port between its choice and the ranks' meeting
 )
 _NAN_TEXT = "the loss is "
+_ENDED_COMPILER = "CompilerEnded"
+"""What a rank raises that waited for another run's compiler (``rank/baton.py``)."""
 _OVERFLOW_TEXTS = ("loss scale already at minimum",)
 """Of fp16's scaling, where gradients overflow at every scale (deepspeed/runtime/fp16/loss_scaler.py:259)."""
 
@@ -263,6 +266,7 @@ def _of_error(found: Evidence) -> Verdict | None:
         return None
     first = min(own, key=lambda marker: marker.time)
     cause = Cause.NAN if _tells_of(first.message, _OVERFLOW_TEXTS) else Cause.ERROR
+    cause = Cause.COMPILER if first.kind == _ENDED_COMPILER else cause
     return Verdict(cause, first.phase, first.rank, first.step, marker=first)
 
 

@@ -52,7 +52,8 @@ def probe(plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Lis
         if correction.fits(known):
             return tried
         plan = next_plan(tried.plan, architecture, correction)
-        listener({"event": "note", "text": f"the plan becomes {words_of(changes(tried.plan.run, plan.run))}"})
+        text = f"the plan becomes {words_of(changes(tried.plan.run, plan.run))}"
+        listener({"event": "note", "text": text, "predicted_bytes": plan.prediction.allocated_peak_bytes})
     raise NoPlanError(f"{_MAX_PROBES} plans took more than there is when they were probed: lower seq_len or the model")
 
 

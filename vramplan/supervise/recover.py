@@ -164,7 +164,7 @@ def _start_from_what_was_learnt(plan: Plan, run_dir: RunDir, architecture: Archi
         f"an earlier run of this plan on this machine ran out of memory in {lesson.phase}; this one starts with "
         f"{words_of(better.changes)} (remembered in {learnt_path()})"
     )
-    listener({"event": "note", "text": text})
+    listener({"event": "note", "text": text, "predicted_bytes": better.plan.prediction.allocated_peak_bytes})
     return better.plan
 
 

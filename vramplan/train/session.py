@@ -15,7 +15,7 @@ from vramplan.data.sample import Sample
 from vramplan.emit.deepspeed import ds_config
 from vramplan.facts.resolve import read_config
 from vramplan.measure.run_dir import RunDir, write_json
-from vramplan.measure.snapshots import snapshots_of
+from vramplan.measure.snapshots import has_saved_state, snapshots_of
 from vramplan.search.plan import Plan
 from vramplan.spec.check import check_run
 from vramplan.train.card import write_model_card
@@ -130,7 +130,7 @@ def _read_inputs(plan: Plan) -> Inputs:
 def _resume(loop: Loop, recorder: Recorder, resuming: bool) -> int:
     """The step to go on from (0 at the start)."""
     found: Resumed | None = None
-    if resuming:
+    if resuming and has_saved_state(loop.run_dir):  # else there is nothing to measure either
         with loop.phases.phase("resume"):
             found = resume(loop.engine, loop.run_dir.checkpoints, loop.state(0), snapshots_of(loop.run_dir))
             if found is not None:

@@ -116,6 +116,14 @@ def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
     assert lines[4] == "after step 1: replay loss 1.0000, perplexity 2.75 (+10.0%)"
 
 
+def test_a_note_about_another_plan_brings_its_prediction(small_plan):
+    console = Console(file=io.StringIO(), width=200)
+    with TrainingView(small_plan, console) as view:
+        view.on_event({"event": "note", "text": "starts with micro_batch_size 2", "predicted_bytes": 7 * MIB})
+        view.on_event({**STEP, "step": 1})
+    assert console.file.getvalue().splitlines()[1].endswith("7.0 MiB predicted")
+
+
 def test_the_view_is_one_live_line_on_a_terminal(small_plan):
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
     with TrainingView(small_plan, console) as view:

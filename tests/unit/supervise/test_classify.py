@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vramplan.measure.marker import Marker, MemoryState, is_out_of_memory, requested_bytes
+from vramplan.rank.baton import CompilerEnded
+from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.classify import MEMORY_CAUSES, Cause, Evidence, RankState, classify
 
 CPU = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -149,6 +151,14 @@ def test_a_port_that_another_process_took_may_pass():
     )
     found = classify(Evidence(launcher_code=1, markers=(marker(0, "join", taken, kind="DistNetworkError"),)))
     assert found.may_pass
+
+
+def test_another_runs_compiler_that_was_ended_may_pass():
+    text = "the process that compiled deepspeed_shm_comm was ended: start again"
+    found = classify(Evidence(1, (marker(0, "join", text, kind=CompilerEnded.__name__, exit_code=1),)))
+    assert (found.cause, found.may_pass) == (Cause.COMPILER, True)
+    assert str(found) == "rank 0 failed in join: an ended compiler"
+    assert Attempt("p", "", found.cause.value).may_pass
 
 
 def test_an_exit_code_without_a_whole_marker_tells_of_memory_by_the_phase():
