@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vramplan.errors import VramplanError
+from pydantic import ValidationError
+
+from vramplan.errors import ConfigError, VramplanError
 from vramplan.facts.catalogue import ModelEntry, all_models
 from vramplan.facts.device import Device, Node
 from vramplan.facts.families import architecture_from_config
@@ -71,7 +73,7 @@ def jobs(count: int, seed: int, most_bytes: int) -> Iterator[dict[str, Any]]:
 def _is_known(entry: ModelEntry) -> bool:
     try:
         architecture_from_config(entry.config)
-    except VramplanError:
+    except ConfigError:  # a family that is not known
         return False
     return True
 
@@ -186,7 +188,7 @@ def _is_possible(job: dict[str, Any], most_bytes: int) -> bool:
         return estimate(run, node, architecture, rank=0, managed=True).train_allocated_peak_bytes <= most_bytes
     except UncoveredError:
         return True
-    except (VramplanError, ValueError):
+    except (VramplanError, ValidationError):  # refused with a reason; anything else is a fault
         return False
 
 

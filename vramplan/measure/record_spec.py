@@ -61,6 +61,7 @@ def run_from_record_spec(spec: JobSpec) -> tuple[RunSpec, Layout]:
             layout=layout,
             alloc_conf=spec.alloc_conf,
             hardware=hardware,
+            # clipping at 1.0 is part of a record's form, which has no key for another norm
             training=TrainingSpec(max_steps=spec.steps, max_grad_norm=1.0),
         )
     except ValidationError as error:
