@@ -11,7 +11,7 @@ from vramplan.memory.activations import forward_candidates
 from vramplan.memory.between import Files, Standing
 from vramplan.memory.job import Job
 from vramplan.memory.model_run import ModelRun
-from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
+from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, joined, merged
 from vramplan.memory.muon import MuonSteps
 from vramplan.memory.optimizers import OptimizerBytes
 from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
@@ -33,10 +33,12 @@ class Micro:
     step: int
     index: int
     count: int
+    follows: bool = False
+    """Whether gradients of others are there already where it is the first."""
 
     @property
     def first(self) -> bool:
-        return self.index == 1
+        return self.index == 1 and not self.follows
 
     @property
     def boundary(self) -> bool:
@@ -64,6 +66,10 @@ class Engine(ABC):
         self.kept, self.reference = kept_bytes(job), reference_bytes(job)
         self.pulls = False
         """Whether springs pull in the backward of the micro-batch in hand."""
+        self.sampling = False
+        """Whether it is a sample for the Fisher diagonal."""
+        self.sums_left = job.stage == 2 and job.retain.ewc is not None
+        """Whether sampling leaves sums to which the first step's gradients are added."""
         self.steps_skipped = False
         """Whether every optimizer step is discarded as an overflow, so that states never come to be."""
         params = job.parameters
@@ -84,16 +90,33 @@ class Engine(ABC):
         self.load()
         self.init()
         self.started = self.resident
+        if self.job.retain.ewc is not None:
+            self.sample()
         count = self.job.grad_accum_steps
         shown = sorted({1, min(2, count), count}) if count > MICROS_SHOWN else range(1, count + 1)
         for step in (1, 2):
             for index in shown:
-                micro = Micro(step, index, count)
+                micro = Micro(step, index, count, follows=step == 1 and self.sums_left)
                 self.pulls = micro.boundary
                 self.forward(micro)
                 self.backward(micro)
                 self.step(micro)
         return self.stretches
+
+    def sample(self) -> None:
+        """The Fisher diagonal is sampled (``train/retention.py``, ``start_penalties``): backwards that no step follows,
+        after the first of which all are as the second; then gradients are let go of."""
+        before = len(self.stretches)
+        self.sampling = True
+        for index in range(1, 1 + self.job.fisher_samples):
+            micro = Micro(1, index, 3)
+            self.forward(micro)
+            self.backward(micro)
+        self.sampling = False
+        found = joined("retention", self.stretches[before:], self.kept)
+        self.resident, self.outputs = self.resident.without(labels.GRADIENTS), Bytes()
+        found.close(self.resident)
+        self.stretches[before:] = [found]
 
     def standing(self) -> Standing:
         """What stays from phase to phase, after ``walk``."""
@@ -250,8 +273,9 @@ class Engine(ABC):
     @property
     def model_run(self) -> ModelRun:
         """What decides the bytes of the micro-batch in hand."""
-        found = self.job.model_run
-        return found if self.pulls or not found.springs else replace(found, springs=frozenset())
+        sampled = self.job.sampling_run if self.sampling else None
+        found = sampled or self.job.model_run
+        return found if sampled or self.pulls or not found.springs else replace(found, springs=frozenset())
 
     @property
     def profile(self) -> Profile:

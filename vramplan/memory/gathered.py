@@ -23,6 +23,8 @@ class GatheredProfiles:
     following_later: Profile
     between_steps: dict[str, Size]
     """What is there after an optimizer step."""
+    sampled: tuple[Profile, ...]
+    """The two backwards before the first step in which the Fisher diagonal is sampled; none without."""
     viewed_in_steps: tuple[Size, Size]
     """What the graph holds in the first and in later optimizer steps of weights that were whole until then."""
 
@@ -33,19 +35,20 @@ class GatheredProfiles:
 
 
 @lru_cache(maxsize=256)
-def gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
+def gathered_profiles(
+    run: ModelRun, accumulates: bool, steps_skipped: bool = False, sampling: ModelRun | None = None
+) -> GatheredProfiles:
     """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
     with uncollected():
-        return _gathered_profiles(run, accumulates, steps_skipped)
+        return after_steps(Runner(run), accumulates, steps_skipped, sampling)
 
 
-def _gathered_profiles(run: ModelRun, accumulates: bool, steps_skipped: bool) -> GatheredProfiles:
-    return after_steps(Runner(run), accumulates, steps_skipped)
-
-
-def after_steps(runner: Runner, accumulates: bool, steps_skipped: bool = False) -> GatheredProfiles:
+def after_steps(
+    runner: Runner, accumulates: bool, steps_skipped: bool = False, sampling: ModelRun | None = None
+) -> GatheredProfiles:
     """Runs two optimizer steps with their micro-batches under ZeRO-3; of more than two the middle ones are as the
-    last."""
+    last. ``sampling``: the micro-batches before them in which the Fisher diagonal is sampled."""
+    sampled = _samples(runner, sampling) if sampling is not None else ()
     first = runner.micro_batch(is_last=not accumulates)
     following = runner.micro_batch() if accumulates else first
     viewed = runner.optimizer_step(steps_skipped)
@@ -53,4 +56,12 @@ def after_steps(runner: Runner, accumulates: bool, steps_skipped: bool = False) 
     after_step = runner.micro_batch(is_last=not accumulates)
     later = runner.micro_batch() if accumulates else after_step
     viewed_later = runner.optimizer_step(steps_skipped)
-    return GatheredProfiles(first, following, after_step, later, between, (viewed, viewed_later))
+    return GatheredProfiles(first, following, after_step, later, between, sampled, (viewed, viewed_later))
+
+
+def _samples(runner: Runner, sampling: ModelRun) -> tuple[Profile, Profile]:
+    run = runner.run
+    runner.run, runner.ctx.lone_sequence = sampling, sampling.lone_sequence
+    found = runner.micro_batch(), runner.micro_batch()
+    runner.run, runner.ctx.lone_sequence = run, run.lone_sequence
+    return found

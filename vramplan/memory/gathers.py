@@ -182,21 +182,18 @@ class Gathers:
         """The gathered tensor of a weight, if it is there."""
         return self.data.get(name)
 
-    # Iterations
-
     def start_iteration(self, *, remembers: bool = True) -> None:
-        """``reset_step``: at the start of every forward. ``remembers``: not where another forward came between, with
-        other modules, which ends what was recorded (``trace_prologue``)."""
+        """``reset_step``. ``remembers``: not where a forward of other modules came between (``trace_prologue``)."""
         for name in list(self._inflight):
             self._inflight.pop(name).wait(self)
             self._free(name)
-        if self._recording:
+        if not remembers:
+            self._complete, self._recording, self._order = False, False, []
+        elif self._recording:
             self._order = [(param, step) for step, module in enumerate(self._modules) for param in module.params]
             self._complete, self._recording = True, False
         elif not self._complete:
             self._recording = True
-        if not remembers:
-            self._complete, self._recording, self._order = False, False, []
         self._queue = deque(self._order)
         self._fetched_for.clear()
         self._step = 0

@@ -9,6 +9,7 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
+from vramplan.memory.blocks.against_forgetting import FISHER
 from vramplan.memory.gathers import GatherLimits
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.parameters import (
@@ -140,6 +141,18 @@ class Job:
         """Penalties that pull at trained weights."""
         asked = {"l2sp": self.retain.l2sp, "ewc": self.retain.ewc}
         return frozenset(name for name, spec in asked.items() if spec is not None)
+
+    @property
+    def sampling_run(self) -> ModelRun | None:
+        """The micro-batches of one sequence in which the Fisher diagonal is sampled; None without EWC."""
+        if self.retain.ewc is None:
+            return None
+        return replace(replace(self, micro_batch_size=1, kl_chunk_tokens=0).model_run, springs=frozenset([FISHER]))
+
+    @property
+    def fisher_samples(self) -> int:
+        """Backwards of a rank in which the Fisher diagonal is sampled, two at most: the third is as the second."""
+        return 0 if self.retain.ewc is None else min(2, -(-self.retain.ewc.samples // self.degree))
 
     @property
     def keeps_on_host(self) -> bool:

@@ -53,7 +53,8 @@ class ModelRun:
     kl_chunk_tokens: int = 0
     """Tokens whose probabilities the KL term has at once; 0: there is none."""
     springs: frozenset[str] = frozenset()
-    """Penalties that pull at trained weights in this backward: ``l2sp``, ``ewc``."""
+    """Penalties that pull at trained weights in this backward: ``l2sp``, ``ewc``; or ``fisher``: each gradient is
+    squared and added to the diagonal."""
     spring_ranks: int = 1
     """Ranks that share each weight's pull."""
     springs_on_host: bool = False

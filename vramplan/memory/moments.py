@@ -6,13 +6,13 @@ micro-batch and sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vramplan.memory.labels import HOST, term
 from vramplan.memory.ledger import PhaseBytes
-from vramplan.memory.size import ZERO, Size, add, const, dominates, evaluate
+from vramplan.memory.size import ZERO, Size, add, const, dominates, evaluate, of_one_sequence
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Moment, Phase
 
@@ -147,6 +147,24 @@ class Stretch:
     def phase_bytes(self, basis: Size) -> PhaseBytes:
         peak_bytes = max(evaluate(instant.size, basis) for instant in self.instants)
         return PhaseBytes(self.record_phase, peak_bytes, evaluate(self.end, basis))
+
+
+def joined(name: str, stretches: Sequence[Stretch], held: Parts) -> Stretch:
+    """Phases of a micro-batch of one sequence as one, which is still to be closed."""
+    last = stretches[-1]
+    found = Stretch(name, last.phase, last.first_step, last.host_apart, held)
+    for stretch in stretches:
+        for into, instants in ((found.instants, stretch.instants), (found.host, stretch.host)):
+            for each in instants:
+                _note(into, Instant(each.name, of_one_sequence(each.size), tuple(map(_lone, each.many)), each.place))
+    return found
+
+
+def _lone(parts: Parts) -> Bytes:
+    """As ``of_one_sequence``, of every heading."""
+    return Bytes(
+        {name: const(size) if isinstance(size, int) else of_one_sequence(size) for name, size in parts.items()}
+    )
 
 
 def _note(instants: list[Instant], new: Instant) -> None:

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from vramplan.facts.architecture import DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.against_forgetting import base_logits, pull, with_divergence
+from vramplan.memory.blocks.against_forgetting import base_logits, on_gradient, with_divergence
 from vramplan.memory.blocks.balance import collect_of_skipped, with_balance
 from vramplan.memory.blocks.chunked_loss import chunked_loss
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
@@ -100,7 +100,7 @@ class Runner:
     def _collect(self, param: Parameter, grad: Tensor) -> None:
         if self.pulls and not self.run.springs_on_host:
             self.tape.grad_numel -= param.grad_numel  # it is still the tape's
-            pull(param, self.run.spring_ranks, self.run.springs)
+            on_gradient(param, self.run.spring_ranks, self.run.springs)
             self.tape.grad_numel += param.grad_numel
         self.gradients.append(Gradient(param.name, param.grad_numel, self.snapshot(self.tape.where)))
 

@@ -66,6 +66,11 @@ def basis_at(batch: int, seq: int) -> Size:
     return (1, tokens, seq, tokens * seq, seq * seq)
 
 
+def of_one_sequence(size: Size) -> Size:
+    """A size where the micro-batch is one sequence, whatever the batch: ``T`` is ``s``."""
+    return (size[0], 0, size[1] + size[2], 0, size[3] + size[4])
+
+
 def dominates(a: Size, b: Size) -> bool:
     """Whether ``a`` is at least ``b`` for every batch (every basis value is non-negative)."""
     return a[0] >= b[0] and a[1] >= b[1] and a[2] >= b[2] and a[3] >= b[3] and a[4] >= b[4]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from itertools import accumulate
 
 from vramplan.facts.dtype import Dtype
@@ -36,7 +36,7 @@ class Zero12(Engine):
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
-        self._reducing: dict[tuple[bool, bool, bool, int], list[Instant]] = {}
+        self._reducing: dict[Hashable, list[Instant]] = {}
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
         """The gradients of those of the parameters that lie in the rank's partition at least in part, whole."""
@@ -111,7 +111,7 @@ class Zero12(Engine):
         """Stage 1: ``param.grad`` stays; the bucket is there from the first gradient until the boundary's end."""
         early, late = backward_candidates(self.model_run, self.width if micro.first else 0)
         bucket = {labels.BUCKET: self.bucket_bytes}
-        for group, extra in ((early, {}), (late, bucket if micro.first else {})):
+        for group, extra in ((early, {}), (late, {} if labels.BUCKET in self.resident else bucket)):
             for _, point in group:
                 kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
                 stretch.see(point.where, self.resident, extra, kept, at_point(point))
@@ -171,8 +171,7 @@ class Zero12(Engine):
             stretch.see(point.where, self.resident, bucket if left else {}, self._alive(point, left))
         normed = self.offloads and micro.boundary and self.job.managed
         fresh = self._accumulates(micro) and labels.HOST_ACCUMULATED not in self.resident
-        kind = (self.pulls, normed, fresh, left)
-        if kind not in self._reducing:
+        if (kind := (self.model_run, normed, fresh, left)) not in self._reducing:
             self._reducing[kind] = self._reduction_instants(normed, fresh, left)
         base = merged(self.resident, bucket)
         for instant in self._reducing[kind]:

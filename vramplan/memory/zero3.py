@@ -48,7 +48,9 @@ class Zero3(Engine):
         self.sub_groups = [sum(shard(numel, degree) for _, numel in each) for each in together]
         self.sub_group = max(self.sub_groups, default=0)
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
-        self.profiles: GatheredProfiles = gathered_profiles(job.model_run, job.grad_accum_steps > 1, steps_skipped)
+        self.profiles: GatheredProfiles = gathered_profiles(
+            job.model_run, job.grad_accum_steps > 1, steps_skipped, job.sampling_run
+        )
         self.grad_width = job.grad_dtype.nbytes
         self.frozen_second = sum(self._second(param.numel) for param in params if not param.trained) * self.width
         self.trained_width = (job.adapter_dtype or job.dtype).nbytes
@@ -213,6 +215,8 @@ class Zero3(Engine):
 
     def _profile_of(self, micro: Micro) -> Profile:
         found = self.profiles
+        if self.sampling:
+            return found.sampled[micro.index - 1]
         if micro.step == 1:
             return found.first if micro.first else found.following
         return found.after_step if micro.first else found.following_later

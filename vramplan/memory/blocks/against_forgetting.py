@@ -15,6 +15,10 @@ KL_CHUNK_TOKENS = 256
 """Tokens whose probabilities the KL term has at once (``retain/kl.py``)."""
 
 
+FISHER = "fisher"
+"""Stands among springs for a backward that samples the Fisher diagonal."""
+
+
 def base_logits(tape: Tape, vocab_size: int, dtype: Dtype) -> Tensor:
     """What the base said, alive until the loss is there (``train/engine.py``, ``forward``)."""
     return tape.new(tokens(vocab_size), dtype, KL)
@@ -56,6 +60,19 @@ def _chunk(tape: Tape, numel: Size, dtype: Dtype, named: list[Tensor]) -> None:
     difference = tape.new(numel, Dtype.FP32, KL)
     product = tape.new(numel, Dtype.FP32, KL)
     del difference, product
+
+
+def on_gradient(param: Parameter, ranks: int, springs: frozenset[str]) -> None:
+    """The hook on a complete gradient: a pull, or a sample for the Fisher diagonal (``ModelRun.springs``)."""
+    if FISHER not in springs:
+        pull(param, ranks, springs)
+        return
+    tape, numel = param.storage.tape, (param.grad_numel, 0, 0, 0, 0)
+    wide = tape.new(numel, Dtype.FP32, PULL) if param.dtype is not Dtype.FP32 else None
+    squares = tape.new(numel, Dtype.FP32, PULL)
+    del wide
+    counted = tape.new(numel, Dtype.FP32, PULL)
+    del squares, counted
 
 
 def pull(param: Parameter, ranks: int, springs: frozenset[str]) -> None:
