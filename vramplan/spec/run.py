@@ -240,6 +240,9 @@ class RunSpec(UserModel):
     @model_validator(mode="after")
     def _engine_can(self) -> Self:
         reason = engine_refuses(self.engine, self.precision, self.zero, self.layout)
+        hooks = [name for name in ("ewc", "l2sp", "kl") if getattr(self.retain, name) is not None]
+        if hooks and self.engine == "torch" and not reason:
+            reason = f"retain.{hooks[0]} is a hook of the trainer, which runs DeepSpeed: leave it out of engine torch"
         if reason:
             raise ValueError(reason)
         return self

@@ -15,6 +15,7 @@ RUN = {"model": "Qwen/Qwen2.5-0.5B", "engine": "torch", "hardware": {"gpu": "a10
         ({"zero": {"stage": 2}}, "zero.stage is 2"),
         ({"zero": {"offload_optimizer": "cpu"}}, "offloads nothing"),
         ({"layout": {"dp": 1, "sp": 2}}, "data parallel only"),
+        ({"retain": {"kl": {"weight": 0.1}}}, "retain.kl is a hook of the trainer"),
         ({"engine": "deepspeed", "precision": "bf16-weights-autocast"}, "needs engine torch"),
     ],
 )
