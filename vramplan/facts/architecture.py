@@ -53,6 +53,7 @@ class DecoderLayer:
     ``sequential``  ``x += attention(norm(x))``, then ``x += mlp(norm(x))`` (Llama)
     ``parallel``    ``x + (attention(norm(x)) + mlp(norm(x)))``: two norms (GPT-NeoX) or one for both (Phi)
     ``in_turn``     ``(x + attention(norm(x))) + mlp(norm(x))``: the same, added in another order (Cohere, StableLM)
+    ``inside``      as ``sequential``, added by attention and MLP themselves (BLOOM)
     ``post``        ``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))`` (OPT-350m)
     ``norm_after``  ``x += norm(attention(x))``, then ``x += norm(mlp(x))`` (OLMo-2)
     ``sandwich``    ``x += norm(attention(norm(x)))``, then ``x += norm(mlp(norm(x)))`` (Gemma-2)
@@ -136,7 +137,7 @@ class Architecture:
     layer_prefix: str = "model.layers"
     embedding_dropout: float = 0.0
     holds_embedding: bool = True
-    """Whether the inner model holds the table's output until it returns, whatever dropout makes of it (not Phi)."""
+    """Whether the inner model holds the table's output until it returns, not what dropout made of it (as Phi)."""
     reads_embedding: bool = False
     """The inner model reads the table's weight (its device), by which ZeRO-3 takes it for the model's own (Llama-4)."""
     embedding_scaled: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.size import ZERO
-from vramplan.memory.tape import Node, Storage, Tape, Tensor
+from vramplan.memory.tape import LEAF, Node, Storage, Tape, Tensor
 
 
 class Parameter(Tensor):
@@ -22,7 +22,7 @@ class Parameter(Tensor):
         self.waits = False
         """Whether its gradient stays with it until ``deliver`` is called."""
         if trainable:
-            self.node = Node("AccumulateGrad", 1 << 62, [], self._deliver, "")
+            self.node = Node(LEAF, 1 << 62, [], self._deliver, "")
 
     def _deliver(self, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         grad = grads[0]

@@ -35,7 +35,7 @@ from vramplan.memory.model_run import ModelRun
 from vramplan.memory.reentrant import checkpoint_reentrant
 from vramplan.memory.size import ZERO, Size, add
 from vramplan.memory.skipped import difference, held_by_graph, hold_output_of_skipped, less
-from vramplan.memory.tape import RANDOM_STATE, Node, Point, Tape, Tensor
+from vramplan.memory.tape import LEAF, RANDOM_STATE, Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
 
 CPU_RANDOM_STATE_BYTES = 5056
@@ -273,7 +273,7 @@ class Runner:
             keep.extend(grad for grad in (x, grads[0]) if grad is not None)
             return []
 
-        leaf.node = Node("AccumulateGrad", 1 << 61, [], backward, "embedding")
+        leaf.node = Node(LEAF, 1 << 61, [], backward, "embedding")
         return leaf
 
     def _layers(self, given: list[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.size import ZERO
-from vramplan.memory.tape import RANDOM_STATE, Node, Tape, Tensor
+from vramplan.memory.tape import LEAF, RANDOM_STATE, Node, Tape, Tensor
 from vramplan.memory.views import GRADIENTS
 
 
@@ -42,7 +42,7 @@ def checkpoint_reentrant(
             found.extend(grads)
             return []
 
-        again.node = Node("AccumulateGrad", 1 << 61, [], deliver, tape.where)
+        again.node = Node(LEAF, 1 << 61, [], deliver, tape.where)
         result, grad, other = function(again), grads[0], other_result()
         assert grad is not None
         if other is not None and zeros is not None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 RANDOM_STATE = "random state"
+LEAF = "AccumulateGrad"
+"""The node of a leaf."""
 
 
 class Storage:
@@ -132,8 +134,8 @@ class Region:
         else:
             inputs = tuple(tensor.detach() for tensor in self.inputs)
         for tensor, original in zip(inputs, self.inputs, strict=True):
-            if original.requires_grad:
-                tape.leaf(tensor)
+            if original.node is not None:
+                tape.leaf(tensor, original.node.name)
         with tape.recording(Recorder(self)), suppress(StopRecompute):
             self.function(*inputs)
 
@@ -264,9 +266,9 @@ class Tape:
         self.by_label[label] = add(self.by_label.get(label, ZERO), storage.size)
         storage.label = label
 
-    def leaf(self, tensor: Tensor) -> Tensor:
+    def leaf(self, tensor: Tensor, name: str = "input") -> Tensor:
         """Make ``tensor`` require a gradient that nobody collects (the input of a checkpointed region)."""
-        tensor.node = Node("leaf", self._next_order(), [], lambda node, grads: [], self.where)
+        tensor.node = Node(name, self._next_order(), [], lambda node, grads: [], self.where)
         return tensor
 
     def attach(

@@ -42,6 +42,25 @@ SIMULATED = {
     ("granite.42/qlora/1/full/sdpa/bf16-autocast/none/cuda/4/2/1/sgd/none/small/let go", "step1.micro1.backward"): (
         110_400_060
     ),
+    # BLOOM's modules add to the residual themselves, while their own names stand
+    ("bloom.8/frozen/1/none/eager/bf16-autocast/none/cpu/4/2/1/sgd/none/small/let go", "step1.micro1.forward"): (
+        289_645_568
+    ),
+    # Phi names what the embedding's dropout gives
+    (
+        "phi.31/dora/3/none/sdpa/bf16-autocast/none/cuda/1/2/1/adamw/both/small/kept",
+        "step1.micro1.forward",
+    ): 322_534_984,
+    # autocast's copies of queries, keys and values go when the kernel returns
+    (
+        "stablelm.35/qlora/2/full/flash_attention_2/bf16-autocast/none/cuda/4/2/2/adamw/optimizer/small/kept",
+        "step1.micro1.forward",
+    ): 82_314_068,
+    # autocast caches its copy of the embeddings' output, a leaf under checkpointing that OLMo-2's projections read
+    (
+        "olmo2.38/dora/1/full/flash_attention_2/bf16-autocast/padded/cuda/4/1/2/adamw_torch/none/default/kept",
+        "step1.micro1.forward",
+    ): 148_156_160,
     # with offload of weights no part stays on the device as a tensor is cut
     ("qwen2.18/qlora/3/none/flash_attention_2/fp16/padded/cuda/4/1/1/sgd/both/small/let go", "engine_init"): 22_051_092,
 }

@@ -18,6 +18,7 @@ def build(fields: Fields) -> Architecture:
     mlp = plain_mlp(hidden, 4 * hidden, "bloom_gelu", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     layer = DecoderLayer(
         (input_norm, _attention(fields, hidden), post_attention_norm, mlp),
+        residual="inside",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
     )
     return Architecture(

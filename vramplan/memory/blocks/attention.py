@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from vramplan.facts.architecture import Attention
@@ -22,8 +23,13 @@ PROJECTIONS = "attention projections"
 _CORES = {"shared": attention_core, "bloom": bloom_core, "falcon": falcon_core}
 
 
-def attend(ctx: BlockContext, x: Tensor, block: Attention) -> Tensor:
-    """``self_attn(x)`` (``LlamaAttention.forward``; ``GPT2Attention.forward`` where the projection is fused)."""
+def attend(
+    ctx: BlockContext, x: Tensor, block: Attention, finish: Callable[[Tensor], Tensor] = lambda out: out
+) -> Tensor:
+    """``self_attn(x)`` (``LlamaAttention.forward``; ``GPT2Attention.forward`` where the projection is fused).
+
+    ``finish``: what the module makes of its last projection while its names stand.
+    """
     if block.fused_qkv:
         fused = project(ctx, x, block.projections[0], PROJECTIONS)
         ctx.frame.append(fused)
@@ -41,7 +47,7 @@ def attend(ctx: BlockContext, x: Tensor, block: Attention) -> Tensor:
         q = _tempered(ctx, q)
     core = partial(_CORES[block.core], ctx, block=block)
     out = ulysses(ctx, q, k, v, block, core) if ctx.sequence_parallel > 1 else core(q, k, v)
-    projected = project(ctx, ops.view(out), block.out, PROJECTIONS)
+    projected = finish(project(ctx, ops.view(out), block.out, PROJECTIONS))
     del q, k, v  # named by the module until it returns
     ctx.frame.clear()
     return projected

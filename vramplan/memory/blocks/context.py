@@ -12,8 +12,10 @@ from vramplan.memory import ops
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.quantized import packed_numel
 from vramplan.memory.size import Size, per_position, per_token
-from vramplan.memory.tape import Node, Tape, Tensor
+from vramplan.memory.tape import LEAF, Node, Tape, Tensor
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
+
+INPUT = "input of a layer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +178,16 @@ class BlockContext:
         return weight, bias
 
     def low(self, x: Tensor, label: str) -> Tensor:
-        """``x`` as autocast hands it to a matrix product."""
-        return x if self.autocast is None else ops.to(x, self.autocast, label)
+        """``x`` as autocast hands it to a matrix product. Of a leaf in fp32, as the embeddings' output is that
+        checkpointing makes require a gradient, the copy is cached while autocast is on, as a weight's
+        (autocast_mode.cpp, ``cached_cast``)."""
+        if self.autocast is None:
+            return x
+        if x.node is None or x.node.name != LEAF or x.dtype is not Dtype.FP32:
+            return ops.to(x, self.autocast, label)
+        if INPUT not in self.casts:
+            self.casts[INPUT] = ops.to(x, self.autocast, label)
+        return self.casts[INPUT]
 
     def adapts(self, linear: Linear) -> LoraMethod | None:
         """The adapter settings if this projection gets an adapter (PEFT's ``check_target_module_exists``)."""

@@ -93,6 +93,7 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer,
     if block.out_width != block.q_width:
         return _of_two_widths(ctx, q, k, v, block, scratch, mask)
     out = ops.flash_attention(q, k, v, lse, CORE, scratch, mask)
+    del q, k, v  # autocast's copies go when the kernel returns
     if ctx.sequence_parallel > 1 or efficient or not joined(block):
         return out  # the memory-efficient kernel lays positions before heads whatever the query's order
     return ops.clone(out, CORE)  # the result lies in memory as the query does, whose heads come before positions

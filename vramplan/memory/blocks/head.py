@@ -61,7 +61,10 @@ def embed(
         x = normalise(ctx, x, architecture.embedding_norm)
     elif architecture.holds_embedding and not positions:
         ctx.model_frame.append(x)
-    return ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
+    x = ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
+    if not architecture.holds_embedding:
+        ctx.model_frame.append(x)
+    return x
 
 
 def _adapted_table(

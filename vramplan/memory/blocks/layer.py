@@ -39,11 +39,13 @@ def run_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     return x
 
 
-def _attention(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+def _attention(
+    ctx: BlockContext, x: Tensor, layer: DecoderLayer, finish: Callable[[Tensor], Tensor] = lambda out: out
+) -> Tensor:
     mixer = layer.mixer
 
     def run(x: Tensor) -> Tensor:
-        return attend_latent(ctx, x, mixer) if isinstance(mixer, LatentAttention) else attend(ctx, x, mixer)
+        return attend_latent(ctx, x, mixer) if isinstance(mixer, LatentAttention) else attend(ctx, x, mixer, finish)
 
     has_sinks = isinstance(mixer, Attention) and mixer.sinks
     own = (ctx.parameter("self_attn.sinks", mixer.num_heads),) if has_sinks else ()
@@ -150,6 +152,25 @@ def _post(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     return normalise(ctx, x, second)
 
 
+def _inside(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """``BloomBlock.forward``: both modules add to the residual (``dropout_add``) while their own names stand."""
+    first, second = layer.norms
+    block = layer.feed_forward
+    assert isinstance(block, PlainMLP)
+
+    def added(out: Tensor, residual: Tensor) -> Tensor:
+        return ops.add(residual, ops.dropout(out, layer.residual_dropout, ctx.device, RESIDUAL), RESIDUAL)
+
+    def mlp(x: Tensor) -> Tensor:
+        x = activate(ctx, project(ctx, x, block.projections[0], MLP), block.activation)
+        return added(project(ctx, x, block.projections[1], MLP), attended)
+
+    normed = normalise(ctx, x, first)
+    attended = _attention(ctx, normed, layer, lambda out: added(out, x))
+    normed = normalise(ctx, attended, second)
+    return ctx.call(layer.feed_forward_name, (), mlp, normed)
+
+
 def _norm_after(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``Olmo2DecoderLayer.forward``."""
     first, second = layer.norms
@@ -183,6 +204,7 @@ _ARRANGEMENTS: dict[str, Callable[[BlockContext, Tensor, DecoderLayer], Tensor]]
     "parallel": _parallel,
     "in_turn": _parallel,
     "post": _post,
+    "inside": _inside,
     "norm_after": _norm_after,
     "sandwich": _sandwich,
 }

@@ -90,7 +90,7 @@ def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | N
         return ops.linear(x, weight, bias, out, label, ctx.own_linears, whole, ctx.flat)
     if ctx.own_linears:
         return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=recomputed(ctx, weight))
-    low = ops.to(x, ctx.autocast, label)
+    low = ctx.low(x, label)
     cast_weight = cast_of_weight(ctx, weight)
     cast_bias = cast_of_weight(ctx, bias) if bias is not None else None
     return ops.linear(low, cast_weight, cast_bias, out, label, flat=ctx.flat)
