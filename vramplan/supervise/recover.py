@@ -25,7 +25,7 @@ from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
 from vramplan.supervise.interrupts import Interrupted, interrupts_raise
-from vramplan.supervise.ladder import Ladder, judged
+from vramplan.supervise.ladder import Exhausted, Ladder, judged
 from vramplan.supervise.learnt import learn, learnt_path, recall
 from vramplan.supervise.offers import Offer, first_allowed, offers
 from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, interrupted, run_plan
@@ -34,7 +34,8 @@ from vramplan.supervise.watch import SILENT_AFTER_S
 NOTHING_LEFT_CODE = 4
 """Exit code of a run that ran out of memory under every plan that keeps its training as it is."""
 MAX_PLANS = 8
-"""Changes of the plan in one run: each is a refuted prediction, and so many are a sign of another fault."""
+"""Changes of the plan in one run: each is a refuted prediction, and so many are a sign of another fault. As many more
+are made where other training is allowed."""
 MAX_REPEATS = 3
 """Launches of one plan, without a step won, after something that may pass."""
 
@@ -200,15 +201,15 @@ def _decide(
         return error if _repeats(tried) > MAX_REPEATS else None
     if not verdict.is_memory:
         return error
-    if len({attempt.plan for attempt in tried if attempt.is_memory}) > MAX_PLANS:
-        return TrainingFailed(f"{error}; {MAX_PLANS} other plans did not help", NOTHING_LEFT_CODE, verdict)
-    ladder = Ladder(plan, architecture, tried)
-    found = ladder.next(verdict, keep_stage=_is_tied(plan, run_dir))
+    ladder, num_failed = Ladder(plan, architecture, tried), len({each.plan for each in tried if each.is_memory})
+    found: Lowered | Exhausted = Exhausted(f"{MAX_PLANS} other plans did not help")
+    if num_failed <= MAX_PLANS:
+        found = ladder.next(verdict, keep_stage=_is_tied(plan, run_dir))
     if isinstance(found, Lowered):
         return found
     others = offers(plan, architecture, ladder.room_for_tensors)
     allowed = first_allowed(others, terms.allowed)
-    if allowed is not None:
+    if allowed is not None and num_failed <= 2 * MAX_PLANS:
         return allowed
     listed = f"; what would, but changes it: {'; or '.join(map(str, others))}" if others else ""
     return TrainingFailed(f"{error}; {found.reason}{listed}", NOTHING_LEFT_CODE, verdict)

@@ -16,7 +16,7 @@ from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.marker import MemoryState
 from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import snapshots_of
-from vramplan.search.lower import Below, with_changes
+from vramplan.search.lower import Below, Lowered, with_changes
 from vramplan.search.plan import Plan, plan_id
 from vramplan.search.planner import make_plan
 from vramplan.spec.run import HardwareSpec, RunSpec
@@ -24,9 +24,13 @@ from vramplan.supervise import attempts, learnt, recover
 from vramplan.supervise.attempts import Attempt
 from vramplan.supervise.classify import Cause, Verdict
 from vramplan.supervise.failure import TrainingFailed
+from vramplan.supervise.ladder import Ladder
+from vramplan.supervise.recover import NOTHING_LEFT_CODE, Terms
 from vramplan.supervise.supervisor import INTERRUPTED_CODE
 
+Told = tuple[list[dict[str, Any]], tuple[Attempt, ...]]
 Act = Callable[[Plan, RunDir, Callable[[dict[str, Any]], None]], None]
+TERMS = Terms()
 KILLED = TrainingFailed("killed", 3, Verdict(Cause.KILLED, "resume", 0))
 LOGITS = Verdict(Cause.LOGITS, "step2.micro1.forward", 0, 2, MemoryState(2**30, 2**33, 2**33, 2**20))
 OUT_OF_MEMORY = TrainingFailed("out of memory", 3, LOGITS)
@@ -55,13 +59,15 @@ def acted(monkeypatch, plan, learnt_file, tmp_path):
     """Runs acts one after the other in place of attempts; what was said, and what the ledger holds."""
     monkeypatch.setattr(recover, "wait_until_free", lambda _: True)
 
-    def run(*acts: Act, of: Plan = plan, resuming: bool = False) -> tuple[list[dict[str, Any]], tuple[Attempt, ...]]:
+    def run(
+        *acts: Act, of: Plan = plan, resuming: bool = False, terms: Terms = TERMS
+    ) -> tuple[list[dict[str, Any]], tuple[Attempt, ...]]:
         said, left, run_dir = [], list(acts), RunDir(tmp_path / "run")
         run_dir.root.mkdir(exist_ok=True)
         monkeypatch.setattr(recover, "run_plan", lambda plan, where, listen, **_: left.pop(0)(plan, where, listen))
         architecture = resolve_architecture(of.run)
         try:
-            recover.train_to_the_end(of, run_dir, architecture, said.append, resuming=resuming)
+            recover.train_to_the_end(of, run_dir, architecture, said.append, terms, resuming=resuming)
         except TrainingFailed as error:
             said.append({"event": "failed", "error": error})
         assert left == []
@@ -127,6 +133,40 @@ def test_a_plan_that_does_not_fit_on_the_disk_is_one_sentence(acted, monkeypatch
     error = said[-1]["error"]
     assert str(error).startswith(f"{tmp_path}/run/plan.yaml cannot be written (No space left on device); --resume")
     assert error.exit_code == 2
+
+
+FULL_TRAINING_DOES_NOT_FIT = TrainingFailed(
+    "out of memory", 3, replace(LOGITS, cause=Cause.STEP, memory=MemoryState(2**20, 10 * 2**30, 10 * 2**30, 0))
+)
+
+
+@pytest.mark.parametrize("allowed", [{"method"}, set()])
+def test_what_is_allowed_is_done_after_the_last_plan_and_begins_anew(acted, plan, monkeypatch, tmp_path, allowed):
+    monkeypatch.setattr(recover, "MAX_PLANS", 1)
+    monkeypatch.setattr(recover, "Ladder", OnePlanOnly)
+    run_dir, terms = RunDir(tmp_path / "run"), Terms(allowed=frozenset(allowed))
+    failures = [fails(FULL_TRAINING_DOES_NOT_FIT, saved=3), fails(FULL_TRAINING_DOES_NOT_FIT)]
+    said, ledger = acted(*failures, *[finishes] * len(allowed), terms=terms)
+    assert len({each.plan for each in ledger}) == len(ledger)
+    if not allowed:
+        assert said[-1]["error"].exit_code == NOTHING_LEFT_CODE
+        assert "; 1 other plans did not help; what would, but changes it: " in str(said[-1]["error"])
+        assert "--allow method" in str(said[-1]["error"])
+        return
+    assert "method.kind" in ledger[1].changes
+    assert Plan.load(run_dir.plan).run.method.kind == "lora"
+    assert [event["from_step"] for event in said if event["event"] == "recovery"] == [3, 0]
+    assert not run_dir.checkpoints.exists()  # of another training: put aside
+    assert list(run_dir.root.glob("checkpoints-*/step-00000003"))
+    assert learnt.recall(plan) is None  # what finished is another training
+
+
+class OnePlanOnly(Ladder):
+    """Finds the same as it is, with other micro-batches, in no time."""
+
+    def next(self, verdict: Verdict, *, keep_stage: bool) -> Lowered:
+        run = with_changes(self._plan.run, {"micro_batch_size": 2, "grad_accum_steps": 4})
+        return Below(self._plan, self._architecture, keep_stage=True).with_run(run)
 
 
 def test_what_was_learnt_before_an_interrupt_is_remembered_when_the_run_is_done(acted, plan, learnt_file):
