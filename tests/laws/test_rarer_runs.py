@@ -72,6 +72,16 @@ REENTRANT: Runs = tuple(
 )
 """Under ZeRO-3, where no checkpoint stores what is recomputed, and layers that return more than a state."""
 
+ON_DISK = {"zero": {"offload_optimizer": "nvme", "offload_param": "none", "nvme_path": "/nowhere"}}
+WITH_FILES: Runs = (
+    ("llama.13/full/3/none/sdpa/bf16/none/cuda/1/2/1/adamw/none/small/let go", ON_DISK),
+    (
+        "llama.13/full/3/full/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go",
+        {"zero": {**ON_DISK["zero"], "offload_param": "nvme"}},
+    ),
+)
+"""States, and weights too, in files: of small models most are too small for one."""
+
 
 def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
     fields = Case.parse(key).run().model_dump()
@@ -81,7 +91,9 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", [UNDER_MUON, WITH_ADAPTERS, REENTRANT], ids=["muon", "adapters", "reentrant"])
+@pytest.mark.parametrize(
+    "runs", [UNDER_MUON, WITH_ADAPTERS, REENTRANT, WITH_FILES], ids=["muon", "adapters", "reentrant", "files"]
+)
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]
     nodes = [resolve_node(run.hardware) for run in asked]

@@ -42,7 +42,9 @@ def why_uncovered(job: Job) -> dict[str, bool]:
     shares = [shard(param.numel, job.degree) for param in job.parameters] if weights else []
     trained = sum(shard(param.numel, job.degree) for param in job.parameters if param.trained) if weights else 0
     return {
-        # a gather asks for a buffer for each of its tensors at once, and more than five are an assertion of DeepSpeed's
+        # They stay in files, and come through five buffers. In the second step DeepSpeed's prefetch takes all of them
+        # (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions), and the next fetch is an assertion of
+        # its own ("Not enough buffers"): so it ended with adapters, and with frozen layers under checkpointing.
         "frozen weights on NVMe": weights and any(not param.trained for param in job.parameters),
         f"more than {MAX_IN_CPU:,} elements of weights a rank on NVMe": trained > MAX_IN_CPU,
         f"a part of more than {PARAM_BUFFER_NUMEL:,} elements on NVMe": max(shares, default=0) > PARAM_BUFFER_NUMEL,

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vramplan.simulate.cuda_attention import cuda_attention
 from vramplan.simulate.cuda_autocast import cuda_autocast
 from vramplan.simulate.many_ranks import few_views
+from vramplan.simulate.no_disk import NoDiskBuilder
 from vramplan.simulate.request import Conditions
 from vramplan.simulate.tracker import Tracker
 
@@ -29,6 +30,8 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
     import deepspeed.ops.adam.cpu_adam as cpu_adam
     import deepspeed.ops.adam.fused_adam as fused_adam
     import deepspeed.runtime.chunked_cross_entropy as chunked_loss
+    import deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper as optimizer_swapper
+    import deepspeed.runtime.swap_tensor.partitioned_param_swapper as param_swapper
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.stage3 as stage3
     import deepspeed.runtime.zero.utils as zero_utils
@@ -55,6 +58,8 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         put(DistributedDataParallel, "_pre_forward", _keeping_buckets(DistributedDataParallel._pre_forward))
         put(fused_adam, "FusedAdamBuilder", _NoKernel)
         put(cpu_adam, "CPUAdamBuilder", _NoKernel)
+        for swapper in (param_swapper, optimizer_swapper):
+            put(swapper, "AsyncIOBuilder", NoDiskBuilder)
         put(zero_utils, "assert_lst_len_same_as_other_ranks", _length_from_rank0)
         put(zero_utils, "get_lst_from_rank0", _list_from_rank0)
         # A mask is kept or dropped by its values, as in a real run: no graph is being traced here.

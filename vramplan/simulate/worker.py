@@ -21,6 +21,7 @@ from vramplan.forkserver import serve
 from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.black_box import BlackBox, Death
 from vramplan.simulate.extend import trace_run
+from vramplan.simulate.no_disk import elsewhere
 from vramplan.simulate.replay import replay
 from vramplan.simulate.request import Conditions, black_box_of
 from vramplan.simulate.result import SimulationResult
@@ -45,7 +46,8 @@ def simulate_here(request: dict[str, Any]) -> SimulationResult:
         black_box_of(Path(request["out"])) if "out" in request else None,
         Death(**request["death"]) if request["death"] else None,
     )
-    traced = trace_run(run, layout, Conditions(**request["conditions"]), request["device_type"], black_box)
+    with elsewhere(run) as moved:
+        traced = trace_run(moved, layout, Conditions(**request["conditions"]), request["device_type"], black_box)
     trace = traced.trace
     replayed = None
     if request["device_type"] == "cuda":

@@ -212,8 +212,9 @@ class RunSpec(UserModel):
     """Whether checkpointing is torch's older, reentrant one (``use_reentrant``): a layer's whole forward is run again
     before any of its backward."""
     loss: Loss = "hf"
-    """hf: transformers' own loss over full logits in fp32; chunked: DeepSpeed's, which leaves them in their own format;
-    liger: fused linear cross-entropy, which never makes them."""
+    """hf: transformers' own loss over full logits in fp32; chunked: DeepSpeed's (runtime/chunked_cross_entropy.py),
+    which leaves them in their own format; liger: fused linear cross-entropy, which never makes them, as DeepSpeed's
+    ``TiledFusedLogitsLoss`` does not, which no setting installs."""
     kernels: Literal["hf", "liger"] = "hf"
     """hf: transformers' norms, rotary positions and MLPs; liger: liger-kernel's."""
     tiled_mlp: bool = False
