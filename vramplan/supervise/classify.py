@@ -285,7 +285,8 @@ def _of_death(found: Evidence) -> Verdict | None:
         return Verdict(Cause.KILLED, _where(found, rank), rank, _step(found, rank))
     if not found.markers:
         # one that ended by itself before it could write where it is (a full disk) meets that again
-        return Verdict(Cause.ERROR, _where(found, None)) if found.launcher_code in _OWN_CODES else None
+        said_nothing = not found.ranks and found.launcher_code in _OWN_CODES
+        return Verdict(Cause.ERROR, _where(found, None)) if said_nothing else None
     first = min(found.markers, key=lambda marker: marker.time)
     return Verdict(Cause.COMMUNICATOR, first.phase, first.rank, first.step, marker=first)
 

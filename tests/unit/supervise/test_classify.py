@@ -179,6 +179,7 @@ def test_a_rank_that_ended_by_itself_without_a_word_was_not_killed():
 def test_ranks_that_could_not_write_a_status_are_not_started_again():
     assert classify(Evidence(1)).cause is Cause.ERROR
     assert classify(Evidence(247)).may_pass
+    assert classify(Evidence(1, ranks=(RankState(0, "save"),))).may_pass  # it was there, and may have been killed
 
 
 def test_nothing_at_all_is_a_killed_process():
