@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vramplan.errors import SpecError
-from vramplan.spec.recipes import TASKS, Recipe, read_recipe
+from vramplan.spec.recipes import ADAPTER_RANKS, TASKS, Recipe, read_recipe
 
 
 def init(
@@ -62,15 +62,22 @@ def _values(
     recipe: Recipe, model: str | None, method: str | None, data: str | None, general: str | None
 ) -> dict[str, Any]:
     """By dotted key, what is put into the recipe."""
-    from vramplan.spec.load import expand_kinds
-
     fields = recipe.fields
     if general is not None and "replay" not in fields["data"]:
         raise SpecError(f"--general: the recipe for {recipe.task} replays nothing; add data.replay by hand")
     given = {
         "model": model,
-        "method": None if method in (None, fields["method"]["kind"]) else expand_kinds({"method": method})["method"],
+        "method": None if method in (None, fields["method"]["kind"]) else _method(recipe.task, method),
         "data.train.path" if isinstance(fields["data"]["train"], dict) else "data.train": data,
         "data.replay.path": general,
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _method(task: str, kind: str) -> dict[str, Any]:
+    """A method by its name; adapters with the rank that the recipe's own comment asks for."""
+    from vramplan.spec.load import expand_kinds
+
+    method: dict[str, Any] = expand_kinds({"method": kind})["method"]
+    rank = ADAPTER_RANKS.get(task)
+    return method if rank is None or method["kind"] not in ("lora", "qlora") else {**method, "r": rank}

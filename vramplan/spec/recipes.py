@@ -16,6 +16,9 @@ TASKS = {
     "classify": "answer with a label",
 }
 
+ADAPTER_RANKS = {"sft-base": 64, "domain-cpt": 128}
+"""Of recipes that train fully: the least rank that their comments give for adapters in its place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

@@ -13,7 +13,7 @@ from vramplan.errors import UnknownNameError
 from vramplan.simulate.verify import verify_plan
 from vramplan.spec.check import check_run
 from vramplan.spec.load import load_run, merge, run_from_mapping
-from vramplan.spec.recipes import TASKS, read_recipe
+from vramplan.spec.recipes import ADAPTER_RANKS, TASKS, read_recipe
 from vramplan.spec.trainable import LoraMethod
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -108,6 +108,14 @@ def test_what_init_cannot_do_is_one_sentence(arguments, said, tmp_path, monkeypa
     assert init(*arguments) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
+
+
+@pytest.mark.parametrize("task", ADAPTER_RANKS)
+def test_adapters_in_place_of_full_training_have_the_rank_that_the_recipe_asks_for(task, tmp_path):
+    rank = ADAPTER_RANKS[task]
+    assert f"r {rank} and more" in read_recipe(task).text
+    assert init("--task", task, "--method", "qlora", "-o", tmp_path / "run.yaml") == 0
+    assert load_run(tmp_path / "run.yaml").method == LoraMethod(kind="qlora", r=rank)
 
 
 def test_dora_is_named_like_the_other_methods(tmp_path):
