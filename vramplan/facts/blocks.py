@@ -153,6 +153,8 @@ class Attention:
     ``fp32_inputs``  whole, on fp32 copies of queries and keys (Cohere)
     ``complex``      a product of complex numbers in fp32 (Llama-4)
     """
+    normed_at_once: bool = False
+    """Norms of queries and keys come right after the projection of each (OLMo-2, Qwen3), not after all three."""
     normed_late: bool = False
     """Norms of queries and keys come after the rotation (Llama-4)."""
     tempered: bool = False

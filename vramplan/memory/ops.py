@@ -119,7 +119,9 @@ def add_broadcast(x: Tensor, small: Tensor, label: str) -> Tensor:
 def add_vector(x: Tensor, vector: Parameter, label: str) -> Tensor:
     """``x + bias``: the bias's gradient is a sum over the tokens."""
     tape, dtypes = x.storage.tape, (x.dtype, vector.dtype)
+    copies = _widened(wider(*dtypes), x, vector)
     out = tape.new(x.numel, wider(*dtypes), label)
+    del copies
     needs = x.requires_grad, vector.requires_grad
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:

@@ -61,6 +61,16 @@ SIMULATED = {
         "olmo2.38/dora/1/full/flash_attention_2/bf16-autocast/padded/cuda/4/1/2/adamw_torch/none/default/kept",
         "step1.micro1.forward",
     ): 148_156_160,
+    # Gemma-3 normalises queries and keys when all three projections are there
+    (
+        "gemma3_text.29/full/3/full/flash_attention_2/fp16/packed/cuda/1/1/1/adamw_torch/none/small/let go",
+        "step1.micro1.forward",
+    ): 1_022_576_771,
+    # a bias is added like any other operand: on the CPU to a copy of the product in its format
+    (
+        "falcon.12/expanded/1/none/eager/bf16-autocast/none/cpu/4/1/1/adamw_torch/none/default/let go",
+        "step1.micro1.forward",
+    ): 304_583_936,
     # with offload of weights no part stays on the device as a tensor is cut
     ("qwen2.18/qlora/3/none/flash_attention_2/fp16/padded/cuda/4/1/1/sgd/both/small/let go", "engine_init"): 22_051_092,
 }

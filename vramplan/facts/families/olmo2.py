@@ -17,6 +17,7 @@ def build(fields: Fields) -> Architecture:
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)),
         rotary="fp32",
+        normed_at_once=True,
         q_norm=Norm("self_attn.q_norm", heads.num_heads * heads.head_dim, "rms_fp32"),
         k_norm=Norm("self_attn.k_norm", heads.num_kv_heads * heads.head_dim, "rms_fp32"),
     )

@@ -24,6 +24,7 @@ def build(fields: Fields) -> Architecture:
     bias = fields.flag("attention_bias", default=False)
     mixer = replace(
         attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)),
+        normed_at_once=True,
         q_norm=Norm("self_attn.q_norm", heads.head_dim),
         k_norm=Norm("self_attn.k_norm", heads.head_dim),
     )

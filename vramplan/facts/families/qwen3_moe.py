@@ -46,6 +46,7 @@ def _attention(fields: Fields, heads: Heads) -> Attention:
     slides = fields.flag("use_sliding_window", default=False)
     return replace(
         attention(fields, heads, split_projections(heads, qkv_bias=bias, out_bias=bias)),
+        normed_at_once=True,
         q_norm=Norm("self_attn.q_norm", heads.head_dim),
         k_norm=Norm("self_attn.k_norm", heads.head_dim),
         sliding_window=fields.optional_size("sliding_window", default=4096) if slides else None,

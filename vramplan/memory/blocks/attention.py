@@ -42,7 +42,8 @@ def attend(
     if block.rotary_dim:
         q, k = rotate_both(ctx, q, k, block)
     if block.normed_late:
-        q, k = _normed(ctx, q, block, 0), _normed(ctx, k, block, 1)
+        q = _normed(ctx, q, block, 0)
+        k = _normed(ctx, k, block, 1)
     if block.tempered:
         q = _tempered(ctx, q)
     core = partial(_CORES[block.core], ctx, block=block)
@@ -54,21 +55,23 @@ def attend(
 
 
 def _apart(ctx: BlockContext, x: Tensor, block: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value from a projection each; norms over whole projections come before the next one runs
-    (OLMo-2), those over heads after all three (StableLM, Phi; in Qwen3 before, with the same bytes)."""
+    """Query, key and value from a projection each, and the norms of the first two."""
     q = _projected(ctx, x, block, 0)
     k = _projected(ctx, x, block, 1)
     v = ops.view(project(ctx, x, block.projections[block.order[2]], PROJECTIONS))
+    if not (block.normed_late or block.normed_at_once):
+        q = _normed(ctx, q, block, 0)
+        k = _normed(ctx, k, block, 1)
     return q, k, v
 
 
 def _projected(ctx: BlockContext, x: Tensor, block: Attention, which: int) -> Tensor:
-    """One of the q and k projections as heads, normalised a head where the family does (Qwen3)."""
+    """One of the q and k projections as heads, normalised where the family does so before the next (Qwen3)."""
     projected = project(ctx, x, block.projections[block.order[which]], PROJECTIONS)
     if block.q_scaled and which == 0:
         projected = ops.scaled(projected, PROJECTIONS)
     projected = ops.view(projected)
-    return projected if block.normed_late else _normed(ctx, projected, block, which)
+    return _normed(ctx, projected, block, which) if block.normed_at_once else projected
 
 
 def _normed(ctx: BlockContext, projected: Tensor, block: Attention, which: int) -> Tensor:

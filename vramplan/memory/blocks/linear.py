@@ -106,6 +106,7 @@ def _matmul(
     cast = weight if ctx.autocast is None else ops.to(weight, ctx.autocast, labels.AUTOCAST_COPIES)
     whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and cast is weight else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
+    del low, cast, whole  # autocast's copies go when the product is there
     return out if bias is None else ops.add_vector(out, bias, label)
 
 
