@@ -32,7 +32,8 @@ def forward_candidates(run: ModelRun) -> tuple[tuple[Size, Point], ...]:
 def backward_candidates(
     run: ModelRun, grad_width: int
 ) -> tuple[tuple[tuple[Size, Point], ...], tuple[tuple[Size, Point], ...]]:
-    """Instants before and after the first parameter gradient is there.
+    """Instants before and after the first parameter gradient is there; where gradients are moved away, the instant at
+    which it is delivered is one of the latter: the bucket is made then (stage_1_and_2.py, ``setup_buckets``).
 
     ``grad_width``: bytes an element of gradients that stay (``param.grad``); 0 where they are moved away at once.
     """
@@ -43,6 +44,9 @@ def backward_candidates(
     for point in found.backward:
         size = add(point.total, const(grad_width * point.grad_numel))
         (early if point.index < first else late).append((size, point))
+    if found.gradients and grad_width <= 0:
+        at = found.gradients[0].at
+        late.append((add(at.total, const(grad_width * at.grad_numel)), at))
     return undominated(early), undominated(late)
 
 

@@ -83,3 +83,13 @@ def test_the_estimate_is_what_was_simulated(key: str, phase: str):
     assert isinstance(found, Prepared), found
     (peak,) = [each.peak_bytes for each in found.estimate.phases if each.phase == phase]
     assert peak == pytest.approx(SIMULATED[key, phase], rel=0.001)
+
+
+def test_the_first_gradient_is_there_as_the_bucket_is_made():
+    """Under ZeRO-2, whose later gradients find the bucket and leave it (stage_1_and_2.py, ``setup_buckets``)."""
+    found = prepare(
+        Case.parse("starcoder2.48/expanded/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/sgd/optimizer/default/kept")
+    )
+    assert isinstance(found, Prepared), found
+    (peak,) = [each.peak_bytes for each in found.estimate.phases if each.phase == "step1.micro1.backward"]
+    assert peak == pytest.approx(4_180_789_536, rel=0.00001)
