@@ -82,6 +82,20 @@ WITH_FILES: Runs = (
 )
 """States, and weights too, in files: of small models most are too small for one."""
 
+BY_ALL_REDUCE = {"zero": {"stage3_use_all_reduce_for_fetch_params": True}}
+ACCUMULATING: Runs = (
+    (
+        "llama.13/full/3/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/default/let go",
+        {**BY_ALL_REDUCE, "grad_accum_steps": 3},
+    ),
+    ("qwen2.18/full/3/none/sdpa/fp32/none/cuda/4/2/2/adamw/none/small/kept", BY_ALL_REDUCE),
+    (
+        "deepseek_v3.51/full/3/none/eager/bf16/none/cpu/4/2/2/adamw/none/default/let go",
+        {"zero": {"stage3_allgather_sequential": True}, "grad_accum_steps": 4},
+    ),
+)
+"""Micro-batches of a first step, of which the first is recorded and the second is the first to gather ahead."""
+
 
 def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
     fields = Case.parse(key).run().model_dump()
@@ -92,7 +106,9 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "runs", [UNDER_MUON, WITH_ADAPTERS, REENTRANT, WITH_FILES], ids=["muon", "adapters", "reentrant", "files"]
+    "runs",
+    [UNDER_MUON, WITH_ADAPTERS, REENTRANT, WITH_FILES, ACCUMULATING],
+    ids=["muon", "adapters", "reentrant", "files", "accumulating"],
 )
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]

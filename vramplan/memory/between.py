@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from vramplan.memory import labels
 from vramplan.memory.evaluation import Evaluated, evaluated, evaluated_after, evaluating
+from vramplan.memory.gathered import MICROS
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.passes import Batch, Passes, job_of_batch
@@ -129,7 +130,7 @@ class _Between:
     @property
     def _after_steps(self) -> Evaluated:
         run = evaluating(self.of_batch.shapeless.model_run)
-        return evaluated_after(self.job.shapeless.model_run, run, self.job.grad_accum_steps > 1)
+        return evaluated_after(self.job.shapeless.model_run, run, min(self.job.grad_accum_steps, MICROS))
 
     def _open(self, name: str, phase: Phase) -> Stretch:
         return Stretch(name, phase, False, host_apart=self._is_apart, held=self.standing.kept)

@@ -193,9 +193,6 @@ def check_covered(job: Job) -> None:
         f"attention {job.attention} with sinks": job.attention != "eager" and job.architecture.has_sinks,
         "adapters on embeddings of positions": _adapts_positions(job),
         "zero.stage3_module_granularity_threshold": job.stage == 3 and job.zero.stage3_module_granularity_threshold > 0,
-        "zero.stage3_use_all_reduce_for_fetch_params with accumulation": job.stage == 3
-        and job.zero.stage3_use_all_reduce_for_fetch_params
-        and job.grad_accum_steps > 1,
         f"the optimizer {job.optimizer} on the CPU": job.optimizer in ("lion", "paged_adamw", "paged_adamw_8bit")
         and job.device == "cpu",
         f"liger's kernels, or tiled MLPs, of the {family} family": (job.liger_kernels or job.tile_rows > 0)

@@ -42,13 +42,13 @@ def evaluated(run: ModelRun) -> Evaluated:
 
 
 @lru_cache(maxsize=256)
-def evaluated_after(training: ModelRun, run: ModelRun, accumulates: bool) -> Evaluated:
+def evaluated_after(training: ModelRun, run: ModelRun, micros: int) -> Evaluated:
     """An evaluation after optimizer steps of ``training``; under ZeRO-3 what is gathered depends on them."""
     if training.gathers is None:
         return evaluated(run)
     with uncollected():
         runner = Runner(training)
-        after_steps(runner, accumulates)
+        after_steps(runner, micros)
         return _evaluate(runner, run)
 
 

@@ -12,13 +12,18 @@ from vramplan.memory.moments import Bytes
 from vramplan.memory.profile import Profile, Runner
 from vramplan.memory.size import Size
 
+MICROS = 3
+"""Micro-batches of the first step that differ."""
+
 
 @dataclass(frozen=True)
 class GatheredProfiles:
-    """Micro-batches under ZeRO-3: the first one ever, one that follows another in a step, one that follows a step."""
+    """Micro-batches under ZeRO-3: the first one ever, the next in its step, those after that; one that follows a step,
+    and those after it."""
 
     first: Profile
     following: Profile
+    settled: Profile
     after_step: Profile
     following_later: Profile
     between_steps: dict[str, Size]
@@ -36,27 +41,29 @@ class GatheredProfiles:
 
 @lru_cache(maxsize=256)
 def gathered_profiles(
-    run: ModelRun, accumulates: bool, steps_skipped: bool = False, sampling: ModelRun | None = None
+    run: ModelRun, micros: int, steps_skipped: bool = False, sampling: ModelRun | None = None
 ) -> GatheredProfiles:
     """The profiles of a run under ZeRO-3, whose gathering depends on what came before."""
     with uncollected():
-        return after_steps(Runner(run), accumulates, steps_skipped, sampling)
+        return after_steps(Runner(run), micros, steps_skipped, sampling)
 
 
 def after_steps(
-    runner: Runner, accumulates: bool, steps_skipped: bool = False, sampling: ModelRun | None = None
+    runner: Runner, micros: int, steps_skipped: bool = False, sampling: ModelRun | None = None
 ) -> GatheredProfiles:
-    """Runs two optimizer steps with their micro-batches under ZeRO-3; of more than two the middle ones are as the
-    last. ``sampling``: the micro-batches before them in which the Fisher diagonal is sampled."""
+    """Runs two optimizer steps of so many micro-batches, at most ``MICROS``, under ZeRO-3; of more the others are as
+    the last: the first is recorded, the second is the first that gathers ahead, and the third finds what that leaves.
+    ``sampling``: the micro-batches before them in which the Fisher diagonal is sampled."""
     sampled = _samples(runner, sampling) if sampling is not None else ()
-    first = runner.micro_batch(is_last=not accumulates)
-    following = runner.micro_batch() if accumulates else first
+    first = runner.micro_batch(is_last=micros == 1)
+    following = runner.micro_batch(is_last=micros == 2) if micros > 1 else first
+    settled = runner.micro_batch() if micros > 2 else following
     viewed = runner.optimizer_step(steps_skipped)
     between = dict(runner.tape.by_label)
-    after_step = runner.micro_batch(is_last=not accumulates)
-    later = runner.micro_batch() if accumulates else after_step
+    after_step = runner.micro_batch(is_last=micros == 1)
+    later = runner.micro_batch() if micros > 1 else after_step
     viewed_later = runner.optimizer_step(steps_skipped)
-    return GatheredProfiles(first, following, after_step, later, between, sampled, (viewed, viewed_later))
+    return GatheredProfiles(first, following, settled, after_step, later, between, sampled, (viewed, viewed_later))
 
 
 def _samples(runner: Runner, sampling: ModelRun) -> tuple[Profile, Profile]:

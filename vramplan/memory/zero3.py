@@ -10,7 +10,7 @@ from vramplan.memory.activations import undominated
 from vramplan.memory.between import Files
 from vramplan.memory.cut import higher, highest_as_engine_starts, tied_head_part
 from vramplan.memory.engine import Engine, Micro
-from vramplan.memory.gathered import GatheredProfiles, gathered_profiles
+from vramplan.memory.gathered import MICROS, GatheredProfiles, gathered_profiles
 from vramplan.memory.gathers import second_part
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
@@ -49,7 +49,7 @@ class Zero3(Engine):
         self.sub_group = max(self.sub_groups, default=0)
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(
-            job.model_run, job.grad_accum_steps > 1, steps_skipped, job.sampling_run
+            job.model_run, min(job.grad_accum_steps, MICROS), steps_skipped, job.sampling_run
         )
         self.grad_width = job.grad_dtype.nbytes
         self.frozen_second = sum(self._second(param.numel) for param in params if not param.trained) * self.width
@@ -218,7 +218,7 @@ class Zero3(Engine):
         if self.sampling:
             return found.sampled[micro.index - 1]
         if micro.step == 1:
-            return found.first if micro.first else found.following
+            return (found.first, found.following, found.settled)[min(micro.index, MICROS) - 1]
         return found.after_step if micro.first else found.following_later
 
     def forward(self, micro: Micro) -> None:

@@ -73,6 +73,17 @@ def _muon_reduces_whole(run: RunSpec, node: Node, architecture: Architecture) ->
     return "optimizer muon under ZeRO-3 needs zero.reduce_scatter false: set it, or take stage 1 or 2"
 
 
+def _all_reduced_fetches(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.zero.stage != 3 or not run.zero.stage3_use_all_reduce_for_fetch_params:
+        return None
+    if run.method.kind != "lora" or run.precision not in ("bf16", "fp16"):
+        return None
+    return (
+        "zero.stage3_use_all_reduce_for_fetch_params fetches tensors of one format together, and adapters are fp32 "
+        f"beside {run.precision} weights: set it false"
+    )
+
+
 def _hpz_group(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     ranks, size = node.world_size if run.layout is None else run.layout.world_size, run.zero.hpz_partition_size
     if size == 1:
@@ -276,6 +287,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
     (_nvme_needs_stage_3, "deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__"),
     (_muon_reduces_whole, "deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3.__init__"),
+    (_all_reduced_fetches, "deepspeed/runtime/zero/partition_parameters.py, _all_gather_coalesced"),
     (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),
     (_fp16_hardware, "deepspeed/runtime/engine.py, _do_sanity_check; accelerator/*_accelerator.py, is_fp16_supported"),
     (_flash_attention_hardware, "transformers/modeling_utils.py, _flash_attn_import_error; flash-attn's README"),

@@ -78,6 +78,13 @@ def test_the_chunked_loss_takes_less_than_whole_logits_in_fp32(precision):
     assert ask(loss="chunked", **fields).allocated_peak_bytes + 0.9 * whole < ask(**fields).allocated_peak_bytes
 
 
+def test_the_third_micro_batch_finds_what_the_second_was_the_first_to_gather_ahead():
+    zero = {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}
+    ends = {each.phase: each.end_bytes for each in ask(zero=zero, grad_accum_steps=4).phases}
+    assert ends["step1.micro4.forward"] > ends["step1.micro2.forward"] > ends["step1.micro1.forward"]
+    assert ends["step2.micro4.forward"] == ends["step2.micro2.forward"]
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
     zero = {"stage": stage, "reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}

@@ -27,7 +27,7 @@ LIMITS = GatherLimits(
 
 def highest(run):
     """Highest bytes of forward and backward, and what is left after each, of the first and the second step."""
-    found = gathered.gathered_profiles.__wrapped__(run, accumulates=False)
+    found = gathered.gathered_profiles.__wrapped__(run, micros=1)
     ends = [(each.forward_end.total, each.backward_end.total) for each in (found.first, found.after_step)]
     peaks = [
         (max(point.total for point in each.forward), max(point.total for point in each.backward))

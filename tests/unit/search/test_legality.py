@@ -56,6 +56,11 @@ REFUSED = [
     ({"zero": {"offload_param": "nvme"}}, NODE, "offload_param needs ZeRO stage 3"),
     ({"zero": {"offload_optimizer": "nvme"}}, NODE, "offload_optimizer nvme needs ZeRO stage 3"),
     ({"optimizer": {"kind": "muon"}, "zero": {"stage": 3}}, NODE, "needs zero.reduce_scatter false"),
+    (
+        {"method": "lora", "zero": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}},
+        NODE,
+        "tensors of one format together",
+    ),
     ({"zero": {"hpz_partition_size": 4}}, NODE, "hpz_partition_size needs ZeRO stage 3"),
     ({"zero": {"stage": 3, "hpz_partition_size": 3}}, NODE, "3 does not divide the 8 ranks"),
     ({"precision": "fp16"}, CPU_NODE, "precision fp16 needs a CPU"),
