@@ -32,10 +32,10 @@ from vramplan.memory.leaf import Parameter
 from vramplan.memory.micro_batch import Gradient as Gradient
 from vramplan.memory.micro_batch import Profile as Profile
 from vramplan.memory.model_run import ModelRun
-from vramplan.memory.reentrant import checkpoint_reentrant
+from vramplan.memory.reentrant import checkpoint_reentrant, requiring_gradient
 from vramplan.memory.size import ZERO, Size, add
 from vramplan.memory.skipped import difference, held_by_graph, hold_output_of_skipped, less
-from vramplan.memory.tape import LEAF, RANDOM_STATE, Node, Point, Tape, Tensor
+from vramplan.memory.tape import RANDOM_STATE, Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
 
 CPU_RANDOM_STATE_BYTES = 5056
@@ -261,20 +261,8 @@ class Runner:
         return x
 
     def _require_input_gradient(self, x: Tensor) -> Tensor:
-        """``enable_input_require_grads``, which transformers switches on with checkpointing: the output of embeddings
-        that are not trained becomes a leaf, whose gradient is kept as long as the graph is (by the outputs, where the
-        loop keeps them)."""
-        if x.requires_grad:
-            return x
-        keep = self.kept if self.run.keep_outputs else []
-        leaf = Tensor(x.storage, x.numel, x.dtype)
-
-        def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-            keep.extend(grad for grad in (x, grads[0]) if grad is not None)
-            return []
-
-        leaf.node = Node(LEAF, 1 << 61, [], backward, "embedding")
-        return leaf
+        """The first layer's input as checkpointing wants it; its leaf holds its gradient where the outputs are kept."""
+        return requiring_gradient(x, self.kept if self.run.keep_outputs else [])
 
     def _layers(self, given: list[Tensor]) -> Tensor:
         """``given``: the first layer's input, which goes when that layer has returned."""

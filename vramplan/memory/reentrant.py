@@ -62,3 +62,18 @@ def _joined(result: Tensor, other: Tensor, zeros: Tensor) -> Tensor:
         return [grads[0], zeros]
 
     return result.storage.tape.attach("roots", out, [result, other], [], backward)
+
+
+def requiring_gradient(x: Tensor, keep: list[Tensor]) -> Tensor:
+    """``enable_input_require_grads``, which transformers switches on with checkpointing: the output of embeddings that
+    are not trained becomes a leaf, whose gradient is kept as long as the graph is (``keep``: by the outputs)."""
+    if x.requires_grad:
+        return x
+    leaf = Tensor(x.storage, x.numel, x.dtype)
+
+    def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
+        keep.extend(grad for grad in (x, grads[0]) if grad is not None)
+        return []
+
+    leaf.node = Node(LEAF, 1 << 61, [], backward, "embedding")
+    return leaf
