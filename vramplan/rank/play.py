@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vramplan.emit.deepspeed import ds_config
-from vramplan.rank.group import join_fake_group, sequence_parallel_group
+from vramplan.rank.group import join_fake_group, sequence_parallel_group, take_shards_as_told
 from vramplan.rank.model import build_model, leave_undefined
 from vramplan.rank.optimizer import client_optimizer, trained_groups
 from vramplan.rank.plain import PlainEngine
@@ -142,6 +142,7 @@ class RankPlayer:
         )
         if self.layout.tp > 1:  # it compares batches by a sum over ranks, none of which is there
             engine.first_dataloader_check.remove()
+            take_shards_as_told()
         return engine
 
     def _micro_batch(self, prefix: str, *, is_last: bool) -> None:

@@ -8,7 +8,7 @@ from vramplan.errors import LegalityError
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.search.choose import search
-from vramplan.simulate.asked import close_run, node_to_simulate
+from vramplan.simulate.asked import close_run, node_to_simulate, request_on
 from vramplan.simulate.changes import explain
 from vramplan.simulate.request import simulate_jobs
 from vramplan.simulate.verify import make_verified_plan
@@ -111,3 +111,19 @@ def test_each_change_is_simulated():
     assert changed["chunked loss"].allocated_peak_bytes < before
     assert changed["checkpointing full"].allocated_peak_bytes < before
     assert changed["micro-batch 1, accumulated twice as often"].allocated_peak_bytes < before
+
+
+def test_a_tied_head_is_split_among_ranks():
+    """DeepSpeed's loss asks the other ranks of a tensor-parallel group for their shares of the vocabulary."""
+    tied = {**TINY, "tie_word_embeddings": True}
+    run = asked(
+        model_config_fields=tied,
+        layout={"dp": 2, "tp": 2},
+        micro_batch_size=1,
+        grad_accum_steps=1,
+        activation_checkpointing="none",
+        zero={"stage": 1, "offload_optimizer": "none", "offload_param": "none"},
+    )
+    ((_, found),) = simulate_jobs([request_on(run, resolve_node(run.hardware))])
+    assert found.error is None
+    assert found.phases[-1].phase == "step2.micro1.optimizer_step"
