@@ -96,6 +96,15 @@ ACCUMULATING: Runs = (
 )
 """Micro-batches of a first step, of which the first is recorded and the second is the first to gather ahead."""
 
+IN_BLOCKS: Runs = (
+    (
+        "gemma3_text.29/full/3/none/sdpa/bf16/none/cpu/4/2/1/adamw/none/small/let go",
+        {"loss": "chunked", "zero": {"memory_efficient_linear": False}},
+    ),
+    ("llama.13/full/1/none/sdpa/fp32/none/cpu/1/2/1/adamw/none/small/let go", {"loss": "chunked"}),
+)
+"""DeepSpeed's chunked loss on the CPU, which takes the logarithm of sums of exponents in fp32."""
+
 
 def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
     fields = Case.parse(key).run().model_dump()
@@ -107,8 +116,8 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "runs",
-    [UNDER_MUON, WITH_ADAPTERS, REENTRANT, WITH_FILES, ACCUMULATING],
-    ids=["muon", "adapters", "reentrant", "files", "accumulating"],
+    [UNDER_MUON, WITH_ADAPTERS, REENTRANT, WITH_FILES, ACCUMULATING, IN_BLOCKS],
+    ids=["muon", "adapters", "reentrant", "files", "accumulating", "blocks"],
 )
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]

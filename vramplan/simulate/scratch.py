@@ -23,6 +23,11 @@ def safe_softmax(scores: torch.Tensor, dim: int, *_: Any, result: torch.Tensor, 
     return scores.numel(), rows, result.element_size()
 
 
+def log_sum_exp(x: torch.Tensor, *_: Any, result: torch.Tensor, **__: Any) -> Sequence[int]:
+    """ReduceOps.cpp ``logsumexp_out_impl``: each row's largest, and ``x`` less that, of which it takes exponents."""
+    return result.nbytes, x.nbytes
+
+
 def widened_operands(one: Any, other: Any, *_: Any, result: torch.Tensor, **__: Any) -> Sequence[int]:
     """TensorIterator.cpp ``compute_types``, ``promote_inputs_to_common_dtype``: on the CPU an operand of another format
     than the operator computes in is copied first. A number is no operand."""
@@ -42,6 +47,7 @@ def widened_in_place(one: torch.Tensor, other: Any, *_: Any, result: torch.Tenso
 
 CPU_SCRATCH: dict[Any, Scratch] = {
     aten._safe_softmax.default: safe_softmax,
+    aten.logsumexp.default: log_sum_exp,
     **{packet.Tensor: widened_operands for packet in (aten.add, aten.sub, aten.mul, aten.div)},
     **{packet.Tensor: widened_in_place for packet in (aten.add_, aten.sub_, aten.mul_, aten.div_)},
 }
