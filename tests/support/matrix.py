@@ -112,7 +112,10 @@ class Case:
 
     @property
     def halved(self) -> bool:
-        """Whether fp32 weights are halved as they are split, as in records of the CPU (``weights_were_halved``)."""
+        """Whether fp32 weights are halved as they are split, as in records of the CPU (``weights_were_halved``); those
+        of four bits are not, which the engine splits (``build_model``)."""
+        if self["method"] == "qlora":
+            return False
         return self["device"] == "cpu" and self["stage"] == 3 and self["precision"] in ("fp32", "bf16-autocast")
 
     def run(self) -> RunSpec:
