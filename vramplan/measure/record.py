@@ -285,7 +285,7 @@ def weights_were_halved(record: Record) -> bool:
     0.19.8 then takes bf16 (partition_parameters.py, ``_set_dtype``): after loading each element has less than 4 bytes.
     """
     spec, measured = record.spec, record.measured
-    if spec.zero.stage != 3 or spec.precision not in ("fp32", "bf16-autocast") or spec.method == "qlora":
+    if spec.zero.stage != 3 or spec.precision not in ("fp32", "bf16-autocast") or spec.method.kind == "qlora":
         return False  # weights of four bits are split by the engine, as they are
     if spec.halved_weights or not measured.numel_total:
         return spec.halved_weights
