@@ -11,6 +11,7 @@
       ConfigError                  a model's config.json that lacks or contradicts a field
       DataError                    a row or file of the data that is malformed (file, line, what)
       CheckpointError              a checkpoint that cannot be read or written
+        NoWholeCheckpointError     all that there are to go on from are damaged
       RunFailedError               a training process that ended without finishing (its cause)
       SimulationError              the real engine could not be traced (names the module)
 
@@ -73,6 +74,10 @@ class DataError(VramplanError):
 
 class CheckpointError(VramplanError):
     """A checkpoint cannot be read or written."""
+
+
+class NoWholeCheckpointError(CheckpointError):
+    """There are checkpoints to go on from, and every one of them is damaged."""
 
 
 class RunFailedError(VramplanError):

@@ -67,4 +67,4 @@ def attempts_of(run_dir: Path) -> tuple[Attempt, ...]:
 def samples_of(run_dir: Path) -> dict[int, str]:
     """The digest of each step's samples, of the last time that it was run."""
     events = read_events(RunDir(run_dir).metrics)
-    return {event["step"]: event["samples"] for event in events if event["event"] == "step"}
+    return {event["step"]: event["samples"] for event in events if event["event"] in ("step", "samples")}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vramplan.errors import VramplanError
+from vramplan.errors import NoWholeCheckpointError, VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.measure.run_dir import RunDir, append_event
 from vramplan.measure.snapshots import has_saved_state, held_bytes, newest_saved_step, put_away
@@ -75,6 +75,17 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Anew:
+    """The same plan from the first step: nothing that was saved is whole."""
+
+    plan: Plan
+
+
+Decision = Lowered | Offer | Anew | None
+"""What follows an attempt; None: the same plan goes on from what was saved."""
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """How a run is launched and what it may change."""
 
@@ -117,7 +128,7 @@ def _until_finished(
     plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Listener, terms: Terms, resuming: bool
 ) -> Plan:
     tried = list(ledger.read(run_dir.attempts)) if resuming else []
-    asked = plan
+    asked, user_resumes = plan, resuming
     if not resuming:
         plan = _start_from_what_was_learnt(plan, run_dir, architecture, listener)
     while True:
@@ -135,7 +146,11 @@ def _until_finished(
             )
         except TrainingFailed as error:
             attempt = _attempt(plan, progress, architecture, error)
-            decided = _decide(plan, run_dir, architecture, [*tried, attempt], error, terms)
+            decided: Decision | TrainingFailed
+            if not user_resumes and _may_begin_anew(run_dir, error):
+                decided = Anew(plan)
+            else:
+                decided = _decide(plan, run_dir, architecture, [*tried, attempt], error, terms)
             if isinstance(decided, Lowered | Offer):
                 attempt = replace(attempt, changes=dict(decided.changes))
             ledger.append(run_dir.attempts, attempt)
@@ -145,7 +160,7 @@ def _until_finished(
             _announce(run_dir, listener, attempt, str(error.verdict), decided)
             host, *devices = free
             wait_until_free((host + kept - held_bytes(run_dir), *devices))  # snapshots stay
-            plan, resuming = _go_on(plan, run_dir, decided)
+            (plan, resuming), user_resumes = _go_on(plan, run_dir, decided), False
         else:
             ledger.append(run_dir.attempts, replace(_ended(plan, progress), cause=ledger.FINISHED, seconds_lost=0.0))
             learn(asked, plan, tried, progress.halved)
@@ -169,10 +184,25 @@ def _start_from_what_was_learnt(plan: Plan, run_dir: RunDir, architecture: Archi
     return better.plan
 
 
-def _go_on(plan: Plan, run_dir: RunDir, decided: Lowered | Offer | None) -> tuple[Plan, bool]:
+def _may_begin_anew(run_dir: RunDir, error: TrainingFailed) -> bool:
+    """Whether all that was saved is damaged, for the first time: no data, no batch and no rate is lost by beginning
+    again, only time. Where a user asks for the resume, that is theirs to decide."""
+    marker = None if error.verdict is None else error.verdict.marker
+    return marker is not None and marker.kind == NoWholeCheckpointError.__name__ and not _damaged(run_dir).exists()
+
+
+def _damaged(run_dir: RunDir) -> Path:
+    return run_dir.root / "checkpoints-damaged"
+
+
+def _go_on(plan: Plan, run_dir: RunDir, decided: Decision) -> tuple[Plan, bool]:
     """Puts the next plan where the ranks read it; and whether it goes on from what was saved."""
     if decided is None:
         return plan, True
+    if isinstance(decided, Anew):
+        put_away(run_dir)
+        run_dir.checkpoints.rename(_damaged(run_dir))
+        return plan, False
     _put_record_aside(run_dir, plan)
     decided.plan.save(run_dir.plan)
     if isinstance(decided, Lowered):
@@ -192,7 +222,7 @@ def _decide(
     tried: Sequence[Attempt],
     error: TrainingFailed,
     terms: Terms,
-) -> Lowered | Offer | TrainingFailed | None:
+) -> Decision | TrainingFailed:
     """The plan to go on with, None for the same one, or the error that ends the run."""
     verdict = error.verdict
     if verdict is None:
@@ -264,11 +294,9 @@ def _attempt(plan: Plan, progress: Progress, architecture: Architecture, error: 
     return judged(ended, plan, architecture, verdict)
 
 
-def _announce(
-    run_dir: RunDir, listener: Listener, attempt: Attempt, reason: str, decided: Lowered | Offer | None
-) -> None:
+def _announce(run_dir: RunDir, listener: Listener, attempt: Attempt, reason: str, decided: Decision) -> None:
     """Says what happened and what follows, to the listener and in the run's events."""
-    kept = 0 if isinstance(decided, Offer) else attempt.last_saved_step
+    kept = 0 if isinstance(decided, Offer | Anew) else attempt.last_saved_step
     fields: dict[str, Any] = {
         "reason": reason,
         "cause": attempt.cause,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vramplan.errors import CheckpointError
+from vramplan.errors import CheckpointError, NoWholeCheckpointError
 from vramplan.measure.run_dir import write_json
 from vramplan.train.disk import why_not_written
 from vramplan.train.engine import TrainEngine
@@ -88,7 +88,8 @@ def resume(engine: TrainEngine, directory: Path, expected: RunState, snapshots: 
     loss of ``expected`` are not compared.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another run, or none of several is whole.
+        CheckpointError: the checkpoint belongs to another run.
+        NoWholeCheckpointError: there are some, and none is whole.
     """
     passed_over: list[str] = []
     for path in _newest_first(directory, snapshots):
@@ -100,7 +101,7 @@ def resume(engine: TrainEngine, directory: Path, expected: RunState, snapshots: 
         check_same_run(state, expected, path)
         return Resumed(state, path, (*passed_over, *load(engine, path, state, directory)))
     if passed_over:
-        raise CheckpointError(f"no whole checkpoint in {directory}: " + "; ".join(passed_over))
+        raise NoWholeCheckpointError(f"no whole checkpoint in {directory}: " + "; ".join(passed_over))
     return None
 
 

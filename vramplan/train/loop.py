@@ -308,6 +308,7 @@ class Loop:
     def _report(self, step: int, batch: GlobalBatch, result: StepResult) -> None:
         done, training = step + 1, self.run.training
         if done % training.log_every and done != self.total_steps:
+            self.metrics.event("samples", step=done, samples=_digest(batch.ids))  # the log of them has no gaps
             return
         grad_norm, tokens_per_s = self.engine.grad_norm(), batch.num_tokens / result.seconds
         self.metrics.event(

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from vramplan.errors import NoWholeCheckpointError
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.measure.marker import MemoryState
+from vramplan.measure.marker import Marker, MemoryState
 from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import snapshots_of
 from vramplan.search.lower import Below, Lowered, with_changes
@@ -97,6 +98,34 @@ def test_a_failure_before_the_first_event_says_what_it_goes_on_from(acted):
     assert [event["from_step"] for event in said if event["event"] == "recovery"] == [3, 3]
     assert [(each.first_step, each.last_saved_step) for each in ledger] == [(0, 3), (3, 3), (3, 3)]
     assert [event["steps_repeated"] for event in said if event["event"] == "recovery"] == [0, 0]
+
+
+def damaged() -> TrainingFailed:
+    marker = Marker(
+        rank=0,
+        phase="resume",
+        kind=NoWholeCheckpointError.__name__,
+        message="no whole checkpoint",
+        by_user=True,
+        exit_code=2,
+        time=1.0,
+    )
+    return TrainingFailed("no whole checkpoint", 2, Verdict(Cause.USER, "resume", 0, marker=marker))
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_begins_anew_once(acted, tmp_path):
+    said, ledger = acted(fails(KILLED, saved=3), fails(damaged()), finishes)
+    assert [event["from_step"] for event in said if event["event"] == "recovery"] == [3, 0]
+    assert [each.cause for each in ledger] == ["a killed process", "the user's own error", "finished"]
+    assert ledger[-1].first_step == 0
+    assert (tmp_path / "run" / "checkpoints-damaged" / "step-00000003").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_second_time_and_where_a_user_resumes_damage_ends_the_run(acted, tmp_path):
+    assert acted(fails(damaged()), resuming=True)[0][-1]["error"].exit_code == 2
+    said, _ = acted(fails(KILLED, saved=3), fails(damaged()), fails(KILLED, saved=3), fails(damaged()))
+    assert said[-1]["error"].exit_code == 2
 
 
 def test_memory_that_snapshots_keep_is_not_waited_for(acted, monkeypatch, tmp_path):
