@@ -45,12 +45,13 @@ def linear_cast_zero3(
         if need_b:
             grad_b = tape.new(b_numel, Dtype.FP32, WEIGHT_GRADIENT)
         del cast_w
-        grads.clear()  # a Python function has let go of what it was given when its results are cast
+        # a Python function has let go of what it was given, and of what it unpacked, when its results are cast
+        grads.clear()
+        del held
         if grad_x is not None:
             grad_x = to(grad_x, x_dtype, GRADIENTS)
         if grad_w is not None:
             grad_w = to(grad_w, w_dtype, WEIGHT_GRADIENT)
-        del held
         return [grad_x, grad_w, grad_b]
 
     return tape.attach("linear", out, [x, weight, bias], saved, backward)
