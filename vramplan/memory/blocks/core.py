@@ -217,7 +217,7 @@ def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, 
     spread = k.numel != q.numel
     numbers = ctx.tape.new(per_mask(1), Dtype.FP32, MASK) if mask is None else _numbers(ctx, mask, source)
     wide_q, wide_k, wide_v = (ops.to(part, Dtype.FP32, CORE) for part in (q, k, v))
-    apart = not isinstance(block, LatentAttention)
+    apart = not joined(block)
     if spread and isinstance(block, Attention) and block.core != "falcon":  # told of (``enable_gqa``): repeated first
         wide_k, wide_v = to_all_heads(wide_k, block, True), to_all_heads(wide_v, block, True)
         spread, between = False, False
