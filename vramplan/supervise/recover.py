@@ -195,13 +195,20 @@ def _damaged(run_dir: RunDir) -> Path:
     return run_dir.root / "checkpoints-damaged"
 
 
+def _set_aside(run_dir: RunDir, target: Path) -> None:
+    """Moves all that was saved out of the way of a run that begins again."""
+    put_away(run_dir)
+    if run_dir.checkpoints.exists():
+        run_dir.checkpoints.rename(target)
+
+
 def _go_on(plan: Plan, run_dir: RunDir, decided: Decision) -> tuple[Plan, bool]:
     """Puts the next plan where the ranks read it; and whether it goes on from what was saved."""
     if decided is None:
         return plan, True
     if isinstance(decided, Anew):
-        put_away(run_dir)
-        run_dir.checkpoints.rename(_damaged(run_dir))
+        _set_aside(run_dir, _damaged(run_dir))
+        _damaged(run_dir).mkdir(exist_ok=True)  # also where a snapshot was all there was: this is done once
         return plan, False
     _put_record_aside(run_dir, plan)
     decided.plan.save(run_dir.plan)
@@ -209,9 +216,8 @@ def _go_on(plan: Plan, run_dir: RunDir, decided: Decision) -> tuple[Plan, bool]:
         if decided.plan.run.training.snapshot_every is None:
             put_away(run_dir)  # the memory of those that were written
         return decided.plan, True
-    put_away(run_dir)
-    if run_dir.checkpoints.exists():  # of another training: nothing of it is of use to this one
-        run_dir.checkpoints.rename(run_dir.root / f"checkpoints-{plan_id(plan.run)}")
+    # of another training: nothing of it is of use to this one
+    _set_aside(run_dir, run_dir.root / f"checkpoints-{plan_id(plan.run)}")
     return decided.plan, False
 
 

@@ -122,6 +122,12 @@ def test_a_run_whose_only_checkpoint_is_damaged_begins_anew_once(acted, tmp_path
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_where_a_damaged_snapshot_is_all_there_is_the_run_begins_anew_too(acted, tmp_path):
+    said, _ = acted(fails(KILLED), fails(damaged()), finishes)
+    assert not [event for event in said if event["event"] == "failed"]
+    assert (tmp_path / "run" / "checkpoints-damaged").is_dir()
+
+
 def test_a_second_time_and_where_a_user_resumes_damage_ends_the_run(acted, tmp_path):
     assert acted(fails(damaged()), resuming=True)[0][-1]["error"].exit_code == 2
     said, _ = acted(fails(KILLED, saved=3), fails(damaged()), fails(KILLED, saved=3), fails(damaged()))
