@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vramplan.errors import SpecError
+from vramplan.errors import DataError, SpecError, UnknownNameError
 from vramplan.spec.recipes import ADAPTER_RANKS, TASKS, Recipe, read_recipe
 
 
@@ -48,6 +48,7 @@ def init(
     check_run(run)
     if model is not None:
         resolve_config(run)  # a name that nothing has is an error here, not in the commands that read the recipe
+    _check_present({"--data": data, "--general": general})
     if target.exists():
         raise SpecError(f"{target} exists: give another file with -o")
     try:
@@ -56,6 +57,21 @@ def init(
     except OSError as error:
         raise SpecError(f"{target}: cannot be written ({error.strerror}); choose another -o") from error
     show(f"written: {target}\nnext: vramplan data show {target}; vramplan plan {target} -o plan")
+
+
+def _check_present(paths: dict[str, str | None]) -> None:
+    """Raises:
+    DataError: what an option names is not there, which is better said here than by the commands that read it.
+    """
+    from vramplan.data.source import check_present
+
+    for option, path in paths.items():
+        if path is None:
+            continue
+        try:
+            check_present(path)
+        except (DataError, UnknownNameError) as error:
+            raise DataError(f"{option}: {error}") from error
 
 
 def _values(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -47,6 +47,19 @@ def check_rows(source: SourceSpec) -> None:
             pass
 
 
+def check_present(path: str) -> None:
+    """Looks whether something is where ``path`` says, without reading it; of a hub's data set it is not asked.
+
+    Raises:
+        DataError: nothing is there, or a file is of no known kind.
+        UnknownNameError: there is no built-in data set of that name.
+    """
+    if path.startswith(BUILTIN_PREFIX):
+        _builtin(path)
+    elif not path.startswith(HUB_PREFIX):
+        source_files(path)
+
+
 def plain_rows(source: SourceSpec) -> Iterator[Row]:
     """Rows of a built-in data set or of JSON and text files.
 
@@ -54,7 +67,7 @@ def plain_rows(source: SourceSpec) -> Iterator[Row]:
         DataError, UnknownNameError: as in ``read_rows``.
     """
     if source.path.startswith(BUILTIN_PREFIX):
-        yield from _builtin_rows(source)
+        yield from _builtin(source.path)(source)
         return
     for path in source_files(source.path):
         yield from file_rows(path, source)
@@ -167,13 +180,13 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 
 def _known(path: Path) -> Path:
-    if _is_known(path):
-        return path
     if not path.exists():
         raise DataError(
             f"{path}: there is no such file (data.train and data.eval take a path, a glob, hub:NAME or builtin:NAME)"
         )
-    raise DataError(f"{path}: is of no known kind; its name must end in one of {_KNOWN}")
+    if not _is_known(path):
+        raise DataError(f"{path}: is of no known kind; its name must end in one of {_KNOWN}")
+    return path
 
 
 def _is_known(path: Path) -> bool:
@@ -184,11 +197,11 @@ _KNOWN_SUFFIXES = (*JSONL_SUFFIXES, JSON_SUFFIX, *TEXT_SUFFIXES, *TABLE_SUFFIXES
 _KNOWN = ", ".join(_KNOWN_SUFFIXES)
 
 
-def _builtin_rows(source: SourceSpec) -> Iterator[Row]:
-    name = source.path.removeprefix(BUILTIN_PREFIX)
+def _builtin(path: str) -> Callable[[SourceSpec], Iterator[Row]]:
+    name = path.removeprefix(BUILTIN_PREFIX)
     if name not in _BUILTIN:
-        raise UnknownNameError("built-in data set", source.path, (BUILTIN_PREFIX + known for known in _BUILTIN))
-    return _BUILTIN[name](source)
+        raise UnknownNameError("built-in data set", path, (BUILTIN_PREFIX + known for known in _BUILTIN))
+    return _BUILTIN[name]
 
 
 def _packaged(source: SourceSpec) -> Iterator[Row]:

@@ -42,8 +42,6 @@ def _rows(source: SourceSpec) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, source: SourceSpec) -> Iterator[Row]:
-    if not path.is_file():
-        raise DataError(f"{path}: cannot be read (No such file or directory)")
     builder, options = _BUILDERS[path.suffix.lower()]
     if builder == "csv":
         options = {**options, **_as_text(path, **options)}

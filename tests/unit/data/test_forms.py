@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_table_is_one_sentence(tmp_path):
         ("bad.json", "bad.json: is not valid JSON"),
         ("bad.parquet", "bad.parquet: cannot be read"),
         ("bad.csv", "bad.csv row 1: 'completion' must be text, not nothing"),
-        ("none.csv", "none.csv: cannot be read"),
+        ("none.csv", "none.csv: there is no such file"),
         ("none*.csv", r"none\*.csv: no file matches it"),
     ):
         with pytest.raises(DataError, match=said) as caught:

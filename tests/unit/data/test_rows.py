@@ -86,7 +86,7 @@ def test_files_that_cannot_be_read(tmp_path, name, content, said):
 
 
 def test_a_missing_file_and_an_unknown_builtin():
-    with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: there is no such file"):
         read_rows("nowhere.jsonl")
     with pytest.raises(DataError, match="there is no such file"):
         read_rows("nowhere")

@@ -77,8 +77,11 @@ def test_init_writes_the_recipe_as_it_is(tmp_path):
     assert (tmp_path / "a" / "run.yaml").read_text() == (CONFIGS / "sft-base.yaml").read_text()
 
 
-def test_init_puts_in_what_is_given_and_leaves_the_rest(tmp_path):
+def test_init_puts_in_what_is_given_and_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     awkward = 'my data/a: "b", {c}.jsonl'
+    Path(awkward).parent.mkdir()
+    Path(awkward).touch()
     given = ["--model", "Qwen/Qwen2.5-7B-Instruct", "--method", "qlora", "--data", awkward, "--general", "hub:x/y"]
     assert init("--task", "sft-chat", "-o", tmp_path / "run.yaml", *given) == 0
     before, after = read_recipe("sft-chat").text, (tmp_path / "run.yaml").read_text()
@@ -99,6 +102,10 @@ def test_init_puts_in_what_is_given_and_leaves_the_rest(tmp_path):
         (["--task", "sft-chat", "--method", "lorra"], "did you mean lora?"),
         (["--task", "sft-chat", "-o", "there.yaml"], "there.yaml exists"),
         (["--task", "sft-chat", "--model", "Qwen/Qwen2.5-7B-Instrct"], "did you mean Qwen/Qwen2.5-7B-Instruct"),
+        (["--task", "sft-base", "--data", "mine.jsonl"], "--data: mine.jsonl: there is no such file"),
+        (["--task", "sft-base", "--data", "mine/*.jsonl"], "--data: mine/*.jsonl: no file matches it"),
+        (["--task", "sft-base", "--data", "there.yaml"], "--data: there.yaml: is of no known kind"),
+        (["--task", "sft-chat", "--general", "builtin:python"], "did you mean builtin:python-reference or"),
         (["--task", "domain-cpt", "--method", "dora"], "retain.interpolate cannot scale DoRA's adapters"),
     ],
 )
