@@ -7,8 +7,9 @@ table. The table outlives a profiling session, so a block that an earlier sessio
 later one; a block born while no session was on is never seen. Hence the probe, once started, profiles without a
 gap: at each edge of a phase it closes one session, reads its events and opens the next.
 
-A block that another thread frees (gloo's, holding a collective's buffers) is not seen to die. Its address, or one
-inside it, is handed out again sooner or later: what such a block held is taken back then.
+A block that another thread frees (gloo's, holding a collective's buffers) is not seen to die. Blocking collectives
+therefore wait for gloo to let go of their tensors; of the others an address, or one inside the block, is handed out
+again sooner or later: what such a block held is taken back then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from vramplan.measure.blocks import LiveBlocks, MemoryEvent
 from vramplan.measure.record import PhaseReading
+from vramplan.measure.settled import SettledCollectives
 from vramplan.measure.trace import BirthReader
 
 # Kineto writes a line on every start and stop; it reads this when its logger is first used.
@@ -140,6 +142,7 @@ class _CpuMeter:
         self.live_at_peak: dict[int, MemoryEvent] = {}
         self._births = births
         self._live = LiveBlocks()
+        self._collectives = SettledCollectives()
         self._running = False
         self._start()
 
@@ -165,10 +168,12 @@ class _CpuMeter:
         if self._running:
             for event in self._stop():
                 self._live.apply(event)
+            self._collectives.remove()
 
     def close(self) -> None:
         if self._running:
             self._stop()
+            self._collectives.remove()
 
     def _harvest(self) -> list[MemoryEvent]:
         events = self._stop()
@@ -191,6 +196,7 @@ class _CpuMeter:
         # Without births only user annotations are recorded besides memory: operators would cost time for nothing.
         scopes = set() if self._births is not None else {profiler.RecordScope.USER_SCOPE}
         torch._C._autograd._enable_profiler(config, cpu, scopes)  # type: ignore[call-arg]  # the stub lacks scopes
+        self._collectives.install()
         self._running = True
 
     def _stop(self) -> list[MemoryEvent]:

@@ -22,6 +22,7 @@ from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 from vramplan.train.layout import check_layout
 from vramplan.train.loss import batch_loss, takes_num_targets
+from vramplan.train.mapped import free_mapped_files
 
 
 def join_group(run: RunSpec) -> torch.device:
@@ -75,6 +76,7 @@ class TrainEngine:
         self._averaged_over = self.world_size if run.zero.stage == 3 else self.dp_degree
         self.penalties = anchored_penalties(run, module, self.rank, self.world_size)
         trained = trained_groups(run, module)
+        free_mapped_files(run, module, trained)
         # Built before initialize, which may cast the module: the loss reads no dtype.
         self._divides_sum = takes_num_targets(module)
         self.deepspeed, *_ = deepspeed.initialize(
