@@ -160,6 +160,21 @@ def test_plain_torch():
 
 
 MASKED = Path(__file__).with_name("measured") / "cpu_masks.jsonl"
+"""Taken by `vramplan train` on two ranks: packed documents, and padded sequences with their mask."""
+
+
+def test_masks_of_packed_and_padded_sequences():
+    compared = 0
+    for record, found in covered(MASKED):
+        measured = {phase.phase: phase for phase in record.measured.phases}
+        for phase in found.phases:
+            if phase.phase.endswith(("forward", "backward")):  # the rest is 0.7 MiB in all
+                assert phase.peak_bytes == pytest.approx(measured[phase.phase].allocated_peak_bytes, rel=0.01)
+                compared += 1
+    assert compared == 2 * 2 * 2 * 2
+
+
+TRAINER = Path(__file__).with_name("measured") / "cpu_trainer.jsonl"
 """Taken by `vramplan train` on two ranks and `--resume` after it: ZeRO 0 to 3, full and LoRA, under 0 to 2 a rate of
 its own for each layer, and the last blocks alone; fp32 weights too, which lie in the mapped file as they are loaded.
 Under ZeRO-3 the CPU's allocator does not see gloo let go of what it gathered."""
