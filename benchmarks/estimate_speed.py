@@ -17,7 +17,7 @@ import numpy as np
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.estimate import estimate
-from vramplan.memory.job import job_from_run
+from vramplan.memory.from_run import job_from_run
 from vramplan.memory.sweep import Candidates, allocated_peaks
 from vramplan.spec.run import RunSpec
 

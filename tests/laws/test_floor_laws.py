@@ -9,7 +9,7 @@ from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.estimate import estimate
 from vramplan.memory.floor import floor_bytes
-from vramplan.memory.job import job_from_run
+from vramplan.memory.from_run import job_from_run
 
 from support.matrix import FACTORS, Case, why_not
 

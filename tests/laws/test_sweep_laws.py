@@ -10,7 +10,7 @@ from vramplan.errors import SpecError
 from vramplan.facts.device import Device, Node
 from vramplan.facts.families import architecture_from_config
 from vramplan.memory.estimate import estimate
-from vramplan.memory.job import job_from_run
+from vramplan.memory.from_run import job_from_run
 from vramplan.memory.sweep import Candidates, allocated_peaks
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec

@@ -13,7 +13,7 @@ from vramplan.facts.device import Node
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.estimate import COVERED_FAMILIES, UncoveredError, check_covered, estimate
-from vramplan.memory.job import job_from_run
+from vramplan.memory.from_run import job_from_run
 from vramplan.memory.ledger import Estimate, PhaseBytes
 from vramplan.search.legality import illegality
 from vramplan.simulate.asked import request_on

@@ -9,7 +9,8 @@ from vramplan.facts.device import Node
 from vramplan.memory.between import Passed, moments_between
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
 from vramplan.memory.blocks.liger import FAMILIES as LIGER_FAMILIES
-from vramplan.memory.job import Job, job_from_run
+from vramplan.memory.from_run import job_from_run
+from vramplan.memory.job import Job
 from vramplan.memory.labels import HOST_ACTIVATIONS, term
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.nvme import disk_terms, on_disk, why_uncovered

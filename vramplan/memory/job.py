@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
-from vramplan.facts.device import Node
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.blocks.against_forgetting import FISHER
 from vramplan.memory.gathers import GatherLimits
@@ -24,14 +21,11 @@ from vramplan.memory.parameters import (
     trained_tensors,
 )
 from vramplan.memory.quantized import nf4_bytes, packed_numel
-from vramplan.memory.rows import chunk_rows, fused_loss_rows, kl_chunk_tokens, tile_rows
 from vramplan.memory.size import Size, basis_at
-from vramplan.memory.tensor_parallel import split, why_not
 from vramplan.spec.layout import Layout
 from vramplan.spec.retain import RetainSpec
-from vramplan.spec.run import RunSpec, ZeroSpec
-from vramplan.spec.targets import resolve_targets
-from vramplan.spec.trainable import FullMethod, LoraMethod, Method, check_trains
+from vramplan.spec.run import ZeroSpec
+from vramplan.spec.trainable import LoraMethod, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,124 +267,3 @@ class Job:
     def numels(self, trained: bool) -> tuple[tuple[int, int], ...]:
         """Elements of a parameter that is trained, or that is not, and how many parameters have as many."""
         return counted_numels(self.architecture, self.method, self.adapted_parameters, trained)
-
-
-def job_from_run(
-    run: RunSpec, node: Node, architecture: Architecture, weights_halved: bool = False, managed: bool = False
-) -> Job:
-    """The job that a closed run describes.
-
-    ``managed``: whether DeepSpeed counts micro-batches, as where records are measured; the trainer lets it only where
-    it must (``emit/deepspeed.py``, ``managed_accumulation``).
-
-    ``weights_halved``: ``zero.Init`` was told fp32 on a CPU without fp16 and made bf16 weights all the same
-    (deepspeed 0.19.8, partition_parameters.py, ``_set_dtype``), while the engine goes on in fp32.
-
-    Raises:
-        SpecError: a field that the planner decides is still None, or the method trains nothing.
-    """
-    decided = {
-        "micro_batch_size": run.micro_batch_size,
-        "grad_accum_steps": run.grad_accum_steps,
-        "zero.stage": run.zero.stage,
-        "activation_checkpointing": run.activation_checkpointing,
-    }
-    missing = [name for name, value in decided.items() if value is None]
-    if missing:
-        raise SpecError(
-            f"{', '.join(missing)} must be set before bytes can be counted; let the planner choose or set it"
-        )
-    method, adapted = run.method, frozenset[str]()
-    if isinstance(method, FullMethod) and method.freezes:
-        _check_trains(architecture, method)
-    if isinstance(method, LoraMethod):
-        targets = resolve_targets(method, architecture)
-        method, adapted = targets.method, targets.parameters if architecture.mixtures else frozenset()
-        if not adapted:
-            _check_targets(architecture, method)
-        elif method.dropout or method.use_dora:
-            field = "dropout" if method.dropout else "use_dora"
-            raise SpecError(
-                f"method.{field}: PEFT has no such adapters for parameters, as {architecture.family}'s experts and "
-                "routers are; leave it out, or name target_modules that are attention's alone (q_proj, v_proj)"
-            )
-    assert run.micro_batch_size is not None
-    assert run.grad_accum_steps is not None
-    assert run.zero.stage is not None
-    dtype, autocast = {
-        "bf16": (Dtype.BF16, None),
-        "fp16": (Dtype.FP16, None),
-        "fp32": (Dtype.FP32, None),
-        "bf16-autocast": (Dtype.FP32, Dtype.BF16),
-        "bf16-weights-autocast": (Dtype.BF16, Dtype.BF16),
-    }[run.precision]
-    grad_dtype, communicates = dtype, None
-    if weights_halved:
-        grad_dtype, communicates = Dtype.FP32, autocast
-        # of the products autocast changes those of adapters alone, which are made in fp32 after ``zero.Init``
-        dtype, autocast = Dtype.BF16, autocast if isinstance(method, LoraMethod) else None
-    layout = run.layout if run.layout is not None else Layout(dp=node.world_size)
-    num_tokens = run.micro_batch_size * (run.seq_len // layout.sp)
-    if layout.sp > 1:  # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"
-        communicates = Dtype.FP32
-    return Job(
-        architecture=split(architecture, layout.tp),
-        method=method,
-        adapted_parameters=adapted,
-        engine=run.engine,
-        dtype=dtype,
-        autocast=autocast,
-        grad_dtype=grad_dtype,
-        communicates=communicates,
-        layout=layout,
-        split_refused=why_not(architecture, layout.tp),
-        unsplit_numel=architecture.num_params - split(architecture, layout.tp).num_params if layout.tp > 1 else 0,
-        zero=run.zero,
-        stage=run.zero.stage,
-        micro_batch_size=run.micro_batch_size,
-        seq_len=run.seq_len,
-        grad_accum_steps=run.grad_accum_steps,
-        checkpointing=run.activation_checkpointing == "full",
-        checkpoint_every=run.checkpoint_every,
-        reentrant=run.checkpoint_reentrant,
-        attention=run.attention,
-        optimizer=run.optimizer.kind,
-        momentum=run.optimizer.momentum,
-        device="cpu" if node.device.kind == "cpu" else "cuda",
-        keep_outputs=run.keep_outputs,
-        loss=run.loss,
-        shifted_logits=run.shifted_logits,
-        chunk_rows=chunk_rows(run.loss, num_tokens, architecture) if node.device.kind == "cpu" else (0, 0),
-        fused_loss_rows=fused_loss_rows(run.loss, num_tokens, architecture),
-        liger_kernels=run.kernels == "liger",
-        tile_rows=tile_rows(run.micro_batch_size, run.seq_len // layout.sp, architecture) if run.tiled_mlp else 0,
-        host_checkpoints=run.offload_activations == "cpu"
-        and run.activation_checkpointing == "full"
-        and node.device.kind != "cpu",
-        kl_chunk_tokens=kl_chunk_tokens(run.retain, num_tokens),
-        offload_optimizer=run.zero.offload_optimizer in ("cpu", "nvme"),
-        offload_param=run.zero.offload_param in ("cpu", "nvme"),
-        clipping=run.training.max_grad_norm > 0,
-        # flash-attn takes packed documents as they lie
-        masked=run.masked
-        if run.attention != "flash_attention_2" and architecture.masks_by_document
-        else run.attention_mask,
-        given_positions=run.data.packing != "none" or layout.sp > 1,
-        retain=run.retain,
-        managed=managed or (bool(run.zero.overlap_comm) and run.zero.stage < 2),
-    )
-
-
-@lru_cache(maxsize=256)
-def _check_trains(architecture: Architecture, method: FullMethod) -> None:
-    check_trains(method, (param.name for param in parameters(architecture, method)), architecture.num_layers)
-
-
-def _check_targets(architecture: Architecture, method: LoraMethod) -> None:
-    if any(param.adapter for param in parameters(architecture, method)):
-        return
-    known = sorted({linear.name.rpartition(".")[2] for linear in architecture.layers[0].linears()})
-    raise SpecError(
-        f"method.target_modules: {method.target_modules!r} matches no projection of the model, so nothing would be "
-        f"trained; name some of {', '.join(known)}, or all-linear"
-    )

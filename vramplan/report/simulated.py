@@ -16,7 +16,7 @@ from vramplan.report.console import bar_text
 from vramplan.report.live import live_table
 from vramplan.search.plan import term_to_dict
 from vramplan.simulate.asked import ClosedRun, driver_terms
-from vramplan.simulate.result import Failure, SimulationResult
+from vramplan.simulate.result import Failure, SimulatedPhase, SimulationResult
 from vramplan.units import format_bytes
 
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -49,46 +49,15 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "host_terms": [],
         "disk_bytes_per_node": 0,  # offload to NVMe is not simulated
         "disk_terms": [],
-        "moments": [
-            {
-                "name": phase.phase,
-                "phase": phase.phase.rsplit(".", 1)[-1],
-                "first_step": phase.phase.startswith("step1."),
-                "allocated_bytes": phase.peak_bytes,
-                "terms": [term_to_dict(_term(name, size)) for name, size in phase.categories.items()],
-            }
-            for phase in found.phases
-        ],
-        "phases": [
-            {
-                "phase": phase.phase,
-                "peak_bytes": phase.peak_bytes,
-                "end_bytes": phase.end_bytes,
-                "reserved_peak_bytes": phase.reserved_peak_bytes,
-                "host_peak_bytes": phase.host_peak_bytes,
-                "pinned_bytes": phase.pinned_bytes,
-                "categories": dict(phase.categories),
-            }
-            for phase in found.phases
-        ],
+        "moments": [_moment_to_dict(phase) for phase in found.phases],
+        "phases": [_phase_to_dict(phase) for phase in found.phases],
         "categories": dict(found.categories),
         "largest_live": [group.to_dict() for group in found.largest_live],
         "assumptions": [
             {"name": term.name, "basis": term.basis.value, "note": term.note}
             for term in driver_terms(closed.run, closed.node)
         ],
-        "plan": {
-            "micro_batch_size": closed.run.micro_batch_size,
-            "grad_accum_steps": closed.run.grad_accum_steps,
-            "global_batch_size": closed.run.global_batch_size,
-            "zero_stage": closed.run.zero.stage,
-            "offload_optimizer": closed.run.zero.offload_optimizer,
-            "offload_param": closed.run.zero.offload_param,
-            "activation_checkpointing": closed.run.activation_checkpointing,
-            "world_size": closed.node.world_size,
-            "device": closed.node.device.name,
-            "run": closed.run.model_dump(mode="json", exclude_none=True),
-        },
+        "plan": _plan_to_dict(closed),
         "remedies": [],
         "refused": [],
         "failure": failure_to_dict(found.failure),
@@ -99,6 +68,43 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "in_full_because": found.in_full_because,
         "seconds": found.seconds,
         "host_rss_peak_bytes": found.host_rss_peak_bytes,
+    }
+
+
+def _moment_to_dict(phase: SimulatedPhase) -> dict[str, Any]:
+    return {
+        "name": phase.phase,
+        "phase": phase.phase.rsplit(".", 1)[-1],
+        "first_step": phase.phase.startswith("step1."),
+        "allocated_bytes": phase.peak_bytes,
+        "terms": [term_to_dict(_term(name, size)) for name, size in phase.categories.items()],
+    }
+
+
+def _phase_to_dict(phase: SimulatedPhase) -> dict[str, Any]:
+    return {
+        "phase": phase.phase,
+        "peak_bytes": phase.peak_bytes,
+        "end_bytes": phase.end_bytes,
+        "reserved_peak_bytes": phase.reserved_peak_bytes,
+        "host_peak_bytes": phase.host_peak_bytes,
+        "pinned_bytes": phase.pinned_bytes,
+        "categories": dict(phase.categories),
+    }
+
+
+def _plan_to_dict(closed: ClosedRun) -> dict[str, Any]:
+    return {
+        "micro_batch_size": closed.run.micro_batch_size,
+        "grad_accum_steps": closed.run.grad_accum_steps,
+        "global_batch_size": closed.run.global_batch_size,
+        "zero_stage": closed.run.zero.stage,
+        "offload_optimizer": closed.run.zero.offload_optimizer,
+        "offload_param": closed.run.zero.offload_param,
+        "activation_checkpointing": closed.run.activation_checkpointing,
+        "world_size": closed.node.world_size,
+        "device": closed.node.device.name,
+        "run": closed.run.model_dump(mode="json", exclude_none=True),
     }
 
 

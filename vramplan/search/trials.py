@@ -10,7 +10,7 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.memory.estimate import UncoveredError, check_covered, estimate_run
 from vramplan.memory.floor import floor_bytes
-from vramplan.memory.job import job_from_run
+from vramplan.memory.from_run import job_from_run
 from vramplan.memory.ledger import Estimate
 from vramplan.memory.overhead import overhead
 from vramplan.search.plan import Refusal

@@ -24,12 +24,33 @@ CPU_RNG_STATE_BYTES = 5056
 """Size of ``torch.get_rng_state()``: a Mersenne twister's state (aten/src/ATen/CPUGeneratorImpl.cpp)."""
 
 
+def _answer_as_cuda(tracker: Tracker, put: Callable[..., None]) -> None:
+    """What goes other ways on a GPU than the fakes' device would."""
+    import deepspeed.runtime.chunked_cross_entropy as chunked_loss
+
+    # torch's optimizers take plain tensors on a GPU all at once, and fakes stand for plain tensors
+    put(
+        sys.modules["torch.optim.optimizer"],
+        "_foreach_supported_types",
+        [torch.Tensor, torch.nn.Parameter, FakeTensor],
+    )
+    put(FakeTensor, "data", property(_DATA.__get__, _set_data))
+    autocast = cuda_autocast(tracker.device_type)
+    autocast.clear()  # of a trace before
+    put(torch, "clear_autocast_cache", autocast.clear)
+    put(torch, "is_autocast_enabled", _autocast_enabled_on(tracker.device_type))
+    put(torch.nn.functional, "softmax", _widening_inside(torch.nn.functional.softmax))
+    put(chunked_loss, "_resolve_backend", lambda *_: "triton")
+    for name in ("_log_sum_exp_forward_kernel", "_cross_entropy_backward_kernel"):
+        put(chunked_loss, name, _NoTriton(), create=True)
+    put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
+
+
 @contextmanager
 def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packed: bool = False) -> Iterator[None]:
     """Everything below, for the duration of the context; ``packed``: positions restart within a sequence."""
     import deepspeed.ops.adam.cpu_adam as cpu_adam
     import deepspeed.ops.adam.fused_adam as fused_adam
-    import deepspeed.runtime.chunked_cross_entropy as chunked_loss
     import deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper as optimizer_swapper
     import deepspeed.runtime.swap_tensor.partitioned_param_swapper as param_swapper
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
@@ -43,8 +64,8 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         # Muon's update is compiled (runtime/zero/muon/original_muon.py), which fakes do not bear: it runs as written
         stack.enter_context(torch.compiler.set_stance("force_eager"))
 
-        def put(owner: Any, name: str, value: Any) -> None:
-            stack.enter_context(mock.patch.object(owner, name, value))
+        def put(owner: Any, name: str, value: Any, create: bool = False) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value, create=create))
 
         put(torch.nn.Module, "_apply", _apply_by_data)
         put(torch.nn.Module, "__call__", _call_seen_by(tracker))
@@ -66,29 +87,14 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
         put(masking_utils, "is_tracing", lambda tensor=None: False)
         put(modeling_utils, "is_tracing", lambda tensor=None: False)
         # The order of a set of parameters depends on their addresses; any is as real as another.
-        stack.enter_context(mock.patch.object(coordinator, "set", _SetInOrder, create=True))
+        put(coordinator, "set", _SetInOrder, create=True)
         parameters = coordinator.PartitionedParameterCoordinator
         put(parameters, "_fetch_sub_module_impl", _noting_available(tracker, parameters._fetch_sub_module_impl))
         put(masking_utils, "fast_all", _yes_after(masking_utils.fast_all, said=not conditions.padded))
         if packed:
             put(masking_utils, "find_packed_sequence_indices", _found_in(masking_utils.find_packed_sequence_indices))
         if device_type == "cuda":
-            # torch's optimizers take plain tensors on a GPU all at once, and fakes stand for plain tensors
-            put(
-                sys.modules["torch.optim.optimizer"],
-                "_foreach_supported_types",
-                [torch.Tensor, torch.nn.Parameter, FakeTensor],
-            )
-            put(FakeTensor, "data", property(_DATA.__get__, _set_data))
-            autocast = cuda_autocast(tracker.device_type)
-            autocast.clear()  # of a trace before
-            put(torch, "clear_autocast_cache", autocast.clear)
-            put(torch, "is_autocast_enabled", _autocast_enabled_on(tracker.device_type))
-            put(torch.nn.functional, "softmax", _widening_inside(torch.nn.functional.softmax))
-            put(chunked_loss, "_resolve_backend", lambda *_: "triton")
-            for name in ("_log_sum_exp_forward_kernel", "_cross_entropy_backward_kernel"):
-                stack.enter_context(mock.patch.object(chunked_loss, name, _NoTriton(), create=True))
-            put(torch.nn.functional, "scaled_dot_product_attention", autocast.lowered(cuda_attention))
+            _answer_as_cuda(tracker, put)
         if conditions.skip_steps:
             put(stage3, "is_invalid_grad_norm", _yes_after(stage3.is_invalid_grad_norm))
         yield

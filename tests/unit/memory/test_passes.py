@@ -2,7 +2,7 @@
 
 from vramplan.facts.device import Device, Node
 from vramplan.facts.resolve import resolve_architecture
-from vramplan.memory.job import job_from_run
+from vramplan.memory.from_run import job_from_run
 from vramplan.memory.passes import Batch, job_of_batch
 from vramplan.spec.run import RunSpec
 from vramplan.units import TIB
