@@ -174,6 +174,8 @@ class Reader:
         if not len(samples):
             why = f"within seq_len {self.run.seq_len}; raise it" if dropped else "(its text is a single token)"
             raise DataError(f"{source.path}: holds nothing to learn {why}")
+        if source.weight_column is not None and not any(sample.weight for sample in samples):
+            raise DataError(f"{source.path}: holds nothing to learn (every row's {source.weight_column!r} is 0)")
         self._note_dropped(dropped or [], len(samples))
         self._note_cuts(samples)
         return samples

@@ -170,7 +170,13 @@ def _or(allowed: str) -> str:
     return f"{head} or {last}" if comma else allowed
 
 
-_PLAIN_DEMANDS = {"a valid boolean": "true or false", "a valid string": "text"}
+_PLAIN_DEMANDS = {
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid tuple": "a list",
+    "a valid list": "a list",
+    "a valid dictionary": "a mapping of keys",
+}
 """Where pydantic's words are not those of YAML's users."""
 
 

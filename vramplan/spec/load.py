@@ -79,12 +79,13 @@ def expand_kinds(fields: Mapping[str, Any]) -> dict[str, Any]:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with the keys of ``over`` laid over it, section by section.
 
-    A section whose ``kind`` changes is replaced as a whole: LoRA's rank means nothing to full fine-tuning.
+    Where ``method`` changes between full and adapters it is replaced as a whole: LoRA's rank means nothing to full
+    fine-tuning. All other kinds of a section have the same keys, and those that were given stay.
     """
     merged, laid = expand_kinds(base), expand_kinds(over)
     for key, value in laid.items():
         below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_kind(below, value):
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_keys(below, value):
             merged[key] = merge(below, value)
         else:
             merged[key] = value
@@ -118,8 +119,8 @@ def nest(name: str, value: Any) -> dict[str, Any]:
     return {head: nest(rest, value) if dot else value}
 
 
-def _same_kind(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
-    return "kind" not in over or below.get("kind") == over["kind"]
+def _same_keys(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    return "kind" not in over or (below.get("kind") == "full") == (over["kind"] == "full")
 
 
 def _strict_loader() -> type[yaml.SafeLoader]:

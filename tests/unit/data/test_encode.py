@@ -166,6 +166,19 @@ def test_rows_without_anything_to_learn_are_left_out_where_that_is_asked_for(tok
         load_data(run_from_mapping({"model": "x", "seq_len": 32, "data": fields}), tokenizer)
 
 
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_a_source_whose_rows_all_weigh_nothing_is_refused(tokenizer, tmp_path, keep):
+    path = tmp_path / "rows.jsonl"
+    source = {"path": str(path), "weight_column": "w"}
+    run = run_from_mapping({"model": "x", "seq_len": 32, "data": {"train": source, "eval_frac": 0.0, "keep": keep}})
+    row = {"prompt": "a", "completion": "b"}
+    path.write_text("".join(json.dumps(row | {"w": weight}) + "\n" for weight in (0, 0.5)))
+    assert [sample.weight for sample in load_data(run, tokenizer).train] == [0, 0.5]
+    path.write_text(json.dumps(row | {"w": 0}) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds nothing to learn \(every row's 'w' is 0\)"):
+        load_data(run, tokenizer)
+
+
 def test_a_cut_answer_is_counted_and_said(tokenizer):
     run = run_from_mapping({"model": "x", "seq_len": 96})
     data = load_data(run, tokenizer)

@@ -50,6 +50,7 @@ def test_scientific_notation_without_a_dot_is_a_number():
         ({"qqqqqqqq": 1}, "unknown key 'qqqqqqqq'; known: activation_checkpointing"),
         ({"zero": {"stage": 5}}, "zero.stage is 5 but must be 0, 1, 2 or 3"),
         ({"precision": "bf17"}, "did you mean bf16?"),
+        ({"training": {"trackers": "wandb"}}, "training.trackers is 'wandb' but must be a list"),
         ({"method": "lorra"}, "method.kind is 'lorra' but must be 'full', 'lora' or 'qlora'; did you mean lora?"),
         ({"method": {"r": 3}}, "method needs a 'kind': full, lora or qlora"),
         ({"seq_len": 0}, "seq_len is 0 but must be at least 1"),
@@ -165,6 +166,13 @@ def test_a_changed_kind_drops_what_only_the_old_kind_has():
     assert merge({"method": {"kind": "lora", "r": 8}}, {"method": "full"}) == {"method": {"kind": "full"}}
     kept = merge({"method": {"kind": "lora", "r": 8}}, {"method": {"kind": "lora", "alpha": 4}})
     assert kept == {"method": {"kind": "lora", "r": 8, "alpha": 4}}
+
+
+def test_a_changed_kind_keeps_what_the_new_kind_has_too():
+    run = {"model": "m", "method": {"kind": "lora", "r": 64}, "optimizer": {"kind": "adamw_torch", "lr": 3e-3}}
+    laid = run_from_mapping(merge(run, {"method": {"kind": "qlora"}, "optimizer": "lion"}))
+    assert (laid.method.kind, laid.method.r) == ("qlora", 64)
+    assert (laid.optimizer.kind, laid.optimizer.lr) == ("lion", 3e-3)
 
 
 def test_assignments_are_nested_and_read_as_yaml():
