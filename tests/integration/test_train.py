@@ -183,6 +183,7 @@ def test_the_trained_model_answers_after_it_was_reloaded_and_merged(tiny_model, 
     assert event["answer"] in done.stdout
     merged = AutoModelForCausalLM.from_pretrained(RunDir(tmp_path / "run").model, use_safetensors=True)
     assert held_out_loss(merged, tmp_path / "run") == pytest.approx(evaluated(tmp_path / "run"), rel=1e-4)
+    assert "fine-tuned (lora, merged)" in (RunDir(tmp_path / "run").model / "README.md").read_text()
 
 
 def evaluated(run_dir: Path) -> float:

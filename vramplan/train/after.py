@@ -19,8 +19,9 @@ from vramplan.retain.interpolate import interpolated
 from vramplan.search.plan import Plan
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
+from vramplan.train.card import write_model_card
 from vramplan.train.export import replaced_directory
-from vramplan.train.pretrained import load_tokenizer, model_directory
+from vramplan.train.pretrained import load_tokenizer, model_directory, public_name
 
 
 def main() -> int:
@@ -77,6 +78,7 @@ def merge(run: RunSpec, run_dir: RunDir) -> Path:
     with replaced_directory(run_dir.model) as temporary:
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_model_card(run, run_dir, temporary, public_name(run, model_directory(run)), merged=True)
     return run_dir.model
 
 

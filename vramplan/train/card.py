@@ -13,22 +13,23 @@ from vramplan.spec.run import RunSpec
 from vramplan.version import __version__
 
 
-def write_model_card(run: RunSpec, run_dir: RunDir, directory: Path, base_name: str) -> None:
+def write_model_card(run: RunSpec, run_dir: RunDir, directory: Path, base_name: str, *, merged: bool = False) -> None:
     """Writes ``README.md`` beside the weights, over the template that PEFT puts there."""
-    (directory / "README.md").write_text(model_card(run, read_events(run_dir.metrics), base_name), encoding="utf-8")
+    text = model_card(run, read_events(run_dir.metrics), base_name, merged=merged)
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str) -> str:
-    """The card's text from a run's spec and events."""
+def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str, *, merged: bool = False) -> str:
+    """The card's text from a run's spec and events; ``merged``: of adapters that are in the weights."""
     front = {"base_model": base_name, "tags": ["vramplan", run.method.kind], "pipeline_tag": "text-generation"}
     if run.method.kind != "full":
-        front["library_name"] = "peft"
+        front["library_name"] = "transformers" if merged else "peft"
     asked = _asked(run)
     steps = [event["step"] for event in events if event["event"] == "step"]
     exported = next((event["step"] for event in reversed(events) if event["event"] == "best"), None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({run.method.kind})",
+        f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({run.method.kind}{', merged' if merged else ''})",
         _steps(run, steps[-1] if steps else 0, exported),
         _evaluations(events, exported),
         _tasks(events),

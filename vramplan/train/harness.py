@@ -103,8 +103,10 @@ def judge(run: RunSpec, run_dir: RunDir) -> None:
     seconds = time.perf_counter() - started
     for event in scores_of(found):
         append_event(run_dir.metrics, "lm_eval", **event, version=version("lm-eval"), seconds=seconds)
-    target = run_dir.adapter if isinstance(run.method, LoraMethod) else run_dir.model
-    write_model_card(run, run_dir, target, public_name(run, model_directory(run)))
+    adapters, name = isinstance(run.method, LoraMethod), public_name(run, model_directory(run))
+    write_model_card(run, run_dir, run_dir.adapter if adapters else run_dir.model, name)
+    if adapters and run.training.merge_adapters:
+        write_model_card(run, run_dir, run_dir.model, name, merged=True)
 
 
 def scores_of(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -37,3 +37,11 @@ def test_the_spec_in_a_card_reads_back_as_the_run(fields):
     assert yaml.safe_load(front)["base_model"] == "some/base"
     assert run_from_mapping(yaml.safe_load(spec)) == run
     assert f"kind: {run.method.kind}" in spec
+
+
+def test_the_card_of_merged_adapters_does_not_ask_for_peft():
+    run = run_from_mapping({"model": "some/base", "method": "lora"})
+    adapters, merged = (model_card(run, [], "some/base", merged=each) for each in (False, True))
+    assert "library_name: peft" in adapters
+    assert "library_name: transformers" in merged
+    assert "# base, fine-tuned (lora, merged)" in merged
