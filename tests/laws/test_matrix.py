@@ -31,6 +31,9 @@ QUICK = (
     "phi3.34/frozen/3/none/sdpa/bf16-autocast/padded/cuda/4/2/2/adamw_torch/optimizer/small/let go",
     "mistral.16/expanded/1/full/sdpa/fp32/none/cuda/4/1/2/adamw_torch/optimizer/small/kept",
     "stablelm.36/full/3/none/sdpa/bf16-autocast/padded/cuda/1/2/1/adamw/none/small/kept",
+    "starcoder2.47x2/dora/3/none/sdpa/fp32/none/cpu/1/1/1/adamw_torch/both/small/kept",
+    "gemma3_text.29x2/dora/3/full/eager/bf16-autocast/padded/cuda/4/2/2/adamw_torch/optimizer/small/let go",
+    "gpt2.0x2/frozen/3/none/eager/bf16-autocast/none/cuda/4/2/1/adamw_torch/both/small/kept",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 

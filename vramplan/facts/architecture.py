@@ -157,7 +157,8 @@ class Architecture:
     norm_before_layers: bool = False
     """The final norm is registered before the layers (OPT)."""
     both_masks: bool = False
-    """Masks of both kinds are made whichever kinds its layers are of (Llama-4)."""
+    """Masks of both kinds are made whichever kinds its layers are of (Gemma-2 and 3, gpt-oss, Llama-4; Qwen and SmolLM3
+    where any layer slides)."""
     masks_by_document: bool = True
     """Masks are made with positions, by which packed documents do not see each other (not BLOOM's, Falcon's, OPT's and
     gpt-oss's)."""

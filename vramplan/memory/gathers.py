@@ -148,14 +148,13 @@ class Gathers:
         self._modules: list[Module] = []
         self._places: dict[str, list[int]] = defaultdict(list)
         """Where among the recorded modules each parameter is used; made when it is first asked for."""
-        self._numel_before = [0]
-        """Elements of all modules before each."""
+        self._numel_before = [0]  # elements of all modules before each
         self._order: list[tuple[Parameter, int]] = []
         self._queue: deque[tuple[Parameter, int]] = deque()
         self._fetched_for: dict[str, int] = defaultdict(lambda: NEVER)
         self._backward: dict[str, Module] = {}
-        self._has_read: set[str] = set()
-        """Modules that have run once."""
+        self._has_read: set[str] = set()  # modules that have run once
+        self._to_read: set[str] = set()  # by modules in their first forward
         self._recomputed: dict[str, list[Parameter]] = defaultdict(list)
 
     def travels_in(self, param: Parameter) -> Dtype:
@@ -270,12 +269,12 @@ class Gathers:
     def _fetch(self, module: Module, forward: bool) -> None:
         if not forward:
             self._backward[module.name] = module
-        registered = self._read(module)
-        self._gather(list(module.params))
+        unread = self._unread(module)
+        known = [param for param in module.params if param.name not in unread]
+        self._gather(known)
         recompute = forward and bool(self._backward)
-        for param in module.params:
-            if param.name not in registered:
-                self._active[param.name].add(module.name)
+        for param in known:
+            self._active[param.name].add(module.name)
             if recompute and not param.requires_grad:
                 owner = next(reversed(self._backward))
                 self._recomputed[owner].append(param)
@@ -286,20 +285,21 @@ class Gathers:
             self._prefetch(module)
         self._step += 1
 
-    def _read(self, module: Module) -> set[str]:
-        """Other modules' parameters are not known to be a module's before it reads them in its first forward: each is
-        then gathered by itself, into a tensor of its own even on a lone rank, whose weights are otherwise used where
-        they lie (parameter_offload.py, ``ZeROOrderedDict.__getitem__``; partition_parameters.py,
-        ``_allgather_params_sequential``). Gives those, which the module does not hold yet."""
-        if module.name in self._has_read:
-            return set()
+    def _unread(self, module: Module) -> set[str]:
+        """Other modules' parameters that this one is to read in its first forward, and does not hold until then."""
+        fresh = () if module.name in self._has_read else module.read
         self._has_read.add(module.name)
-        found = {name for name in module.read if name not in self.available and name not in self._inflight}
-        for param in module.params:
-            if param.name in found:
-                self.data[param.name] = self.tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
-        self.available |= found
+        found = {name for name in fresh if name not in self.available and name not in self._inflight}
+        self._to_read |= found
         return found
+
+    def read(self, param: Parameter) -> None:
+        """The first time another's parameter is read it is gathered by itself, into a tensor of its own even on a lone
+        rank, whose weights are else used where they lie (``ZeROOrderedDict``; ``_allgather_params_sequential``)."""
+        if param.name in self._to_read:
+            self._to_read.remove(param.name)
+            self.data[param.name] = self.tape.new(const(param.grad_numel), param.dtype, labels.GATHERED)
+            self.available.add(param.name)
 
     def _prefetch(self, module: Module) -> None:
         wanted = {param.name for param in module.params if self._fetched_for[param.name] < self._step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -75,6 +76,9 @@ class RankPlayer:
         self._count(self.model)
         self.on_model(self.model)
         with self.phase("engine_init"):
+            # weights that ZeRO-3 has cut hold methods of their own, cycles that only a collection frees: a tied head's
+            # part would else go whenever Python happens to collect, or never
+            gc.collect()
             self.retention = self._retention(self.model, config)
             self.engine = self._initialize(self.model, config)
             if self.run.retain.kl is not None:

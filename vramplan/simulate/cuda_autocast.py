@@ -184,13 +184,18 @@ class CudaAutocast:
     def _call_cast(
         self, op: Callable[..., Any], dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """``op`` of its arguments cast, the last first.
+
+        ``WrapFunction_::call`` casts in the list of arguments of a call (autocast_mode.h), which the compiler of
+        torch's builds evaluates from the right. Backward comes first to the copy made last.
+        """
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
 
-            def cast(value: torch.Tensor) -> torch.Tensor:
-                return self._cast(value, dtype)
+            def cast(value: Any) -> Any:
+                return tree_map_only(torch.Tensor, lambda tensor: self._cast(tensor, dtype), value)
 
-            args, kwargs = tree_map_only(torch.Tensor, cast, (args, kwargs))
-            return op(*args, **kwargs)
+            named = {name: cast(value) for name, value in reversed(kwargs.items())}
+            return op(*[cast(value) for value in reversed(args)][::-1], **named)
 
     def _cast(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``cached_cast``: casts of fp32 leaves that are trained are kept until the region ends."""

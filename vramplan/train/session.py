@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def train(
         if run.data.augment.neftune_alpha is not None:
             add_embedding_noise(loaded.module, run.data.augment.neftune_alpha)
     with phases.phase("engine_init"):
+        gc.collect()  # a tied head's own weight, cut by ZeRO-3, is part of a cycle (``rank/play.py``)
         reference = reference_model(run, inputs.directory, config, device)
         engine = TrainEngine(run, loaded.module, config, device, reference)
     pad_id = _pad_id(inputs.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -72,6 +73,26 @@ class TestAgainstTransformers:
             if kinds is not None and isinstance(layer.mixer, Attention):
                 assert (layer.mixer.sliding_window is not None) == (kinds[index] == "sliding_attention")
                 assert (layer.mixer.chunk is not None) == (kinds[index] == "chunked_attention")
+
+
+SLIDING = ("gemma2", "gemma3_text", "gpt_oss", "mistral", "qwen2", "qwen2_moe", "qwen3", "smollm3")
+
+
+@pytest.mark.parametrize("model_type", SLIDING)
+def test_a_model_all_of_whose_layers_slide_makes_the_masks_that_its_code_makes(model_type, monkeypatch):
+    """Several families make the mask of layers that see everything whether or not there are any."""
+    fields = dict(next(fields for name, fields in SMALL if name == model_type))
+    fields |= {"sliding_window": 16, "use_sliding_window": True}
+    if model_type != "mistral":
+        fields["layer_types"] = ["sliding_attention"] * fields["num_hidden_layers"]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**fields, pad_token_id=0))
+    code, made = importlib.import_module(type(model).__module__), set()
+    for kind in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        monkeypatch.setattr(code, kind, lambda kind=kind, **_: made.add(kind))
+    model(torch.zeros(1, 8, dtype=torch.long))
+    ours = architecture_from_config({"model_type": model_type, **fields})
+    assert all(layer.mixer.local_window for layer in ours.layers)
+    assert ours.both_masks == ("create_causal_mask" in made)
 
 
 def roles_of(owner: torch.nn.Module, name: str) -> set[Role]:

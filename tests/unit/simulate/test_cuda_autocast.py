@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.estimate import estimate
+from vramplan.simulate.cuda_autocast import CudaAutocast
 from vramplan.simulate.request import Conditions, SimulationRequest, simulate_jobs
 from vramplan.spec.layout import Layout
 from vramplan.spec.load import run_from_mapping
@@ -70,3 +73,33 @@ def test_both_witnesses_cast_alike():
 
 def _estimate(run):
     return estimate(run, resolve_node(run.hardware), resolve_architecture(run))
+
+
+class Copies(TorchDispatchMode):
+    """Shapes of what is cast, in the order in which it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_operands_are_cast_in_the_order_of_torchs_own_kernels():
+    bias, x, weight = torch.randn(5), torch.randn(2, 3), torch.randn(3, 5)
+    calls = [
+        (torch.addmm, (bias, x, weight)),
+        (torch.matmul, (x, weight)),
+        (torch.nn.functional.linear, (x, weight.T.contiguous(), bias)),
+        (torch.baddbmm, (torch.randn(1, 2, 5), x[None], weight[None])),
+    ]
+    ours = CudaAutocast("cpu")
+    for function, operands in calls:
+        with torch.autocast("cpu", torch.bfloat16), Copies() as torchs:
+            function(*operands)
+        with torch.autocast("cpu", torch.bfloat16), Copies() as copies:
+            ours.lowered(function)(*operands)
+        assert copies.shapes == torchs.shapes == [tuple(each.shape) for each in reversed(operands)]

@@ -40,4 +40,4 @@ def build(fields: Fields) -> Architecture:
     final_norm = Norm("model.norm", hidden, "rms_gemma")
     frame = decoder(fields, layers, hidden=hidden, default_positions=8192, default_tied=True, final_norm=final_norm)
     capped = fields.optional_number("final_logit_softcapping", default=30.0) is not None
-    return replace(frame, embedding_scaled=True, logits_softcap=capped)
+    return replace(frame, embedding_scaled=True, logits_softcap=capped, both_masks=True)

@@ -45,7 +45,7 @@ def build(fields: Fields) -> Architecture:
         final_norm=Norm("model.norm", hidden, "rms_gemma"),
     )
     capped = fields.optional_number("final_logit_softcapping", default=None) is not None
-    return replace(frame, embedding_scaled=True, rotary_of_kind=True, logits_softcap=capped)
+    return replace(frame, embedding_scaled=True, rotary_of_kind=True, logits_softcap=capped, both_masks=True)
 
 
 def _attention(fields: Fields, hidden: int) -> Attention:

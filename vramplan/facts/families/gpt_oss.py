@@ -36,7 +36,7 @@ def build(fields: Fields) -> Architecture:
     )
     final_norm = Norm("model.norm", hidden, "rms_fp32")
     model = decoder(fields, layers, hidden=hidden, default_positions=131_072, default_tied=False, final_norm=final_norm)
-    return replace(model, router_scores=router_scores(fields), masks_by_document=False)
+    return replace(model, router_scores=router_scores(fields), masks_by_document=False, both_masks=True)
 
 
 def _mixture(fields: Fields, hidden: int) -> MixtureOfExperts:

@@ -35,11 +35,11 @@ def build(fields: Fields) -> Architecture:
         window, is_sparse = kind
         return DecoderLayer((replace(mixer, sliding_window=window), sparse if is_sparse else dense, *norms))
 
-    kinds = tuple(zip(_windows(fields, num_layers), sparse_layers(fields, num_layers), strict=True))
-    layers = one_per_kind(kinds, layer)
+    sliding = _windows(fields, num_layers)
+    layers = one_per_kind(tuple(zip(sliding, sparse_layers(fields, num_layers), strict=True)), layer)
     model = decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
     spare = not fields.flag("use_sliding_window", default=False)
-    return replace(model, spare_mask=spare, router_scores=router_scores(fields))
+    return replace(model, spare_mask=spare, both_masks=any(sliding), router_scores=router_scores(fields))
 
 
 def _windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:

@@ -31,4 +31,5 @@ def build(fields: Fields) -> Architecture:
     rest = (standard_mlp(fields, heads.hidden_size), *norm_pair(heads.hidden_size))
     windows = sliding_layers(fields, fields.required_size("num_hidden_layers"))
     layers = one_per_kind(windows, lambda window: DecoderLayer((replace(mixer, sliding_window=window), *rest)))
-    return decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
+    model = decoder(fields, layers, hidden=heads.hidden_size, default_positions=32_768, default_tied=False)
+    return replace(model, both_masks=any(windows))

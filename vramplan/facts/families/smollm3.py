@@ -33,8 +33,10 @@ def build(fields: Fields) -> Architecture:
         rotary_dim = heads.head_dim if is_rotated else 0
         return DecoderLayer((replace(mixer, rotary_dim=rotary_dim, sliding_window=window), mlp, *norm_pair(hidden)))
 
-    layers = one_per_kind(tuple(zip(rotated, _windows(fields, rotated), strict=True)), layer)
-    return decoder(fields, layers, hidden=hidden, default_positions=32_768, default_tied=True)
+    sliding = _windows(fields, rotated)
+    layers = one_per_kind(tuple(zip(rotated, sliding, strict=True)), layer)
+    model = decoder(fields, layers, hidden=hidden, default_positions=32_768, default_tied=True)
+    return replace(model, both_masks=any(sliding))
 
 
 def _windows(fields: Fields, rotated: tuple[bool, ...]) -> tuple[int | None, ...]:

@@ -18,13 +18,13 @@ def bloom_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
     if not ctx.lone_sequence:
         q, k, v = (ops.clone(part, CORE) for part in (q, k, v))
     source = q.dtype
-    scores = ops.matmul(ctx.low(q, CORE), ctx.low(k, CORE), per_score(block.num_heads), CORE, scaled=True)
+    scores = ops.matmul(*ctx.both_low(CORE, q, k), per_score(block.num_heads), CORE, scaled=True)
     assert ctx.tables.mask is not None
     weights = ops.masked(scores, ctx.tables.mask, CORE)
     probabilities = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device, CORE), source, CORE)
     dropped = ops.dropout(probabilities, block.dropout, ctx.device, CORE)
     ctx.returned = dropped
-    out = ops.matmul(ctx.low(dropped, CORE), ctx.low(v, CORE), tokens(block.q_width), CORE)
+    out = ops.matmul(*ctx.both_low(CORE, dropped, v), tokens(block.q_width), CORE)
     ctx.frame += [q, k, v, scores, weights]
     merged = ops.clone(out, CORE)
     del out

@@ -44,6 +44,7 @@ class ModuleHooks(Protocol):
     def before_backward(self, module: Module) -> None: ...
     def after_backward(self, module: Module) -> None: ...
     def whole(self, name: str) -> Tensor | None: ...
+    def read(self, param: Parameter) -> None: ...
 
 
 @dataclass(slots=True)
@@ -189,6 +190,17 @@ class BlockContext:
             self.casts[INPUT] = ops.to(x, self.autocast, label)
         return self.casts[INPUT]
 
+    def all_low(self, label: str, *operands: Tensor) -> list[Tensor]:
+        """The operands of one product as autocast hands them to it, in their order. The last is cast first
+        (autocast_mode.h, ``WrapFunction_::call``: a list of arguments, evaluated from the right), so backward comes to
+        the first one's copy first."""
+        return [self.low(operand, label) for operand in reversed(operands)][::-1]
+
+    def both_low(self, label: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """``all_low`` of two."""
+        second = self.low(b, label)
+        return self.low(a, label), second
+
     def adapts(self, linear: Linear) -> LoraMethod | None:
         """The adapter settings if this projection gets an adapter (PEFT's ``check_target_module_exists``)."""
         method = self.method
@@ -219,7 +231,8 @@ class BlockContext:
         backward by two identity nodes (deepspeed/runtime/zero/parameter_offload.py, ``_register_deepspeed_module``).
 
         ``positional``: whether ``x`` is a positional argument; the backward release hooks see no others.
-        ``read``: other modules' parameters that it reads, by which ZeRO-3 takes them for its own (``ZeROOrderedDict``).
+        ``read``: other modules' parameters that it reads, by which ZeRO-3 takes them for its own (``ZeROOrderedDict``);
+        ``reads`` says when.
         """
         hooks = self.hooks
         if hooks is None or self.in_leaf:
@@ -232,6 +245,13 @@ class BlockContext:
         out = function(x)
         hooks.after_forward(module)
         return identity(out, lambda: hooks.before_backward(module))
+
+    def reads(self, *params: Parameter | None) -> None:
+        """The module that runs reads parameters of others; each was among what ``call`` was told of."""
+        if self.hooks is not None and not self.in_leaf:
+            for param in params:
+                if param is not None:
+                    self.hooks.read(param)
 
     def call_leaf(
         self, name: str, params: tuple[Parameter, ...], function: Callable[[Tensor], Tensor], x: Tensor

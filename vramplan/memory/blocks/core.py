@@ -79,7 +79,7 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer,
     dropout = block.dropout if ctx.tape.training else 0.0
     if ctx.device == "cpu" and (dropout > 0.0 or block.out_width != block.q_width):
         return math_core(ctx, q, k, v, block, mask)
-    q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
+    q, k, v = _as_the_kernel_casts(ctx, q, k, v)
     scratch, efficient = ZERO, False
     if ctx.device == "cuda" and mask is None and q.dtype is not Dtype.FP32:
         scratch = _flash_scratch(block, grouped=k.numel != q.numel)
@@ -97,6 +97,14 @@ def fused_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer,
     if ctx.sequence_parallel > 1 or efficient or not joined(block):
         return out  # the memory-efficient kernel lays positions before heads whatever the query's order
     return ops.clone(out, CORE)  # the result lies in memory as the query does, whose heads come before positions
+
+
+def _as_the_kernel_casts(ctx: BlockContext, *parts: Tensor) -> list[Tensor]:
+    """Autocast casts for ``scaled_dot_product_attention``; for flash-attn transformers casts one after the other
+    (modeling_flash_attention_utils.py, ``fa_peft_integration_check``)."""
+    if ctx.attention == "flash_attention_2":
+        return [ctx.low(part, CORE) for part in parts]
+    return ctx.all_low(CORE, *parts)
 
 
 def _of_two_widths(
@@ -194,7 +202,7 @@ def _softmax_dtype(ctx: BlockContext, weights: Tensor, block: Mixer) -> Dtype:
 
 def _scores(ctx: BlockContext, q: Tensor, keys: Tensor, block: Mixer, repeated: bool) -> Tensor:
     """``query @ key.transpose(2, 3)``."""
-    q, keys = ctx.low(q, CORE), ctx.low(keys, CORE)
+    q, keys = ctx.all_low(CORE, q, keys)
     if not joined(block):
         q = whole_heads(ctx, q)
     if not repeated and (not joined(block) or block.num_heads > block.num_kv_heads):
@@ -212,7 +220,7 @@ def math_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer, 
     """The unfused path of ``scaled_dot_product_attention``, taken on the CPU with dropout and for fewer heads of keys
     than of queries that the kernel is not told of: everything in fp32
     (``aten/src/ATen/native/transformers/attention.cpp``, ``_scaled_dot_product_attention_math``)."""
-    q, k, v = (ctx.low(part, CORE) for part in (q, k, v))
+    q, k, v = ctx.all_low(CORE, q, k, v)
     source, scores, wide = q.dtype, per_score(block.num_heads), tokens(block.out_width)
     spread = k.numel != q.numel
     numbers = ctx.tape.new(per_mask(1), Dtype.FP32, MASK) if mask is None else _numbers(ctx, mask, source)

@@ -27,8 +27,9 @@ def dora(
     ctx: BlockContext, x: Tensor, linear: Linear, magnitude: Parameter, product: Product, base: Tensor | None
 ) -> Tensor:
     """What is added to the base layer's result. ``base``: that result, or None where dropout changed x."""
-    _, bias = ctx.linear_parameters(linear)
+    weight, bias = ctx.linear_parameters(linear)
     delta = ops.to(_delta(ctx, x, linear, product), x.dtype, LABEL)
+    ctx.reads(weight)
     cast = ops.to(_weight(ctx, linear), x.dtype, LABEL)
     norm = _norm(ctx, cast, delta.detach(), linear)
     scale = _quotient(magnitude, norm)
@@ -39,6 +40,7 @@ def dora(
         base = ops.linear(ops.to(x, low, LABEL), narrow, None, out, LABEL, ctx.hooks is not None)
         del narrow
     elif bias is not None:  # the difference takes the bias's format where that is wider
+        ctx.reads(bias)
         base = ops.shifted(base, LABEL) if base.dtype is bias.dtype else ops.to(base, bias.dtype, LABEL)
     # every name of ``forward`` keeps its tensor until it returns
     directed = ops.mul_broadcast(base, ops.shifted(scale, LABEL), LABEL, small_first=True)
@@ -63,6 +65,7 @@ def dora_of_table(
     low = ctx.autocast or down.dtype
     saved = [tape.new(each.numel, low, LABEL) for each in factors if each.dtype is not low]
     delta = tape.new(weight.numel, low, LABEL)
+    ctx.reads(weight)
     scaled = tape.new(delta.numel, low, LABEL)
     total = ops.add(weight.detach(), scaled, LABEL)
     del scaled
@@ -70,9 +73,10 @@ def dora_of_table(
     del total
     scale = _quotient(magnitude, norm)
     # the dense gradient of the narrow table lies the other way round than the factor, so it is copied
-    narrow = ctx.low(ops.embedding(tape, ops.to_heads(down), tokens(method.r), down.dtype, LABEL), LABEL)
-    product = ops.linear(narrow, ctx.low(ops.view(up), LABEL), None, tokens(table.width), LABEL)
-    del narrow
+    narrow = ops.embedding(tape, ops.to_heads(down), tokens(method.r), down.dtype, LABEL)
+    narrow, wide = ctx.all_low(LABEL, narrow, ops.view(up))
+    product = ops.linear(narrow, wide, None, tokens(table.width), LABEL)
+    del narrow, wide
     added = ops.scaled(ops.mul_broadcast(product, scale, LABEL, small_first=True), LABEL)
     del saved, delta
     return scale, added

@@ -20,7 +20,9 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
         if ctx.attention == "flash_attention_2" and ctx.masked:
             return without_padding(ctx, q, k, v, block)
         return fused_core(ctx, q, k, v, block, ctx.tables.mask)
-    scores = ops.matmul(_all(ctx, q, q), _all(ctx, k, q), per_score(block.num_heads), CORE)
+    low_q, low_k = ctx.all_low(CORE, q, k)
+    scores = ops.matmul(_all(ctx, low_q, q), _all(ctx, low_k, q), per_score(block.num_heads), CORE)
+    del low_q, low_k
     if block.alibi:
         scores = _with_bias(ctx, scores)
     assert ctx.tables.mask is not None
@@ -28,13 +30,14 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
     weights = ops.softmax(ops.to(biased, ctx.dtype, CORE), ctx.dtype, ctx.device, CORE)
     del biased
     ctx.returned = weights
-    out = ops.matmul(ctx.low(weights, CORE), _all(ctx, v, q), tokens(block.q_width), CORE)
+    weights, low_v = ctx.all_low(CORE, weights, v)
+    out = ops.matmul(weights, _all(ctx, low_v, q), tokens(block.q_width), CORE)
+    del low_v
     return ops.clone(out, CORE)
 
 
 def _all(ctx: BlockContext, x: Tensor, q: Tensor) -> Tensor:
     """Heads as ``torch.matmul`` wants them: the one key/value head of all queries is copied to each."""
-    x = ctx.low(x, CORE)
     return whole_heads(ctx, x) if x.numel == q.numel else one_to_all(ctx, x, q.numel)
 
 

@@ -74,6 +74,7 @@ def _enter(
     (weight, pair), *rest = wrapped
 
     def inside(x: Tensor) -> Tensor:
+        ctx.reads(*pair, weight)
         hung = {weight.name.rpartition(".")[2]: hang(ctx, weight, pair)}
         return _enter(ctx, x, f"{name}.base_layer", rest, factors | hung, run)
 

@@ -83,9 +83,10 @@ def _adapted_table(
     def run(ids: Tensor) -> Tensor:
         result = _look_up(ctx, base, tokens(table.width), ids, lambda out: ops.scaled(out, RESIDUAL) if scaled else out)
         given = result.dtype
+        ctx.reads(down, up)
         # the dense gradient of the narrow table lies the other way round than the factor, so it is copied
         found = ops.embedding(ctx.tape, ops.to_heads(down), tokens(method.r), down.dtype, ADAPTERS)
-        narrow, wide = ctx.low(found, ADAPTERS), ctx.low(ops.view(up), ADAPTERS)
+        narrow, wide = ctx.all_low(ADAPTERS, found, ops.view(up))
         added = ops.scaled(ops.linear(narrow, wide, None, tokens(table.width), ADAPTERS), ADAPTERS)
         if scaled:
             added = ops.scaled(added, ADAPTERS)
@@ -95,6 +96,7 @@ def _adapted_table(
 
     def run_dora(ids: Tensor) -> Tensor:
         result = _look_up(ctx, base, tokens(table.width), ids, lambda out: ops.scaled(out, RESIDUAL) if scaled else out)
+        ctx.reads(down, up)
         result = ops.to(_directed(ctx, table, ids, method, result, scaled), result.dtype, RESIDUAL)
         return on_tokens(result) if on_tokens is not None else result
 

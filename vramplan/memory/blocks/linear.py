@@ -22,7 +22,7 @@ def project(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     adapter = ctx.adapts(linear)
     if adapter is None:
         return _dense(ctx, x, linear, label)
-    down = _down(ctx, linear, adapter)  # the wrapper reads its dtype
+    down = _down(ctx, linear, adapter)  # the wrapper reads its dtype (``_with_adapter``)
     return ctx.call(linear.name, (), lambda x: _with_adapter(ctx, x, linear, adapter, label), x, read=(down,))
 
 
@@ -90,10 +90,10 @@ def product(ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | N
         return ops.linear(x, weight, bias, out, label, ctx.own_linears, whole, ctx.flat)
     if ctx.own_linears:
         return linear_cast_zero3(x, weight, bias, out, ctx.autocast, label, whole=recomputed(ctx, weight))
-    low = ctx.low(x, label)
-    cast_weight = cast_of_weight(ctx, weight)
+    # the last argument is cast first (``BlockContext.all_low``)
     cast_bias = cast_of_weight(ctx, bias) if bias is not None else None
-    return ops.linear(low, cast_weight, cast_bias, out, label, flat=ctx.flat)
+    cast_weight = cast_of_weight(ctx, weight)
+    return ops.linear(ctx.low(x, label), cast_weight, cast_bias, out, label, flat=ctx.flat)
 
 
 def _matmul(
@@ -101,9 +101,9 @@ def _matmul(
 ) -> Tensor:
     """``FalconLinear.forward``: ``x @ weight.T``, then the bias. What is saved of a gathered weight is its transposed
     view, which outlives the release; under autocast a view of its cast."""
-    low = ctx.low(x, label)
     # of a view autocast caches no copy (``cached_cast``)
     cast = weight if ctx.autocast is None else ops.to(weight, ctx.autocast, labels.AUTOCAST_COPIES)
+    low = ctx.low(x, label)
     whole = ctx.hooks.whole(weight.name) if ctx.hooks is not None and cast is weight else None
     out = ops.linear(low, cast, None, tokens(linear.out_features), label, whole=whole)
     del low, cast, whole  # autocast's copies go when the product is there
@@ -114,7 +114,8 @@ def _conv1d(
     ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, linear: Linear, label: str
 ) -> Tensor:
     """``Conv1D.forward`` under ZeRO-3: ``torch.addmm``, which DeepSpeed does not replace as it does ``F.linear``."""
-    low, cast = ctx.low(x, label), cast_of_weight(ctx, weight)
+    cast = cast_of_weight(ctx, weight)  # ``addmm(bias, x, weight)``: the last argument is cast first
+    low = ctx.low(x, label)
     cast_bias = cast_of_weight(ctx, bias) if bias is not None else None
     whole = recomputed(ctx, weight) if cast is weight else None
     return ops.linear(low, cast, cast_bias, tokens(linear.out_features), label, whole=whole)
@@ -151,6 +152,7 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
     narrow_format = result.dtype
     # lora/bnb.py leaves it to autocast, but asks of CUDA's alone whether it is on
     if not (ctx.quantizes(linear) and ctx.autocast is not None and ctx.device == "cuda"):
+        ctx.reads(_down(ctx, linear, method))
         x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     if method.use_dora:
         dropped = _dropped(ctx, x, linear, method)

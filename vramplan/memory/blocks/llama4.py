@@ -90,8 +90,8 @@ def _experts(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Tensor:
 
 def _product(ctx: BlockContext, x: Tensor, weight: Tensor, numel: Size) -> Tensor:
     """``torch.bmm(x, weight)``, cast as autocast says."""
-    low = ctx.low(x, EXPERTS)
     if not isinstance(weight, Parameter):
-        return routed.batched_product(low, ctx.low(weight, EXPERTS), numel, EXPERTS, None)
-    whole = recomputed(ctx, weight)
-    return routed.batched_product(low, cast_of_weight(ctx, weight), numel, EXPERTS, whole)
+        low, cast = ctx.all_low(EXPERTS, x, weight)
+        return routed.batched_product(low, cast, numel, EXPERTS, None)
+    cast = cast_of_weight(ctx, weight)  # before x (``BlockContext.all_low``)
+    return routed.batched_product(ctx.low(x, EXPERTS), cast, numel, EXPERTS, recomputed(ctx, weight))

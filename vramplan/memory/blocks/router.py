@@ -68,8 +68,8 @@ def _with_adapter(
     folded = fold(ctx, weight, hang(ctx, weight, factors))
     if block.scores_in_fp32:
         x, folded = ops.to(x, Dtype.FP32, ROUTER), ops.to(folded, Dtype.FP32, ROUTER)
-    low, zero3 = ctx.low(x, ROUTER), ctx.own_linears
-    return ops.linear(low, ctx.low(folded, ROUTER), bias, tokens(block.num_experts), ROUTER, zero3, flat=ctx.flat)
+    low, folded = ctx.all_low(ROUTER, x, folded)
+    return ops.linear(low, folded, bias, tokens(block.num_experts), ROUTER, ctx.own_linears, flat=ctx.flat)
 
 
 def _softmax_fp32(ctx: BlockContext, scores: Tensor, block: MixtureOfExperts) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def weighed(ctx: BlockContext, weights: Tensor, values: Tensor, numel: Size) -> 
     copy."""
     copied = ctx.device == "cpu" and weights.dtype is not Dtype.FP32 and ctx.autocast is None
     copy = ctx.tape.new(weights.numel, weights.dtype, ops.TEMPORARY) if copied else None
-    out = ops.matmul(ctx.low(weights, CORE), ctx.low(values, CORE), numel, CORE)
+    out = ops.matmul(*ctx.both_low(CORE, weights, values), numel, CORE)
     del copy
     return out
 
