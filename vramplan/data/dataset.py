@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vramplan.data.augment import TokenDropout, token_dropout
@@ -46,6 +46,8 @@ class RunData:
     """General samples that are not trained on: ``data.replay.eval_frac`` of them."""
     worded: tuple[Sequence[Sample], ...] = ()
     """``train`` under each of several prompt templates, one of which a visit is shown; none where rows are packed."""
+    forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By source, the forms that its rows were seen to have, or were said to have."""
 
     def shown(self, step: int, index: int) -> Sample:
         """Training sample ``index`` as step ``step`` shows it to the model."""
@@ -71,7 +73,8 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
     lengths = measure_lengths(units, _one([held_out, *worded]), run.seq_len)
     dropout = token_dropout(spec.augment.token_dropout, tokenizer, seed)
     notes = (*reader.notes, *reader.without_effect(), *lengths.notes(), *_mixture_note(stream))
-    return RunData(_one(units), held_out, stream, lengths, _is_weighted(spec), dropout, notes, general, worded)
+    weighted = _is_weighted(spec)
+    return RunData(_one(units), held_out, stream, lengths, weighted, dropout, notes, general, worded, reader.forms)
 
 
 def _read(reader: Reader) -> tuple[list[Sequence[Sample]], Sequence[Sample], Sequence[Sample]]:
@@ -149,6 +152,7 @@ class Reader:
         self.run, self.tokenizer = run, tokenizer
         self._notes: dict[str, None] = {}
         self._kinds: set[type[Row]] = set()
+        self._forms: dict[str, dict[str, None]] = {}
         self._encoding = encoding_of(run, tokenizer)
         if template is not None:
             self._encoding = replace(self._encoding, prompt_templates=(template,))
@@ -156,6 +160,11 @@ class Reader:
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
+
+    @property
+    def forms(self) -> dict[str, tuple[str, ...]]:
+        """By source, the forms of the rows that were read of it, in the order in which they came."""
+        return {label: tuple(forms) for label, forms in self._forms.items()}
 
     def without_effect(self) -> list[str]:
         """What is asked for and changes nothing, for no row that was read is of the kind that it is for."""
@@ -168,7 +177,7 @@ class Reader:
 
     def samples(self, source: SourceSpec) -> Sequence[Sample]:
         """The source's samples, in memory or on disk."""
-        rows = self._with_template(iter_rows(source))
+        rows = self._with_template(iter_rows(source), self._forms.setdefault(source.label, {}))
         dropped: list[str] | None = [] if self.run.data.drop_unlearnable else None
         samples = keep_samples(iter_samples(rows, self.tokenizer, self._encoding, dropped), self.run.data.keep)
         if not len(samples):
@@ -184,9 +193,10 @@ class Reader:
         """The sequences of the samples: packs of them where packing is on."""
         return samples if self.run.data.packing == "none" else pack(samples, self.run.seq_len)
 
-    def _with_template(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _with_template(self, rows: Iterator[Row], forms: dict[str, None]) -> Iterator[Row]:
         for row in rows:
             self._kinds.add(type(row))
+            forms[row.form] = None
             if isinstance(row, Conversation) and ensure_template(self.tokenizer):
                 self._notes[
                     "the tokenizer has no chat template: turns are written as <|role|>, content, end of sequence"

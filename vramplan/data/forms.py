@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vramplan.data.row import ROLES, Completion, Conversation, Row, Text, kind_of, parse_json, text_of
@@ -47,7 +47,7 @@ def row_from_fields(fields: Mapping[str, Any], where: str, source: SourceSpec = 
         raise DataError(f"{where}: a row of form {form} needs {_listed(lacking)}; it has {_found(fields)}")
     weight = _weight(fields, where, source.weight_column)
     row = rule.parse(named, where)
-    return row if weight == 1.0 else _weighted(row, weight)
+    return row if weight == 1.0 and row.form == form else replace(row, weight=weight, form=form)
 
 
 def detect_form(fields: Mapping[str, Any], where: str) -> Form:
@@ -101,12 +101,6 @@ def _weight(fields: Mapping[str, Any], where: str, column: str | None) -> float:
     if isinstance(value, bool) or not math.isfinite(weight) or weight < 0:
         raise DataError(f"{where}: the weight {column!r} must be a number at least 0, not {value!r}")
     return weight
-
-
-def _weighted(row: Row, weight: float) -> Row:
-    from dataclasses import replace
-
-    return replace(row, weight=weight)
 
 
 def _conversation(fields: dict[str, Any], where: str) -> Row:

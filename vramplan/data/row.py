@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vramplan.errors import DataError
@@ -20,6 +20,8 @@ class Conversation:
     """Each with ``role`` and ``content``, as chat templates want them."""
     weight: float = 1.0
     """How much its tokens count in the loss, as in every kind of row."""
+    form: str = field(default="messages", compare=False)
+    """The form in which the row was given, as in every kind of row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Completion:
     prompt: str
     completion: str
     weight: float = 1.0
+    form: str = field(default="completion", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Text:
     where: str
     text: str
     weight: float = 1.0
+    form: str = field(default="text", compare=False)
 
 
 Row = Conversation | Completion | Text

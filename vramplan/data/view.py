@@ -29,7 +29,13 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
     lengths = data.lengths
     return {
         "parts": [
-            {"name": part.name, "num_sequences": part.size, "share": float(part.share), "is_replay": part.is_replay}
+            {
+                "name": part.name,
+                "forms": list(data.forms[part.name]),
+                "num_sequences": part.size,
+                "share": float(part.share),
+                "is_replay": part.is_replay,
+            }
             for part in data.stream.parts
         ],
         "num_held_out": len(data.held_out),

@@ -47,16 +47,17 @@ def render_selection(found: dict[str, Any]) -> RenderableType:
 def _sources(found: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("source", overflow="fold")
+    table.add_column("form of its rows")
     table.add_column("sequences", justify="right")
     table.add_column("share of a batch", justify="right")
     for part in found["parts"]:
         name = f"{part['name']} (replay)" if part["is_replay"] else part["name"]
-        table.add_row(name, f"{part['num_sequences']:,}", f"{part['share']:.1%}")
-    table.add_row("held out", f"{found['num_held_out']:,}", "")
+        table.add_row(name, ", ".join(part["forms"]), f"{part['num_sequences']:,}", f"{part['share']:.1%}")
+    table.add_row("held out", "", f"{found['num_held_out']:,}", "")
     if found["num_held_out_replay"]:
-        table.add_row("replay, held out", f"{found['num_held_out_replay']:,}", "")
+        table.add_row("replay, held out", "", f"{found['num_held_out_replay']:,}", "")
     for name, size in found["eval_sets"].items():
-        table.add_row(f"{name} (eval set)", f"{size:,}", "")
+        table.add_row(f"{name} (eval set)", "", f"{size:,}", "")
     return table
 
 

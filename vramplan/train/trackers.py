@@ -46,7 +46,8 @@ def _started(name: str, run: RunSpec, run_dir: RunDir) -> Any:
             tracker.store_init_configuration(dict(flattened(_asked(run))))
     except Exception as error:  # each service raises its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SpecError(f"training.trackers: {name} cannot be started ({reason}): {_HINTS[name]}") from error
+        hint = f"pip install --upgrade {name}" if isinstance(error, ImportError) else _HINTS[name]
+        raise SpecError(f"training.trackers: {name} cannot be started ({reason}): {hint}") from error
     if name == "mlflow":
         _mlflow_id(run_dir).write_text(tracker.tracker.info.run_id, encoding="utf-8")
     return tracker

@@ -124,6 +124,25 @@ def test_description_and_report(tokenizer, tmp_path):
     assert "sums (eval set)" in printed
 
 
+def test_the_forms_that_rows_were_recognised_by_are_shown(tmp_path):
+    said = '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "w": 2}\n'
+    asked = '{"instruction": "a", "output": "b", "w": 1}\n'
+    (tmp_path / "mixed.jsonl").write_text(said + asked + said)
+    (tmp_path / "texts.txt").write_text("some words\n")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    sources = [f"{tmp_path}/mixed.jsonl", f"{tmp_path}/pairs.jsonl", f"{tmp_path}/texts.txt", "builtin:arithmetic"]
+    train = [{"path": sources[0], "weight_column": "w"}, *({"path": path} for path in sources[1:])]
+    found = describe_data(run(data={"train": train, "eval_frac": 0}), tiny_tokenizer(), 0)
+    forms = [part["forms"] for part in found["parts"]]
+    assert forms == [["sharegpt", "alpaca"], ["completion"], ["text"], ["messages"]]
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render_data(found))
+    line = next(line for line in console.export_text().splitlines() if "mixed.jsonl" in line)
+    assert "sharegpt, alpaca" in line
+
+
 def test_an_eval_set_that_cannot_be_read_is_told(tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": 1}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.jsonl"):

@@ -69,6 +69,15 @@ def test_wandb_without_a_login_is_one_sentence(tmp_path, monkeypatch):
         Metrics(asked("wandb"), RunDir(tmp_path), 0, CPU)
 
 
+def test_one_that_cannot_be_imported_is_to_be_installed_anew(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ImportError("cannot import name 'service' from 'google.protobuf'")
+
+    monkeypatch.setattr("vramplan.train.trackers._made", broken)
+    with pytest.raises(SpecError, match=r"mlflow cannot be started \(cannot import .*\): pip install --upgrade mlflow"):
+        Metrics(asked("mlflow"), RunDir(tmp_path), 0, CPU)
+
+
 def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
