@@ -45,14 +45,23 @@ class Report:
         if len(names) < _EXAMPLES:
             names.append(name)
 
+    def of(self, kept: list[Text], picked: list[int], reason: str) -> list[Text]:
+        """The picked ones, in order; the others are dropped."""
+        for index in sorted(set(range(len(kept))) - set(picked)):
+            self.drop(reason, kept[index].where)
+        return [kept[index] for index in picked]
+
 
 def select(spec: SelectSpec, output: Path) -> dict[str, Any]:
     """Writes the chosen documents to ``output`` (JSONL of ``text`` and ``source``); the report as plain data.
 
     Raises:
-        DataError: a source is no raw text, nothing passes, or the extra is not installed.
+        DataError: a source is no raw text, nothing passes, ``output`` exists (it may be the pool), or the extra is not
+            installed.
     """
     _need_extra()
+    if output.exists():
+        raise DataError(f"{output} exists: give another file with -o")
     report = Report()
     kept = _without_duplicates(_good(spec, report), spec, report)
     if not kept:
@@ -66,13 +75,11 @@ def select(spec: SelectSpec, output: Path) -> dict[str, Any]:
         target = [row.text for row in _texts(spec.target)]
         scores = log_importance([row.text for row in kept], target)
         picked = gumbel_top(scores, min(spec.count or max(1, len(kept) // 10), len(kept)), spec.seed)
-        for index in sorted(set(range(len(kept))) - set(picked)):
-            report.drop("unlike the target", kept[index].where)
-        chosen = [kept[index] for index in picked]
+        chosen = report.of(kept, picked, "unlike the target")
         likeness = {"chosen": float(scores[picked].mean()), "pool": float(scores.mean())}
     elif spec.count is not None:
-        picked = sorted(gumbel_top(np.zeros(len(kept)), min(spec.count, len(kept)), spec.seed))
-        chosen = [kept[index] for index in picked]
+        picked = gumbel_top(np.zeros(len(kept)), min(spec.count, len(kept)), spec.seed)
+        chosen = report.of(kept, picked, "not drawn")
     _write(output, chosen)
     return {
         "pool": spec.pool,

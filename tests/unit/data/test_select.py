@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -55,8 +56,11 @@ def test_duplicates_are_dropped_and_named(tmp_path):
     assert found["examples"]["near duplicate"] == [f"{pool} line 3"]
     kept = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["source"] for row in kept] == [f"{pool} line 1", f"{pool} line 4"]
-    exact_only = select(SelectSpec(pool=pool, near_duplicate=1), tmp_path / "out.jsonl")
+    exact_only = select(SelectSpec(pool=pool, near_duplicate=1), tmp_path / "exact.jsonl")
     assert "near duplicate" not in exact_only["dropped"]
+    fewer = select(SelectSpec(pool=pool, near_duplicate=0.7, count=1), tmp_path / "fewer.jsonl")
+    assert fewer["num_chosen"] + sum(fewer["dropped"].values()) == fewer["num_pool"]
+    assert fewer["dropped"]["not drawn"] == 1
 
 
 def test_what_resembles_the_target_is_chosen(tmp_path):
@@ -90,3 +94,11 @@ def test_what_cannot_be_chosen_from(tmp_path):
     short = write(tmp_path / "short.jsonl", ["a", "b"])
     with pytest.raises(DataError, match=r"no document of 2 passes the filters \(2 too short\); loosen min_chars with"):
         select(SelectSpec(pool=short), tmp_path / "out.jsonl")
+
+
+def test_what_is_there_already_is_not_written_over(tmp_path):
+    pool = write(tmp_path / "pool.jsonl", [GOOD])
+    before = Path(pool).read_bytes()
+    with pytest.raises(DataError, match=r"pool\.jsonl exists: give another file with -o"):
+        select(SelectSpec(pool=pool), tmp_path / "pool.jsonl")
+    assert Path(pool).read_bytes() == before
