@@ -21,6 +21,7 @@ FIELDS["both"] = FIELDS["l2sp"] | FIELDS["ewc, many samples"]
 QUICK = (
     ("kl", "mistral.15/lora/3/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go"),
     ("both", "mistral.15/full/2/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go"),
+    ("both", "mistral.15/full/1/full/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go"),
 )
 CASES = (
     ("kl", "mistral.15/full/0/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go"),

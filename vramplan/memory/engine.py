@@ -66,6 +66,8 @@ class Engine(ABC):
         self.kept, self.reference = kept_bytes(job), reference_bytes(job)
         self.pulls = False
         """Whether springs pull in the backward of the micro-batch in hand."""
+        self.adds = False
+        """Whether its gradients are added to those of earlier ones."""
         self.sampling = False
         """Whether it is a sample for the Fisher diagonal."""
         self.sums_left = job.stage == 2 and job.retain.ewc is not None
@@ -97,7 +99,7 @@ class Engine(ABC):
         for step in (1, 2):
             for index in shown:
                 micro = Micro(step, index, count, follows=step == 1 and self.sums_left)
-                self.pulls = micro.boundary
+                self.pulls, self.adds = micro.boundary, self.job.stage < 2 and not micro.first
                 self.forward(micro)
                 self.backward(micro)
                 self.step(micro)
@@ -110,6 +112,7 @@ class Engine(ABC):
         self.sampling = True
         for index in range(1, 1 + self.job.fisher_samples):
             micro = Micro(1, index, 3)
+            self.adds = self.job.stage < 2 and not micro.first
             self.forward(micro)
             self.backward(micro)
         self.sampling = False
@@ -275,7 +278,11 @@ class Engine(ABC):
         """What decides the bytes of the micro-batch in hand."""
         sampled = self.job.sampling_run if self.sampling else None
         found = sampled or self.job.model_run
-        return found if sampled or self.pulls or not found.springs else replace(found, springs=frozenset())
+        if not found.springs:
+            return found
+        return (
+            replace(found, adds_gradients=self.adds) if sampled or self.pulls else replace(found, springs=frozenset())
+        )
 
     @property
     def profile(self) -> Profile:

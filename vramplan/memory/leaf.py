@@ -25,22 +25,23 @@ class Parameter(Tensor):
             self.node = Node(LEAF, 1 << 62, [], self._deliver, "")
 
     def _deliver(self, node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
-        grad = grads[0]
+        held = [grad for grad in grads if grad is not None]
         grads.clear()
-        if grad is not None and self.waits:
-            self.storage.tape.waiting[self.name] = grad
-        elif grad is not None:
-            self._hand_over(grad)
+        if held and self.waits:
+            self.storage.tape.waiting[self.name] = held.pop()
+        elif held:
+            self._hand_over(held)
         return []
 
-    def _hand_over(self, grad: Tensor) -> None:
+    def _hand_over(self, held: list[Tensor]) -> None:
+        """``held``: the gradient, of which there is no other name, so that its owner can let go of it."""
         tape = self.storage.tape
         tape.settle()
         tape.grad_numel += self.grad_numel
-        tape.on_grad(self, grad)
+        tape.on_grad(self, held)
 
     def deliver(self) -> None:
         """Hand over a gradient that has waited."""
-        grad = self.storage.tape.waiting.pop(self.name, None)
-        if grad is not None:
-            self._hand_over(grad)
+        waiting = self.storage.tape.waiting
+        if self.name in waiting:
+            self._hand_over([waiting.pop(self.name)])

@@ -57,6 +57,8 @@ class ModelRun:
     squared and added to the diagonal."""
     spring_ranks: int = 1
     """Ranks that share each weight's pull."""
+    adds_gradients: bool = False
+    """Whether each gradient is added to one that earlier micro-batches left, before springs pull."""
     springs_on_host: bool = False
     """Whether the pull is made in the host's memory, where offloaded weights are."""
     adapted_parameters: frozenset[str] = frozenset()

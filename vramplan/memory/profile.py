@@ -8,12 +8,13 @@ or fall linearly, so the highest instant is in the first or the last of them.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 
 from vramplan.facts.architecture import DecoderLayer
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
-from vramplan.memory.blocks.against_forgetting import base_logits, on_gradient, with_divergence
+from vramplan.memory.blocks.against_forgetting import added, base_logits, on_gradient, with_divergence
 from vramplan.memory.blocks.balance import collect_of_skipped, with_balance
 from vramplan.memory.blocks.chunked_loss import chunked_loss
 from vramplan.memory.blocks.context import BlockContext, Module, Tables, identity
@@ -97,10 +98,11 @@ class Runner:
         near_turn = layers_near_turn(architecture, limits, packed_width) if limits is not None else 0
         self.shown = layers_shown(self.keys, near_turn)
 
-    def _collect(self, param: Parameter, grad: Tensor) -> None:
+    def _collect(self, param: Parameter, held: list[Tensor]) -> None:
         if self.pulls and not self.run.springs_on_host:
             self.tape.grad_numel -= param.grad_numel  # it is still the tape's
-            on_gradient(param, self.run.spring_ranks, self.run.springs)
+            with added(held) if self.run.adds_gradients else nullcontext():
+                on_gradient(param, self.run.spring_ranks, self.run.springs)
             self.tape.grad_numel += param.grad_numel
         self.gradients.append(Gradient(param.name, param.grad_numel, self.snapshot(self.tape.where)))
 

@@ -205,7 +205,7 @@ class Tape:
         self.points: list[Point] = []
         self.where = ""
         self.grad_numel = 0
-        self.on_grad: Callable[[Parameter, Tensor], None] = lambda param, grad: None
+        self.on_grad: Callable[[Parameter, list[Tensor]], None] = lambda param, held: None
         self.widens_operands = False
         """Whether an addition of two formats first copies the narrower operand (``TensorIterator.cpp``,
         ``compute_types``: on the CPU)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops
 from vramplan.memory.blocks.context import tokens
@@ -60,6 +63,17 @@ def _chunk(tape: Tape, numel: Size, dtype: Dtype, named: list[Tensor]) -> None:
     difference = tape.new(numel, Dtype.FP32, KL)
     product = tape.new(numel, Dtype.FP32, KL)
     del difference, product
+
+
+@contextmanager
+def added(held: list[Tensor]) -> Iterator[None]:
+    """A gradient is added to those of earlier micro-batches and gone while hooks run on the sum
+    (``register_post_accumulate_grad_hook``; seen in the memory of a process). Afterwards it stands for the sum."""
+    grad = held.pop()
+    tape, numel, dtype, label = grad.storage.tape, grad.numel, grad.dtype, grad.storage.label
+    del grad
+    yield
+    held.append(tape.new(numel, dtype, label))
 
 
 def on_gradient(param: Parameter, ranks: int, springs: frozenset[str]) -> None:
