@@ -22,6 +22,7 @@ QUICK = (
     ("kl", "mistral.15/lora/3/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go"),
     ("both", "mistral.15/full/2/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go"),
     ("both", "mistral.15/full/1/full/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go"),
+    ("layer_lr", "llama.13/full/0/none/sdpa/bf16/none/cuda/4/2/1/adamw_torch/none/small/let go"),
 )
 CASES = (
     ("kl", "mistral.15/full/0/none/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go"),
@@ -38,6 +39,9 @@ CASES = (
     ("ewc", "mistral.15/full/1/none/sdpa/fp32/none/cpu/4/2/1/adamw/none/small/let go"),
     ("ewc, many samples", "mistral.15/full/2/full/sdpa/bf16/none/cuda/4/2/1/adamw/optimizer/small/let go"),
     ("layer_lr", "mistral.15/full/2/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go"),
+    ("layer_lr", "llama.13/full/3/none/sdpa/fp32/none/cpu/4/2/1/adamw_torch/none/small/let go"),
+    ("layer_lr", "llama.13/full/2/none/sdpa/bf16/none/cpu/4/2/1/adamw_torch/optimizer/small/let go"),
+    ("layer_lr", "llama.13/full/0/none/sdpa/fp32/none/cuda/4/2/1/adamw_torch/none/small/let go"),
 )
 """(method, the run in the words of ``Case.key``)."""
 

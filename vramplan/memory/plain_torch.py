@@ -27,7 +27,7 @@ class PlainTorch(Engine):
         self.trained_width = (job.adapter_dtype or job.dtype).nbytes
         self.trained_bytes = self.trained_numel * self.trained_width
         trained = tuple((param.numel, param.factored_numel) for param in job.parameters if param.trained)
-        self.steps = Steps(torch_optimizer(job.optimizer, job.device, job.momentum), trained, self.trained_width)
+        self.steps = Steps(torch_optimizer(job.optimizer, job.device, job.momentum), (trained,), self.trained_width)
 
     def init(self) -> None:
         """The optimizer's states come with its first step; DDP makes its buckets at once."""

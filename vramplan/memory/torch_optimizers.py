@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class TorchOptimizer:
     """The kind under which ``optimizer_bytes`` knows the slots, where they are none of the parameter's format."""
     paged: bool = False
     """Whether the slots of large parameters lie in memory that the driver may keep on the host."""
+    over_groups: bool = False
+    """Whether what is left over from a group's last parameter is there at the next group's first."""
 
 
 _ADAMW = TorchOptimizer(slots=2, one_by_one=((1, 2),))
@@ -44,7 +47,13 @@ _ADAMW_FOREACH = TorchOptimizer(slots=2, at_once=1)
 """torch/optim/adam.py, ``_multi_tensor_adam``: ``_foreach_sqrt`` makes one list."""
 _ADAMW_FUSED = TorchOptimizer(slots=2)
 _ADAFACTOR = TorchOptimizer(
-    slots=1, one_by_one=((1, 2),), made_in_turn=True, factored=True, fp32=True, low_one_by_one=((3, 1), (2, 2), (1, 4))
+    slots=1,
+    one_by_one=((1, 2),),
+    made_in_turn=True,
+    factored=True,
+    fp32=True,
+    low_one_by_one=((3, 1), (2, 2), (1, 4)),
+    over_groups=True,
 )
 """transformers/optimization.py, ``Adafactor.step``: the update of the parameter before, then the square and its sum
 with eps; of a bf16 parameter fp32 copies of gradient and weight besides."""
@@ -106,11 +115,20 @@ def _sgd(foreach: bool, momentum: float) -> TorchOptimizer:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """An optimizer's bytes for parameters of these shapes, in its order, of ``width`` bytes an element."""
+    """An optimizer's bytes for groups of parameters of these shapes, in its order, of ``width`` bytes an element.
+
+    Groups are updated one after the other, and a group's slots come to be with its first update
+    (torch/optim/adam.py, ``Adam.step``).
+    """
 
     optimizer: TorchOptimizer
-    params: tuple[Numels, ...]
+    groups: tuple[tuple[Numels, ...], ...]
     width: int
+
+    @property
+    def params(self) -> Iterator[Numels]:
+        """Of all groups."""
+        return itertools.chain.from_iterable(self.groups)
 
     @property
     def state_bytes(self) -> int:
@@ -135,17 +153,27 @@ class Steps:
 
     def _instants(self, first: bool) -> Iterator[tuple[int, int]]:
         states = self.state_bytes
-        if not self.optimizer.one_by_one:
-            yield states, self.optimizer.at_once * self._width * sum(numel for numel, _ in self.params)
-            return
-        low = self.optimizer.fp32 and self.width < FP32 and self.optimizer.low_one_by_one
-        pairs = low or self.optimizer.one_by_one
         made = before = 0
-        for param in self.params:
-            made += self._slots(param)
-            scratch = max(left * before + own * param[0] for left, own in pairs) * self._width
-            yield (made if first and self.optimizer.made_in_turn else states), scratch
-            before = param[0]
+        for group in self.groups:
+            if not self.optimizer.over_groups:
+                before = 0
+            if not self.optimizer.made_in_turn:
+                made += sum(self._slots(param) for param in group)
+            if not self.optimizer.one_by_one:
+                scratch = self.optimizer.at_once * self._width * sum(numel for numel, _ in group)
+                yield (min(made, states) if first else states), scratch
+                continue
+            for param in group:
+                if self.optimizer.made_in_turn:
+                    made += self._slots(param)
+                scratch = max(left * before + own * param[0] for left, own in self._pairs) * self._width
+                yield (made if first else states), scratch
+                before = param[0]
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        low = self.optimizer.fp32 and self.width < FP32 and self.optimizer.low_one_by_one
+        return low or self.optimizer.one_by_one
 
     @property
     def _width(self) -> int:

@@ -39,8 +39,9 @@ class Zero0(Engine):
             ordered = (job.matrices[name] for group in job.groups for name, _ in group if name in job.matrices)
             return MuonSteps(tuple(ordered), others, job.device)
         kind = handed_to_deepspeed(job.optimizer, job.device, job.momentum)
-        trained = tuple((param.numel, param.factored_numel) for param in job.parameters if param.trained)
-        return Steps(kind, trained, self.master_bytes)
+        factored = {param.name: param.factored_numel for param in job.parameters if param.trained}
+        groups = tuple(tuple((numel, factored[name]) for name, numel in group) for group in job.groups)
+        return Steps(kind, groups, self.master_bytes)
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)

@@ -352,11 +352,12 @@ class Zero12(Engine):
         if self.offloads:
             if self.job.stage == 2 and not self.job.managed:
                 self._see_finalised(stretch, merged(self.resident, self.outputs))
-            if micro.step == 1:
-                moments = self.optimizer.state_bytes(*self.flat.partitions)
-                self.resident = merged(self.resident, {labels.HOST_MOMENTS: moments})
-            scratch = {labels.HOST_SCRATCH: max(self.flat.partitions) * self.optimizer.scratch}
-            stretch.see("optimizer update", self.resident, self.outputs, scratch)
+            for index, share in enumerate(self.flat.partitions):
+                if micro.step == 1:  # states come to be group by group
+                    moments = self.optimizer.state_bytes(*self.flat.partitions[: index + 1])
+                    self.resident = merged(self.resident.without(labels.HOST_MOMENTS), {labels.HOST_MOMENTS: moments})
+                scratch = {labels.HOST_SCRATCH: share * self.optimizer.scratch}
+                stretch.see("optimizer update", self.resident, self.outputs, scratch)
             stretch.close(self.resident, self.outputs)
             return
         if self.job.stage == 2 and not self.job.managed:

@@ -47,6 +47,8 @@ class Zero3(Engine):
         together = sub_groups(job.groups, degree, job.zero.sub_group_size)
         self.sub_groups = [sum(shard(numel, degree) for _, numel in each) for each in together]
         self.sub_group = max(self.sub_groups, default=0)
+        self.lone = [len(each) == 1 for each in together]
+        """Whether a sub-group is one parameter: flattening a single tensor copies nothing (torch/_utils.py)."""
         self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
         self.profiles: GatheredProfiles = gathered_profiles(
             job.model_run, min(job.grad_accum_steps, MICROS), steps_skipped, job.sampling_run
@@ -327,23 +329,23 @@ class Zero3(Engine):
         if self.steps_skipped:
             stretch.close(base)
             return
-        for index in self._highest_groups() if micro.step == 1 else ():
-            self._see_group(stretch, base, self.sub_groups[index], self._states(index), self._states(index + 1))
+        for index in self._highest_groups(states_come=micro.step == 1):
+            made = (self._states(index), self._states(index + 1)) if micro.step == 1 else ({}, {})
+            self._see_group(stretch, base, index, *made)
         if micro.step == 1:
             self.resident = merged(self.resident, self._states(len(self.sub_groups)))
-        else:
-            self._see_group(stretch, base, self.sub_group, {}, {})
         if self.job.offload_param:
             self._see_small_gathered(stretch, kept, whole)
         self._end_step(stretch, kept, whole)
 
-    def _highest_groups(self) -> Iterator[int]:
-        """Sub-groups whose update can be the first step's highest instant: states come to be group by group, so none
-        after one of them is as large."""
-        most = 0
-        for index in reversed(range(len(self.sub_groups))):
-            if self.sub_groups[index] > most:
-                most = self.sub_groups[index]
+    def _highest_groups(self, states_come: bool = True) -> Iterator[int]:
+        """Sub-groups whose update can be the step's highest instant, of those of one parameter and of the others: in
+        the first step states come to be group by group, so none after one of them is as large."""
+        most = [0, 0]
+        indices = reversed(range(len(self.sub_groups)))
+        for index in indices if states_come else sorted(indices, key=self.sub_groups.__getitem__, reverse=True):
+            if self.sub_groups[index] > most[self.lone[index]]:
+                most[self.lone[index]] = self.sub_groups[index]
                 yield index
 
     def _finish(self, stretch: Stretch, base: Bytes) -> Bytes:
@@ -354,11 +356,12 @@ class Zero3(Engine):
         """What the first sub-groups' first steps make."""
         return self.moments(self.optimizer, *self.sub_groups[:count]) if count else {}
 
-    def _see_group(self, stretch: Stretch, base: Bytes, numel: int, made: Parts, after: Parts) -> None:
+    def _see_group(self, stretch: Stretch, base: Bytes, index: int, made: Parts, after: Parts) -> None:
         """One sub-group's step. ``made``, ``after``: states that have come to be before it, and with it."""
-        flat = {labels.FLAT_GRAD: numel * self.master_bytes}
+        numel, copied = self.sub_groups[index], not self.lone[index]
         cast = self.grad_width != self.master_bytes
-        joined = {labels.REDUCTION: numel * self.grad_width if cast else 0}
+        flat = {labels.FLAT_GRAD: numel * self.master_bytes if cast or copied else 0}
+        joined = {labels.REDUCTION: numel * self.grad_width if cast and copied else 0}
         stretch.see("gradients flattened", base, made, flat, joined)
         stretch.see("optimizer update", base, after, flat, {labels.STEP_SCRATCH: numel * self.optimizer.scratch})
         if self.job.offload_param:
