@@ -12,6 +12,7 @@ from vramplan.measure.compare import compare_file
 from vramplan.measure.record import read_records
 from vramplan.measure.run_dir import RunDir
 
+from support.tiny_model import save_tiny_model
 from support.training import events_of, losses, train, write_spec
 
 pytestmark = pytest.mark.ranks
@@ -186,6 +187,41 @@ def test_the_trained_model_answers_after_it_was_reloaded_and_merged(tiny_model, 
     assert "fine-tuned (lora, merged)" in (RunDir(tmp_path / "run").model / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("tied", "stage", "saved"),
+    [
+        pytest.param(True, 2, ["lm_head"], id="one matrix"),
+        pytest.param(False, 3, ["embed_tokens", "lm_head"], id="two, ZeRO-3", marks=pytest.mark.slow),
+    ],
+)
+def test_token_table_and_head_are_trained_whole_beside_adapters(tied, stage, saved, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = save_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    spec = write_spec(
+        tmp_path / "spec.yaml",
+        model,
+        stage,
+        {"kind": "lora", "r": 8, "modules_to_save": saved},
+        training={"max_steps": 3, "merge_adapters": True},
+    )
+    done = train(spec, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_dir = RunDir(tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    before = base.get_input_embeddings().weight.clone()
+    reloaded = PeftModel.from_pretrained(base, str(run_dir.adapter))
+    after = reloaded.get_input_embeddings().weight
+    assert (after - before).abs().max() > 1e-3
+    assert (reloaded.get_output_embeddings().weight is after) == tied
+    merged = AutoModelForCausalLM.from_pretrained(run_dir.model, use_safetensors=True)
+    for found in (reloaded, merged):
+        assert held_out_loss(found, tmp_path / "run") == pytest.approx(evaluated(tmp_path / "run"), rel=1e-4)
+    (record,) = compare_file(tmp_path / "run" / "record.jsonl").records
+    assert abs(record.error_frac) < 0.01
+
+
 def evaluated(run_dir: Path) -> float:
     return float(events_of(run_dir, "evaluation")[-1]["loss"])
 
@@ -211,16 +247,19 @@ def held_out_loss(model, run_dir: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "stage"),
+    ("method", "stage", "precision"),
     [
-        pytest.param({"kind": "qlora", "r": 8}, 2, id="qlora"),
-        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, 2, id="dora", marks=pytest.mark.slow),
-        pytest.param({"kind": "qlora", "r": 8}, 3, id="qlora-zero3", marks=pytest.mark.slow),
-        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, 3, id="dora-zero3", marks=pytest.mark.slow),
+        pytest.param({"kind": "qlora", "r": 8}, 2, "bf16", id="qlora"),
+        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, 2, "bf16", id="dora", marks=pytest.mark.slow),
+        pytest.param({"kind": "qlora", "r": 8}, 3, "bf16", id="qlora-zero3", marks=pytest.mark.slow),
+        pytest.param({"kind": "qlora", "r": 8}, 3, "fp32", id="qlora-zero3-fp32", marks=pytest.mark.slow),
+        pytest.param({"kind": "lora", "r": 8, "use_dora": True}, 3, "bf16", id="dora-zero3", marks=pytest.mark.slow),
     ],
 )
-def test_adapters_of_other_kinds_train_evaluate_and_take_what_was_predicted(method, stage, tiny_model, tmp_path):
-    spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, method=method, precision="bf16")
+def test_adapters_of_other_kinds_train_evaluate_and_take_what_was_predicted(
+    method, stage, precision, tiny_model, tmp_path
+):
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, stage, method=method, precision=precision)
     done = train(spec, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     found = losses(tmp_path / "run")

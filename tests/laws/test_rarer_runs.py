@@ -54,6 +54,26 @@ WITH_ADAPTERS: Runs = (
 )
 """DoRA on 4-bit weights and on tables, 4-bit weights under ZeRO-3 in fp32 and under autocast."""
 
+SAVED = {"method": {"modules_to_save": ("embed_tokens", "lm_head")}}
+SAVED_TABLE = {"method": {"modules_to_save": ("embed_tokens",)}}
+SAVED_WHOLE: Runs = (
+    ("llama.13/lora/2/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", SAVED),
+    ("llama.14/lora/1/full/sdpa/bf16/none/cuda/4/2/2/adamw/none/small/let go", SAVED),
+    ("gemma.26/lora/0/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go", SAVED_TABLE),
+    ("qwen2.18/lora/3/none/sdpa/fp32/none/cuda/4/2/2/adamw/none/small/let go", SAVED),
+    ("llama.13/qlora/2/full/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", SAVED_TABLE),
+    (
+        "gpt_neox.3/lora/2/full/sdpa/bf16/none/cuda/4/2/1/adamw_torch/none/small/kept",
+        {"method": {"modules_to_save": ("embed_in", "lm_head")}},
+    ),
+    ("llama.14/lora/3/full/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go", SAVED_TABLE),
+    (
+        "phi.31/lora/2/none/sdpa/fp16/none/cuda/4/2/1/adamw/optimizer/small/let go",
+        {"method": {"modules_to_save": ("lm_head",)}},
+    ),
+)
+"""Token tables and heads that are trained whole beside adapters, one matrix or two."""
+
 AGAIN = {"checkpoint_reentrant": True}
 REENTRANT: Runs = tuple(
     (key, AGAIN)
@@ -116,8 +136,8 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "runs",
-    [UNDER_MUON, WITH_ADAPTERS, REENTRANT, WITH_FILES, ACCUMULATING, IN_BLOCKS],
-    ids=["muon", "adapters", "reentrant", "files", "accumulating", "blocks"],
+    [UNDER_MUON, WITH_ADAPTERS, SAVED_WHOLE, REENTRANT, WITH_FILES, ACCUMULATING, IN_BLOCKS],
+    ids=["muon", "adapters", "saved", "reentrant", "files", "accumulating", "blocks"],
 )
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]

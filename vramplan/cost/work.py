@@ -19,7 +19,7 @@ from vramplan.facts.architecture import (
     PlainMLP,
 )
 from vramplan.spec.run import RunSpec
-from vramplan.spec.targets import fused_adapters, resolve_targets
+from vramplan.spec.targets import fused_adapters, resolve_targets, saved_modules
 from vramplan.spec.trainable import FullMethod, LoraMethod
 
 
@@ -89,7 +89,9 @@ def trainable_numel(run: RunSpec, architecture: Architecture) -> int:
     """Elements that the optimizer updates."""
     method = run.method
     if isinstance(method, LoraMethod):
-        return adapter_numel(run, architecture) + _fused_adapter_numel(method, architecture)
+        whole = saved_modules(method, architecture)
+        saved = sum(each.numel for each in architecture.named_tensors() if each.name.rpartition(".")[0] in whole)
+        return adapter_numel(run, architecture) + _fused_adapter_numel(method, architecture) + saved
     return _trained_numel(method, architecture)
 
 

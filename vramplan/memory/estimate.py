@@ -111,8 +111,16 @@ def _host_terms(passed: tuple[Passed, ...]) -> tuple[Term, ...]:
     return tuple(term(name, size, Place.HOST) for name, size in sizes.items() if size)
 
 
-def _adapts_head(job: Job) -> bool:
-    return any(param.adapter and param.name.startswith(f"{job.architecture.head.name}.") for param in job.parameters)
+def _trains_head(job: Job) -> bool:
+    """Whether the head has an adapter or is trained whole beside adapters."""
+    method, head = job.method, job.architecture.head.name
+    if isinstance(method, LoraMethod) and method.saves(head):
+        return True
+    return any(param.adapter and param.name.startswith(f"{head}.") for param in job.parameters)
+
+
+def _saves(job: Job) -> bool:
+    return isinstance(job.method, LoraMethod) and bool(job.method.modules_to_save)
 
 
 def _adapts_positions(job: Job) -> bool:
@@ -209,7 +217,12 @@ def check_covered(job: Job) -> None:
         and job.autocast is not None
         and job.dtype is not job.autocast
         and job.stage == 3,
-        "the fused (liger) loss with an adapter on the head": job.loss == "liger" and _adapts_head(job),
+        "the fused (liger) loss with an adapter on the head": job.loss == "liger" and _trains_head(job),
+        "method.modules_to_save beside adapters in fp32 (ZeRO-3 in bf16 and engine torch leave them so)": _saves(job)
+        and job.adapter_dtype is not None,
+        "method.modules_to_save with retain.kl under ZeRO-3": _saves(job)
+        and job.stage == 3
+        and job.kl_chunk_tokens > 0,
     }
     named = [name for name, is_so in uncovered.items() if is_so]
     if named:

@@ -15,7 +15,7 @@ from vramplan.memory.rows import chunk_rows, fused_loss_rows, kl_chunk_tokens, t
 from vramplan.memory.tensor_parallel import split, why_not
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
-from vramplan.spec.targets import resolve_targets
+from vramplan.spec.targets import resolve_targets, saved_modules
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method, check_trains
 
 
@@ -133,6 +133,7 @@ def _adapted(method: Method, architecture: Architecture) -> tuple[Method, frozen
         return method, frozenset()
     targets = resolve_targets(method, architecture)
     method, adapted = targets.method, targets.parameters if architecture.mixtures else frozenset[str]()
+    method = method.model_copy(update={"modules_to_save": tuple(saved_modules(method, architecture))})
     if not adapted:
         _check_targets(architecture, method)
     elif method.dropout or method.use_dora:

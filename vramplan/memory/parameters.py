@@ -10,10 +10,11 @@ from math import prod
 from typing import Literal
 
 from vramplan.facts.architecture import Architecture, Linear, MixtureOfExperts
+from vramplan.facts.blocks import ParamTensor
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.muon import takes_muon
 from vramplan.spec.rates import rate_share
-from vramplan.spec.targets import fused_adapters
+from vramplan.spec.targets import fused_adapters, saved_modules
 from vramplan.spec.trainable import FullMethod, LoraMethod, Method
 
 ADAPTER_DTYPE = Dtype.FP32
@@ -128,6 +129,7 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
             yield Parameter(tensor.name, tensor.numel, trained, in_linear, factored_numel=factored, shape=tensor.shape)
         return
     fused = _fused_adapters(architecture, method, adapted) if adapted else {}
+    saved = saved_modules(method, architecture)
     tables = _table_adapters(architecture, method)
     pending: tuple[str, list[Parameter]] | None = None
     for tensor in architecture.named_tensors():
@@ -135,6 +137,9 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
         if pending is not None and pending[0] != module:
             yield from pending[1]
             pending = None
+        if module in saved:
+            yield from _original_and_copy(tensor, saved[module])
+            continue
         yield Parameter(tensor.name, tensor.numel, False, module in linears, packable=tensor.name in packable)
         if module in linears and pending is None:
             pending = module, _adapters(architecture, method, module, linears[module])
@@ -146,6 +151,15 @@ def _parameters(architecture: Architecture, method: Method, adapted: frozenset[s
         yield from pending[1]
     if architecture.tied_embeddings:  # a tied head has no weight of its own, but it can have an adapter
         yield from _adapters(architecture, method, architecture.head.name, architecture.head)
+
+
+def _original_and_copy(tensor: ParamTensor, in_linear: bool) -> Iterator[Parameter]:
+    """Of a module that is saved whole PEFT keeps the original, which nothing reads, and trains a copy
+    (peft/utils/other.py, ``ModulesToSaveWrapper``); the copy has the tensor's name, for it is what runs."""
+    module, _, own = tensor.name.rpartition(".")
+    yield Parameter(f"{module}.original_module.{own}", tensor.numel, False, in_linear)
+    factored = factored_numel(tensor.shape)
+    yield Parameter(tensor.name, tensor.numel, True, in_linear, factored_numel=factored, shape=tensor.shape)
 
 
 def _fused_adapters(

@@ -196,12 +196,20 @@ def add_adapters(model: torch.nn.Module, method: LoraMethod) -> torch.nn.Module:
         lora_dropout=method.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         target_parameters=list(method.target_parameters) or None,
+        modules_to_save=list(method.modules_to_save) or None,
+        ensure_weight_tying=bool(method.modules_to_save) and _is_tied(model),
         use_dora=method.use_dora,
         use_rslora=method.use_rslora,
         task_type="CAUSAL_LM",
     )
     wrapped: torch.nn.Module = get_peft_model(model, config)
     return wrapped
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether head and token table are one matrix, whose copy then is one too."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is table.weight
 
 
 def checkpoint_layers(model: torch.nn.Module, run: RunSpec) -> None:

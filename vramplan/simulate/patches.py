@@ -69,6 +69,7 @@ def patched(tracker: Tracker, conditions: Conditions, device_type: str, *, packe
 
         put(torch.nn.Module, "_apply", _apply_by_data)
         put(torch.nn.Module, "__call__", _call_seen_by(tracker))
+        put(FakeTensor, "__deepcopy__", _copied_as_a_parameter)
         put(torch, "get_rng_state", _rng_state)
         put(torch, "set_rng_state", lambda state: None)
         put(torch.distributed.device_mesh, "init_device_mesh", _on_real_tensors(_init_device_mesh()))
@@ -180,6 +181,16 @@ def _apply_by_data(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Ten
         if buffer is not None:
             self._buffers[name] = fn(buffer)
     return self
+
+
+def _copied_as_a_parameter(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """``copy.deepcopy`` of a parameter (torch/nn/parameter.py), as PEFT copies modules to be saved: the values alone,
+    where torch would take a fake's storage and every mark that DeepSpeed left on it."""
+    made = tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(tensor.requires_grad)
+    if isinstance(tensor, torch.nn.Parameter):
+        made._is_param = True
+    memo[id(tensor)] = made  # ``copy.deepcopy`` asks there first
+    return made
 
 
 def _set_data(tensor: torch.Tensor, other: torch.Tensor) -> None:

@@ -98,6 +98,42 @@ def _fused_names(architecture: Architecture, mapping: dict[str, str]) -> Iterato
             yield from (f"{prefix}.{block.experts.name}.{old}" for old in mapping if old != "gate")
 
 
+@lru_cache(maxsize=64)
+def saved_modules(method: LoraMethod, architecture: Architecture) -> dict[str, bool]:
+    """The modules of which a copy is trained whole, by name, and whether it is an ``nn.Linear``'s: a head that shares
+    the token table's matrix shares the copy, whichever of them is named (``ensure_weight_tying``).
+
+    Raises:
+        SpecError: something else than the token table and the head is named, both an adapter and a copy are asked for,
+            or PEFT would not tie the copies.
+    """
+    if not method.modules_to_save:
+        return {}
+    head, table = architecture.head, architecture.embeddings[0]
+    known = {table.name: False, head.name: head.is_nn_linear}
+    asked = {name: is_linear for name, is_linear in known.items() if method.saves(name)}
+    for each in method.modules_to_save:
+        if not any(name == each or name.endswith(f".{each}") for name in known):
+            raise SpecError(
+                f"method.modules_to_save: {each!r} is neither the token table ({table.name}) nor the head ({head.name})"
+            )
+    for name in asked:
+        if method.adapts_table(name):
+            raise SpecError(f"method.modules_to_save: {name} is in method.target_modules too; name it in one of them")
+    if not architecture.tied_embeddings:
+        return asked
+    if not {name.rpartition(".")[2] for name in known} <= _PEFT_TIES:
+        raise SpecError(
+            f"method.modules_to_save: PEFT would part {table.name} from {head.name}, which are one matrix in "
+            f"{architecture.family}; adapt it instead (method.target_modules), or leave it out"
+        )
+    return {table.name: head.is_nn_linear}
+
+
+_PEFT_TIES = frozenset(["embed_tokens", "lm_head"])
+"""Modules whose copies PEFT keeps one matrix (peft 0.21, utils/other.py, ``EMBEDDING_LAYER_NAMES``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class FusedAdapter:
     """An adapter on a parameter as it is (peft 0.21, tuners/lora/layer.py, ``ParamWrapper``): names within the layer

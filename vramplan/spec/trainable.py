@@ -97,6 +97,10 @@ class LoraMethod(UserModel):
     target_parameters: tuple[str, ...] = ()
     """Endings of names of parameters that get an adapter as they are, besides: weights of routed experts and routers,
     such as ``experts.gate_up_proj`` (PEFT's key of that name)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names (or name endings) of the token table and the output head, such as ``embed_tokens`` and ``lm_head``, of
+    which a copy is trained whole and saved with the adapters, as new tokens need (PEFT's key of that name). Where both
+    are one matrix, either name trains it for both."""
     use_dora: bool = False
     """Weight-decomposed adapters (DoRA, arXiv 2402.09353); ``method: dora`` is short for lora with it."""
     use_rslora: bool = False
@@ -128,6 +132,11 @@ class LoraMethod(UserModel):
     def adapts_table(self, module_name: str) -> bool:
         """Whether PEFT puts an adapter on an embedding of that full name, which ``all-linear`` does not mean."""
         return self.target_modules != "all-linear" and self.adapts(module_name)
+
+    def saves(self, module_name: str) -> bool:
+        """Whether PEFT trains a whole copy of a module of that full name (utils/other.py,
+        ``set_additional_trainable_modules``: by the ending of its name)."""
+        return any(module_name == name or module_name.endswith(f".{name}") for name in self.modules_to_save)
 
     @property
     def scale_alpha(self) -> int:

@@ -86,7 +86,8 @@ def merge(run: RunSpec, run_dir: RunDir) -> Path:
 def interpolate(run: RunSpec, run_dir: RunDir) -> str:
     """Moves what was saved towards the base model and saves it in its place; says so.
 
-    Of adapters it is the up-projection that shrinks: the base plus ``(1 - share)`` of the update.
+    Of adapters it is the up-projection that shrinks: the base plus ``(1 - share)`` of the update. What was trained
+    whole beside them moves towards the original that PEFT keeps.
     """
     share = run.retain.interpolate
     model, tokenizer = reload(run, run_dir)
@@ -98,6 +99,8 @@ def interpolate(run: RunSpec, run_dir: RunDir) -> str:
             param.copy_(interpolated(param, base[name], share))
         elif ".lora_B." in name or ".lora_embedding_B." in name:
             param.copy_(interpolated(param, torch.zeros_like(param), share))
+        elif ".modules_to_save." in name:
+            param.copy_(interpolated(param, original_of(model, name), share))
     target = run_dir.adapter if adapters else run_dir.model
     card = (target / "README.md").read_text(encoding="utf-8")
     with replaced_directory(target) as temporary:
@@ -105,6 +108,13 @@ def interpolate(run: RunSpec, run_dir: RunDir) -> str:
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return f"{share:.0%} of the base weights laid into {target}"
+
+
+def original_of(model: Any, name: str) -> torch.Tensor:
+    """The weight of which a copy was trained under that name (peft/utils/other.py, ``ModulesToSaveWrapper``)."""
+    module, _, own = name.partition(".modules_to_save.")
+    original: torch.Tensor = model.get_parameter(f"{module}.original_module.{own.partition('.')[2]}")
+    return original
 
 
 def _sample(run: RunSpec, run_dir: RunDir, question: str) -> None:

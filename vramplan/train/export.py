@@ -77,6 +77,10 @@ def _gather(engine: TrainEngine, *, only_trained: bool) -> dict[str, torch.Tenso
             with _whole(param, engine.run.zero.stage):
                 if engine.rank == 0:
                     weights[name] = param.detach().to("cpu", copy=True)
+    if only_trained:  # PEFT looks for a copy that the head shares with the token table under both names
+        first = {param: name for name, param in engine.module.named_parameters()}
+        every = engine.module.named_parameters(remove_duplicate=False)
+        weights |= {name: weights[first[param]] for name, param in every if first[param] in weights}
     return weights
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from vramplan.errors import SpecError
 from vramplan.facts.families import architecture_from_config
-from vramplan.spec.targets import resolve_targets
+from vramplan.spec.targets import resolve_targets, saved_modules
 from vramplan.spec.trainable import LoraMethod
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -76,3 +76,35 @@ def test_parameters_are_named_by_their_endings():
     converted = architecture_from_config({"model_type": "qwen3_moe", **SMALL, **CONFIGS["qwen3_moe"]})
     with pytest.raises(SpecError, match="in target_modules instead"):
         resolve_targets(method, converted)
+
+
+def test_a_matrix_that_head_and_table_share_is_saved_once_whichever_is_named():
+    tied = architecture_from_config({"model_type": "llama", **SMALL, "tie_word_embeddings": True})
+    apart = architecture_from_config({"model_type": "llama", **SMALL, "tie_word_embeddings": False})
+    for name in ("embed_tokens", "model.embed_tokens", "lm_head"):
+        assert list(saved_modules(LoraMethod(modules_to_save=(name,)), tied)) == ["model.embed_tokens"]
+    both = LoraMethod(modules_to_save=("embed_tokens", "lm_head"))
+    assert list(saved_modules(both, apart)) == ["model.embed_tokens", "lm_head"]
+    assert saved_modules(LoraMethod(), apart) == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "said"),
+    [
+        ({"model_type": "llama", **SMALL}, {"modules_to_save": ("norm",)}, "neither the token table"),
+        ({"model_type": "llama", **SMALL}, {"modules_to_save": ("tokens",)}, "neither the token table"),
+        (
+            {"model_type": "llama", **SMALL},
+            {"modules_to_save": ("embed_tokens",), "target_modules": ("q_proj", "embed_tokens")},
+            "name it in one of them",
+        ),
+        (
+            {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61},
+            {"modules_to_save": ("wte",)},
+            "PEFT would part",
+        ),
+    ],
+)
+def test_other_modules_are_not_saved_whole(config, method, said):
+    with pytest.raises(SpecError, match=said):
+        saved_modules(LoraMethod(**method), architecture_from_config(config))

@@ -142,7 +142,10 @@ class BlockContext:
         return per_token(width) if self.given_positions else per_position(width)
 
     def trains_base(self, name: str) -> bool:
-        return isinstance(self.method, FullMethod) and self.method.trains(name, self.num_layers)
+        """Whether a parameter of the model itself is trained; with adapters that is a copy which is saved whole."""
+        if isinstance(self.method, LoraMethod):
+            return self.method.saves(name.rpartition(".")[0])
+        return self.method.trains(name, self.num_layers)
 
     def parameter(self, name: str, numel: int, trainable: bool | None = None, dtype: Dtype | None = None) -> Parameter:
         """The parameter of that full name; the same object for the same name (tied weights)."""
