@@ -36,21 +36,24 @@ def _trained_in(architecture: Architecture, method: FullMethod, index: int) -> t
     )
 
 
-def layers_shown(keys: list[Hashable], near_turn: int) -> frozenset[int]:
+def layers_shown(keys: list[Hashable], near_turn: int, near_start: int) -> frozenset[int]:
     """The layers that are run: first and last of each kind; under ZeRO-3 also those whose weights are kept over the
-    turn from forward to backward."""
+    turn from forward to backward, and those at whose backward less than elsewhere is left to gather."""
     first: dict[Hashable, int] = {}
     last: dict[Hashable, int] = {}
     for index, key in enumerate(keys):
         first.setdefault(key, index)
         last[key] = index
-    return frozenset({*first.values(), *last.values(), *range(max(0, len(keys) - near_turn), len(keys))})
+    near = *range(min(near_start, len(keys))), *range(max(0, len(keys) - near_turn), len(keys))
+    return frozenset({*first.values(), *last.values(), *near})
 
 
-def layers_near_turn(architecture: Architecture, limits: GatherLimits, packed_width: int = 0) -> int:
+def layers_near_ends(architecture: Architecture, limits: GatherLimits, packed_width: int = 0) -> tuple[int, int]:
     """Layers at the end of the model whose weights may be there over the turn: as many as prefetching may run ahead
-    (``max_live``), as a reuse distance covers there and back, and two more. ``packed_width``: bytes of the elements as
-    which weights in 4 bits lie; 0: there are none."""
+    (``max_live``), as a reuse distance covers there and back, one more and one of each kind of layer; and as many at
+    its start without the reuse distance. ``packed_width``: bytes of the elements as which weights in 4 bits lie; 0:
+    there are none."""
     numel = min(sum(tensor.numel for tensor in layer.tensors()) for layer in set(architecture.layers))
     numel = packed_numel(numel, packed_width) if packed_width else numel
-    return limits.max_live_numel // numel + limits.max_reuse_numel // (2 * numel) + 2
+    ahead = limits.max_live_numel // numel + 1 + len(set(architecture.layers))
+    return ahead + limits.max_reuse_numel // (2 * numel), ahead

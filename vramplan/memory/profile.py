@@ -27,7 +27,7 @@ from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.garbage import uncollected
 from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
-from vramplan.memory.kinds import layer_kind, layers_near_turn, layers_shown
+from vramplan.memory.kinds import layer_kind, layers_near_ends, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED, VIEWED
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.micro_batch import Gradient as Gradient
@@ -35,7 +35,7 @@ from vramplan.memory.micro_batch import Profile as Profile
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.reentrant import checkpoint_reentrant, requiring_gradient
 from vramplan.memory.size import ZERO, Size, add
-from vramplan.memory.skipped import difference, held_by_graph, hold_output_of_skipped, less
+from vramplan.memory.skipped import add_kept, difference, held_by_graph, hold_output_of_skipped, less
 from vramplan.memory.tape import RANDOM_STATE, Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
 
@@ -95,8 +95,8 @@ class Runner:
         ]
         packed_width = run.dtype.nbytes if self.views_in_graph else 0
         limits = run.gathers
-        near_turn = layers_near_turn(architecture, limits, packed_width) if limits is not None else 0
-        self.shown = layers_shown(self.keys, near_turn)
+        near = layers_near_ends(architecture, limits, packed_width) if limits is not None else (0, 0)
+        self.shown = layers_shown(self.keys, *near)
 
     def _collect(self, param: Parameter, held: list[Tensor]) -> None:
         if self.pulls and not self.run.springs_on_host:
@@ -364,28 +364,33 @@ class Runner:
             out.node.saved.extend(held)
         return out
 
+    def _add_kept(self, total: dict[str, Size], costs: dict[str, Size], index: int) -> None:
+        """Adds what a layer keeps until its backward."""
+        add_kept(total, costs, {VIEWED: self.views_in_graph, AUTOCAST_COPIES: self.run.recomputes(index)})
+
     def _deliver_skipped(
         self, skipped: list[int], keys: list[Hashable], costs: dict[Hashable, dict[str, Size]]
     ) -> None:
-        """The gradients of the layers between, at the instants of the last layer of their kind less what the layers
-        above them no longer keep."""
-        freed: dict[str, Size] = {}
-        prefix = self.run.architecture.layer_prefix
+        """Gradients at the instants of the next run layer of their kind above, less what layers up to it keep."""
+        prefix, above = self.run.architecture.layer_prefix, skipped[-1] + 1
+        freed: dict[Hashable, dict[str, Size]] = {}
         templates: dict[Hashable, tuple[str, list[Gradient]]] = {}
+        for key in {keys[index] for index in skipped}:
+            twin = next(index for index in range(above, len(keys)) if index in self.shown and keys[index] == key)
+            name, freed[key] = f"{prefix}.{twin}.", {}
+            templates[key] = name, [event for event in self.gradients if event.name.startswith(name)]
+            for index in range(above, twin + 1):
+                self._add_kept(freed[key], costs[keys[index]], index)
         for index in reversed(skipped):
             key = keys[index]
-            if key not in templates:
-                last = f"{prefix}.{max(i for i, other in enumerate(keys) if other == key)}."
-                templates[key] = last, [event for event in self.gradients if event.name.startswith(last)]
-            last, events = templates[key]
+            name, events = templates[key]
             self.tape.settle()
             for event in events:
                 self.tape.grad_numel += event.numel
-                at = less(event.at, freed, self.tape.grad_numel, f"layer {index}")
-                self.gradients.append(Gradient(f"{prefix}.{index}.{event.name[len(last) :]}", event.numel, at))
-            for label, size in costs[key].items():
-                if label != VIEWED or not self.views_in_graph:
-                    freed[label] = add(freed.get(label, ZERO), size)
+                at = less(event.at, freed[key], self.tape.grad_numel, f"layer {index}")
+                self.gradients.append(Gradient(f"{prefix}.{index}.{event.name[len(name) :]}", event.numel, at))
+            for each in freed.values():
+                self._add_kept(each, costs[key], index)
 
 
 @lru_cache(maxsize=256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vramplan.memory.blocks.balance import SCORES
 from vramplan.memory.blocks.context import BlockContext
 from vramplan.memory.labels import GATHER_BUFFER, GATHERED, SECONDARY
-from vramplan.memory.size import ZERO, Size, sub
+from vramplan.memory.size import ZERO, Size, add, sub
 from vramplan.memory.tape import Point
 
 
@@ -16,6 +16,13 @@ def less(point: Point, freed: dict[str, Size], grad_numel: int, where: str) -> P
         if label in by_label:
             by_label[label], total = sub(by_label[label], size), sub(total, size)
     return Point(where, point.index, total, by_label, grad_numel)
+
+
+def add_kept(total: dict[str, Size], costs: dict[str, Size], elsewhere: dict[str, bool]) -> None:
+    """Adds up what layers keep in the graph, without headings that are kept ``elsewhere``."""
+    for label, size in costs.items():
+        if not elsewhere.get(label):
+            total[label] = add(total.get(label, ZERO), size)
 
 
 def difference(after: dict[str, Size], before: dict[str, Size]) -> dict[str, Size]:

@@ -26,18 +26,24 @@ LIMITS = GatherLimits(
 
 
 def highest(run):
-    """Highest bytes of forward and backward, and what is left after each, of the first and the second step."""
-    found = gathered.gathered_profiles.__wrapped__(run, micros=1)
-    ends = [(each.forward_end.total, each.backward_end.total) for each in (found.first, found.after_step)]
+    """Of both steps the highest bytes of forward and backward, what is left after each, and the bytes as each gradient
+    comes; where weights stay whole, of one micro-batch."""
+    if run.gathers is None:
+        profiles_of_steps = (profiles.Runner(run).micro_batch(),)
+    else:
+        found = gathered.gathered_profiles.__wrapped__(run, micros=1)
+        profiles_of_steps = (found.first, found.after_step)
+    ends = [(each.forward_end.total, each.backward_end.total) for each in profiles_of_steps]
     peaks = [
         (max(point.total for point in each.forward), max(point.total for point in each.backward))
-        for each in (found.first, found.after_step)
+        for each in profiles_of_steps
     ]
-    return ends, peaks
+    gradients = [[(gradient.name, gradient.at.total) for gradient in each.gradients] for each in profiles_of_steps]
+    return ends, peaks, gradients
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "falcon", "llama"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "falcon", "gemma2", "llama"])
 def test_layers_between_under_zero3(family, checkpointing, monkeypatch):
     fields = {"num_hidden_layers": 10, "layer_types": None, "mlp_only_layers": []}
     architecture = architecture_from_config({**CONFIGS[family], **fields})
@@ -55,6 +61,18 @@ def test_layers_between_under_zero3(family, checkpointing, monkeypatch):
     as_if_all_ran(run, monkeypatch)
 
 
+@pytest.mark.parametrize("autocast", [None, Dtype.BF16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "gemma2", "llama"])
+def test_layers_between_of_whole_weights(family, checkpointing, autocast, monkeypatch):
+    architecture = architecture_from_config({**CONFIGS[family], "num_hidden_layers": 10, "layer_types": None})
+    dtype = Dtype.FP32 if autocast else Dtype.BF16
+    run = profiles.ModelRun(
+        architecture, FullMethod(), dtype, autocast, "cuda", "sdpa", checkpointing, keep_outputs=True
+    )
+    as_if_all_ran(run, monkeypatch)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_between_keep_second_parts(checkpointing, monkeypatch):
     """hpZ, and parts that come from the host."""
@@ -68,5 +86,5 @@ def test_layers_between_keep_second_parts(checkpointing, monkeypatch):
 
 def as_if_all_ran(run, monkeypatch):
     shortened = highest(run)
-    monkeypatch.setattr(profiles, "layers_shown", lambda keys, near_turn: frozenset(range(len(keys))))
+    monkeypatch.setattr(profiles, "layers_shown", lambda keys, *near: frozenset(range(len(keys))))
     assert highest(run) == shortened
