@@ -59,6 +59,15 @@ def train(
     hang_after: Annotated[
         float, typer.Option(min=5.0, metavar="SECONDS", help="End ranks that give no sign of life for so long.")
     ] = 60.0,
+    stuck_after: Annotated[
+        float,
+        typer.Option(
+            min=5.0,
+            metavar="SECONDS",
+            help="End ranks that live and go on with nothing for so long, in any phase: no batch, parameter or file is "
+            "done, and none reads, writes or allocates 64 KiB in a second.",
+        ),
+    ] = 600.0,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,8 +98,10 @@ def train(
         run_plan,
     )
     from vramplan.supervise.tasks import check_tasks, evaluate_tasks
+    from vramplan.supervise.watch import Patience
 
-    terms = Terms(hostfile, hang_after, _checked_allowances(allow or []))
+    patience = Patience(silent_after_s=hang_after, stuck_after_s=stuck_after)
+    terms = Terms(hostfile, patience, _checked_allowances(allow or []))
     path = _plan_file(source)
     plan = _with_overrides(_plan_of(path, assign or []), max_steps, sample)
     run_dir = RunDir(output or _default_output(path, plan, resume))
@@ -115,7 +126,7 @@ def train(
                     resuming=resume,
                     retrying=False,
                     hostfile=hostfile,
-                    silent_after_s=hang_after,
+                    patience=patience,
                 )
         finally:
             said = put_away(run_dir)

@@ -119,6 +119,8 @@ class Evidence:
     """Ranks that lived without a heartbeat."""
     stuck_s: float | None = None
     """For how long no rank went on, where that was too long."""
+    stuck_rank: int | None = None
+    """Which of them stood still first."""
     tails: Mapping[int, str] | None = None
     """The last of each rank's output."""
     oom_kills: int = 0
@@ -255,7 +257,7 @@ def _of_hang(found: Evidence) -> Verdict | None:
         rank = found.silent[0]
         return Verdict(Cause.HANG, _where(found, rank), rank, _step(found, rank))
     if found.stuck_s is not None:
-        return Verdict(Cause.HANG, _where(found, None))
+        return Verdict(Cause.HANG, _where(found, found.stuck_rank))
     return None
 
 

@@ -24,6 +24,7 @@ def collect(run_dir: RunDir, launcher_code: int | None, trouble: Trouble, oom_ki
         dead=trouble.dead,
         silent=trouble.silent,
         stuck_s=trouble.stuck_s,
+        stuck_rank=trouble.stuck_rank,
         tails={state.rank: _tail(log_of(run_dir, state.rank)) for state in ranks},
         oom_kills=oom_kills,
     )

@@ -83,6 +83,8 @@ def _log(run_dir: RunDir, verdict: Verdict) -> Path:
 def _never_started(run_dir: RunDir, launcher_code: int | None) -> TrainingFailed:
     log = run_dir.logs / "launcher.log"
     last = _last_lines(log) or "it wrote nothing"
+    if launcher_code is None:
+        return TrainingFailed(f"the launcher started no rank and was ended: {last} (log: {log})")
     return TrainingFailed(f"the launcher ended with code {launcher_code} before any rank started: {last} (log: {log})")
 
 

@@ -29,7 +29,7 @@ from vramplan.supervise.ladder import Exhausted, Ladder, judged
 from vramplan.supervise.learnt import learn, learnt_path, recall
 from vramplan.supervise.offers import Offer, first_allowed, offers
 from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, interrupted, run_plan
-from vramplan.supervise.watch import SILENT_AFTER_S
+from vramplan.supervise.watch import PATIENCE, Patience
 
 NOTHING_LEFT_CODE = 4
 """Exit code of a run that ran out of memory under every plan that keeps its training as it is."""
@@ -90,7 +90,7 @@ class Terms:
     """How a run is launched and what it may change."""
 
     hostfile: Path | None = None
-    silent_after_s: float = SILENT_AFTER_S
+    patience: Patience = PATIENCE
     allowed: frozenset[str] = frozenset()
     """Of ``offers.ALLOWABLE``: changes of the training itself."""
     probing: bool = False
@@ -142,7 +142,7 @@ def _until_finished(
                 resuming=resuming,
                 probing=terms.probing,
                 hostfile=terms.hostfile,
-                silent_after_s=terms.silent_after_s,
+                patience=terms.patience,
             )
         except TrainingFailed as error:
             attempt = _attempt(plan, progress, architecture, error)

@@ -27,7 +27,7 @@ from vramplan.supervise.kills import KillCounter
 from vramplan.supervise.other_nodes import end_other_nodes
 from vramplan.supervise.shared_memory import remove_buffers, remove_forgotten_buffers
 from vramplan.supervise.tail import Tail
-from vramplan.supervise.watch import SILENT_AFTER_S, RankWatch, Trouble
+from vramplan.supervise.watch import PATIENCE, Patience, RankWatch, Trouble
 
 _POLL_S = 0.1
 _LAST_WORDS_S = 10.0
@@ -81,14 +81,14 @@ def run_plan(
     probing: bool = False,
     retrying: bool = True,
     hostfile: Path | None = None,
-    silent_after_s: float = SILENT_AFTER_S,
+    patience: Patience = PATIENCE,
 ) -> None:
     """Trains: returns when every rank came to its end. ``listener`` is given each event of ``metrics.jsonl``.
 
     ``probing``: the worst batch is run for two steps, and nothing else (``train/probe_run.py``). ``retrying``: a rank
     that is alone may take a step anew by itself (``train/in_place.py``).
 
-    All ranks are ended as soon as one has failed, is gone, or gave no heartbeat for ``silent_after_s``.
+    All ranks are ended as soon as one has failed, is gone, or ``patience`` takes them to hang.
 
     Raises:
         TrainingFailed: a rank failed, hung or was killed, or the user interrupted; no process of the run is left.
@@ -110,7 +110,7 @@ def run_plan(
         executable=local_launcher(),
     )
     tail = Tail(run_dir.metrics)
-    watch = RankWatch(run_dir, silent_after_s=silent_after_s, kills=kills)
+    watch = RankWatch(run_dir, patience.silent_after_s, patience.stuck_after_s, kills=kills)
     others = (lambda: end_other_nodes(run_dir, port)) if plan.node.num_nodes > 1 else None
     with interrupts_raise():
         try:

@@ -1,4 +1,8 @@
-"""Looks at the ranks of a run while it goes: which has said why it ends, which is gone, which hangs."""
+"""Looks at the ranks of a run while it goes: which has said why it ends, which is gone, which hangs.
+
+Two things are a hang: a rank that gives no heartbeat (it is stopped, or its machine is), and ranks that all live and do
+not go on, whatever they are at: one stands still, and the others wait for it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,24 @@ from vramplan.supervise.kills import KillCounter
 
 SILENT_AFTER_S = 60.0
 """A rank beats each second; one that has not for so long is stopped, or its machine is."""
-STUCK_AFTER_S = 1800.0
-"""How long a micro-batch or an optimizer step may take: as long as NCCL waits for a peer by default."""
+STUCK_AFTER_S = 600.0
+"""How long no rank may go on: as long as torch lets NCCL wait for a peer (torch/distributed/constants.py,
+``default_pg_nccl_timeout``). Going on is a batch, a parameter, a file or 64 KiB of bytes or pages in a second."""
 _LONGEST_LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """After how many seconds ranks are taken to hang."""
+
+    silent_after_s: float = SILENT_AFTER_S
+    """Without a heartbeat."""
+    stuck_after_s: float = STUCK_AFTER_S
+    """With heartbeats, and without any rank going on."""
+
+
+PATIENCE = Patience()
+"""Unless told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +48,9 @@ class Trouble:
     dead: tuple[int, ...] = ()
     silent: tuple[int, ...] = ()
     stuck_s: float | None = None
+    """For how long no rank went on, where that was too long."""
+    stuck_rank: int | None = None
+    """The one that stood still first: others came as far as they could without it."""
     launcher_hangs: bool = False
     """Whether every rank has long come to its end and is gone, and the launcher lives on."""
 
@@ -43,13 +65,13 @@ class Trouble:
 
 @dataclass
 class _Seen:
-    """A rank's last heartbeat and phase, and for how long each has been the same, by the watcher's own clock: looks
-    that come late (a machine that slept) do not make a rank silent."""
+    """A rank's last heartbeat and progress, and for how long each has been the same, by the watcher's own clock:
+    looks that come late (a machine that slept) do not make a rank silent."""
 
     beat: float = 0.0
-    since: float = 0.0
+    progress: int = 0
     silent_s: float = 0.0
-    same_phase_s: float = 0.0
+    still_s: float = 0.0
 
 
 @dataclass
@@ -59,12 +81,15 @@ class RankWatch:
     run_dir: RunDir
     silent_after_s: float = SILENT_AFTER_S
     stuck_after_s: float = STUCK_AFTER_S
+    start_within_s: float = STUCK_AFTER_S
+    """How long a launcher may take until its first rank runs, at the least: it reads the whole training stack first."""
     kills: KillCounter | None = None
     """Is told which processes are the ranks'."""
     _node: str = field(default_factory=node_identity)
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _last_look: float | None = None
     _all_gone_s: float = 0.0
+    _none_yet_s: float = 0.0
 
     def look(self) -> Trouble:
         """What is wrong now."""
@@ -81,29 +106,36 @@ class RankWatch:
             self.kills.look(status["pid"] for status in here)
         gone = {status["rank"] for status in here if not _lives(status["pid"])}
         lives = {status["rank"] for status in here} - gone
+        self._none_yet_s = 0.0 if every else self._none_yet_s + passed
         self._all_gone_s = 0.0 if running or lives or not every else self._all_gone_s + passed
         silent = (rank for rank, seen in self._seen.items() if seen.silent_s > self.silent_after_s)
+        # ranks that say that they are at their end wait for each other once more
+        stuck_s, stuck_rank = self._stuck([status["rank"] for status in running] or sorted(lives))
         return Trouble(
             markers=tuple(sorted(self.run_dir.ranks.glob("rank*.failure.json"))),
             dead=tuple(sorted(gone - ended)),
             # one that has come to its end beats no more when it is gone, which is no trouble
             silent=tuple(rank for rank in silent if rank not in ended or rank in lives),
-            stuck_s=self._stuck_s(running),
+            stuck_s=stuck_s,
+            stuck_rank=stuck_rank,
             launcher_hangs=self._all_gone_s > self.silent_after_s,
         )
 
     def _notice(self, status: dict[str, Any], passed: float) -> None:
         seen = self._seen.setdefault(status["rank"], _Seen())
         seen.silent_s = 0.0 if status["time"] != seen.beat else seen.silent_s + passed
-        seen.same_phase_s = 0.0 if status.get("since") != seen.since else seen.same_phase_s + passed
-        seen.beat, seen.since = status["time"], status.get("since", 0.0)
+        progress = status.get("progress", 0)
+        seen.still_s = 0.0 if progress != seen.progress else seen.still_s + passed
+        seen.beat, seen.progress = status["time"], progress
 
-    def _stuck_s(self, running: list[dict[str, Any]]) -> float | None:
-        """For how long no rank went on in a step, if for too long. Other phases may take as long as they take."""
-        if not running or not all(status["phase"].startswith("step") for status in running):
-            return None
-        shortest = min(self._seen[status["rank"]].same_phase_s for status in running)
-        return shortest if shortest > self.stuck_after_s else None
+    def _stuck(self, ranks: list[int]) -> tuple[float | None, int | None]:
+        """For how long none of ``ranks`` went on, if for too long, and which stood still first. One that goes on is
+        enough: others may wait for it. Without any, for how long the launcher, which tells nothing, started none."""
+        shortest = min((self._seen[rank].still_s for rank in ranks), default=self._none_yet_s)
+        patience = self.stuck_after_s if ranks else max(self.stuck_after_s, self.start_within_s)
+        if shortest <= patience:
+            return None, None
+        return shortest, max(ranks, key=lambda rank: self._seen[rank].still_s, default=None)
 
 
 def read_statuses(run_dir: RunDir) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from vramplan.errors import CheckpointError, NoWholeCheckpointError
 from vramplan.measure.run_dir import write_json
-from vramplan.train.disk import why_not_written
+from vramplan.train.disk import why_not_written, write_back
 from vramplan.train.engine import TrainEngine
 from vramplan.train.manifest import find_damage, find_missing_bytes, write_manifest
 from vramplan.train.neutral import load_neutral, write_neutral
@@ -208,6 +208,8 @@ def _sync(path: Path) -> None:
     """Puts a file's content, or a directory's names, on the disk before the name that promises them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        if path.is_file():
+            write_back(descriptor)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from vramplan.train.progress import tell
 from vramplan.units import format_bytes
 
 _NOT_WRITTEN = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
@@ -15,6 +18,10 @@ _SAFETENSORS = "I/O error: "
 """In what safetensors raises (SafetensorError, which is no OSError), before the system's own words."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _RESERVE_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 28
+_WAIT_WRITE_WAIT = 1 | 2 | 4
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER (linux/fs.h)."""
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE)
 
 
 def why_not_written(error: Exception, directory: Path) -> str | None:
@@ -37,6 +44,26 @@ def full_disk_sentence(error: BaseException) -> str | None:
         return None
     what = "the run's files" if error.filename is None else str(error.filename)
     return f"{what} cannot be written ({error.strerror}): make room, then --resume goes on from the last checkpoint"
+
+
+def write_back(descriptor: int) -> None:
+    """Waits until a file's bytes are written, and tells of every chunk: ``fsync`` alone says nothing for as long as a
+    slow disk takes for tens of GiB. It is still called afterwards, for the file's size and the disk's own cache.
+
+    Raises:
+        OSError: the disk did not take them; ``fsync`` would not say so again (sync_file_range(2), fs/sync.c).
+    """
+    write_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if write_range is None:
+        return
+    for start in range(0, os.fstat(descriptor).st_size, _CHUNK_BYTES):
+        offsets = ctypes.c_int64(start), ctypes.c_int64(_CHUNK_BYTES)
+        if write_range(descriptor, *offsets, ctypes.c_uint(_WAIT_WRITE_WAIT)) != 0:
+            code = ctypes.get_errno()
+            if code in _CANNOT:
+                return
+            raise OSError(code, os.strerror(code))
+        tell()
 
 
 class DiskReserve:

@@ -12,6 +12,7 @@ from vramplan.data.batch import Batch, collate, padded_length
 from vramplan.data.sample import Sample
 from vramplan.data.sampler import micro_batches
 from vramplan.train.engine import TrainEngine
+from vramplan.train.progress import tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ def evaluate(
             summed_nll = engine.forward(engine.own_stretch(batch), target_weight=1)
             if counts:
                 total += summed_nll
+            tell()
     num_targets = sum(sample.num_targets for sample in samples)
     (summed,) = engine.sum_over_ranks(total)
     return Evaluation(summed / num_targets, num_targets)

@@ -16,6 +16,7 @@ from vramplan.measure.run_dir import RunDir
 from vramplan.spec.trainable import LoraMethod
 from vramplan.train.disk import why_not_written
 from vramplan.train.engine import TrainEngine
+from vramplan.train.progress import tell
 
 
 def export(engine: TrainEngine, run_dir: RunDir, tokenizer: Any, base_name: str) -> Path:
@@ -77,6 +78,7 @@ def _gather(engine: TrainEngine, *, only_trained: bool) -> dict[str, torch.Tenso
             with _whole(param, engine.run.zero.stage):
                 if engine.rank == 0:
                     weights[name] = param.detach().to("cpu", copy=True)
+            tell()
     if only_trained:  # PEFT looks for a copy that the head shares with the token table under both names
         first = {param: name for name, param in engine.module.named_parameters()}
         every = engine.module.named_parameters(remove_duplicate=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from vramplan.measure.run_dir import write_json
+from vramplan.train.progress import tell
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 16 * 2**20
@@ -85,4 +86,5 @@ def _checksum(path: Path) -> int:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
+            tell()
     return checksum

@@ -30,6 +30,7 @@ from vramplan.train.fragments import (
     refresh_weights,
     set_loss_scale_state,
 )
+from vramplan.train.progress import tell
 from vramplan.train.shards import ShardedState
 
 INDEX = "index.json"
@@ -83,6 +84,7 @@ def load_neutral(engine: TrainEngine, directory: Path) -> None:
             held.optimizer.state[master]["step"] = _step_as_kept(held.optimizer, master, index["step"])
     for name, fragment in held.fragments.items():
         _load_fragment(held, fragment, directory / tensors[name]["file"], moments)
+        tell()
     for group in held.optimizer.param_groups:
         if "step" in group:  # DeepSpeed's FusedAdam counts there too
             group["step"] = index["step"]
@@ -96,6 +98,7 @@ def _write_parameter(source: ShardedState, name: str, directory: Path, stem: str
     tensors = source.read(name)
     file_name = f"{stem}.safetensors"
     save_file(tensors, directory / file_name, metadata={"name": name})
+    tell()
     return {
         "file": file_name,
         "shape": list(source.shapes[name]),
@@ -118,6 +121,7 @@ def _damage(directory: Path, tensors: dict[str, Any]) -> str | None:
 
     for name in sorted(tensors)[dist.get_rank() :: dist.get_world_size()]:
         entry = tensors[name]
+        tell()
         try:
             with safe_open(directory / entry["file"], framework="pt") as file:
                 wrong = [key for key, expected in entry["crc32"].items() if _checksum(file.get_tensor(key)) != expected]

@@ -11,6 +11,7 @@ from vramplan.data.dataset import read_samples
 from vramplan.data.sample import Sample
 from vramplan.rank.retention import frozen_copy, needs_copy
 from vramplan.spec.run import RunSpec
+from vramplan.train.progress import tell
 
 if TYPE_CHECKING:
     from vramplan.train.engine import TrainEngine
@@ -39,6 +40,7 @@ def start_penalties(engine: TrainEngine, samples: Sequence[Sample], pad_id: int)
             batch = collate([sample], padded_length([sample], run.seq_len), pad_id, with_mask=run.attention_mask)
             engine.penalties.begin_sample(world_size * engine.loss_scale(), counts=index < len(samples))
             engine.backward(engine.forward(batch.to(engine.device), sample.num_targets, is_last=False))
+            tell()
     engine.penalties.end_samples()
 
 

@@ -18,6 +18,7 @@ from vramplan.measure.marker import OUT_OF_MEMORY_EXIT_CODE, Marker, is_of_host,
 from vramplan.measure.run_dir import write_json
 from vramplan.train.disk import DiskReserve, full_disk_sentence
 from vramplan.train.out_of_memory import Reserve, data_bytes, memory_state
+from vramplan.train.progress import Activity, Told, tell
 
 ORPHAN_EXIT_CODE = 87
 STOPPED_EXIT_CODE = 88
@@ -36,8 +37,8 @@ class Status:
     micro: int = 0
     time: float = 0.0
     """Of the last heartbeat, in seconds since 1970."""
-    since: float = 0.0
-    """When the phase began."""
+    progress: int = 0
+    """Rises as the rank goes on (``train/progress.py``): one that lives and stands still beats only."""
     node: str = ""
     """``facts.host.node_identity``: where ``pid`` means something."""
 
@@ -60,12 +61,14 @@ class RankStatus:
         self.baseline_bytes = 0
         self.shapes: tuple[tuple[int, ...], ...] = ()
         self.samples: tuple[int, ...] = ()
+        self._seen_at_work = 0
         self._write()
 
     def mark(self, phase: str, step: int = 0, micro: int = 0) -> None:
         if not micro:
             self.hold((), ())
-        self.now = replace(self.now, phase=phase, step=step, micro=micro, since=time.time())
+        tell()
+        self.now = replace(self.now, phase=phase, step=step, micro=micro)
         self._write()
 
     def remember_baseline(self) -> None:
@@ -76,12 +79,14 @@ class RankStatus:
         """The micro-batch that is worked on, to be named if it does not fit."""
         self.shapes, self.samples = shapes, samples
 
-    def beat(self) -> None:
-        """Says that the rank lives."""
+    def beat(self, at_work: bool = False) -> None:
+        """Says that the rank lives; ``at_work``: and that it was seen to go on."""
+        self._seen_at_work += at_work
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(asdict(replace(self.now, time=time.time())))
+        progress = Told.count + self._seen_at_work
+        text = json.dumps(asdict(replace(self.now, time=time.time(), progress=progress)))
         os.pwrite(self._file, text.ljust(_WIDTH - 1).encode() + b"\n", 0)
 
 
@@ -92,11 +97,11 @@ def start_guard(status: RankStatus, stop: Path | None = None) -> None:
 
 
 def _guard(status: RankStatus, launcher: int, stop: Path | None) -> None:
-    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    supervisor, activity = os.environ.get(SUPERVISOR_VARIABLE), Activity()
     while os.getppid() == launcher and (supervisor is None or _lives(supervisor)):
         if stop is not None and stop.exists():
             os._exit(STOPPED_EXIT_CODE)
-        status.beat()
+        status.beat(activity.look())
         time.sleep(_BEAT_S)
     if stop is not None:
         with suppress(OSError):  # the other nodes' ranks do not see that the supervisor is gone

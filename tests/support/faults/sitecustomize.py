@@ -9,6 +9,7 @@ begins. ``times`` (1 unless given) is counted over all attempts of a run, in fil
 - ``{"do": "group", "path": DIRECTORY, "more": BYTES}``: the rank moves into a memory control group that gives it that
   many bytes more than it has, and the kernel kills it beyond
 - ``{"do": "signal", "number": N}``: a signal to the rank itself (SIGKILL, SIGSTOP)
+- ``{"do": "stand"}``: the main thread stands still for ever, while the others live
 - ``{"do": "cut"}``: the largest file of the newest checkpoint loses its second half, and the rank is killed
 - ``{"do": "half_marker"}``: the rank leaves half a marker of an out-of-memory and ends with its exit code
 """
@@ -19,6 +20,7 @@ import re
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 _INFINITY = resource.RLIM_INFINITY
@@ -53,6 +55,9 @@ def _happen(fault, at_load):
         _move(Path(fault["path"]), fault["more"])
     elif fault["do"] == "signal":
         os.kill(os.getpid(), fault["number"])
+    elif fault["do"] == "stand":
+        while True:
+            time.sleep(60)
     elif fault["do"] == "cut":
         newest = max((_run_dir() / "checkpoints").glob("step-*"))
         largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

@@ -14,8 +14,11 @@ import pytest
 
 from vramplan.measure.run_dir import RunDir
 from vramplan.supervise.attempts import Attempt, append, read
+from vramplan.supervise.classify import classify
+from vramplan.supervise.evidence import collect
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
 from vramplan.supervise.watch import RankWatch, Trouble
+from vramplan.train.progress import tell
 from vramplan.train.status import RankStatus, write_failure
 
 BEATING = """
@@ -70,19 +73,88 @@ def test_a_stopped_rank_is_silent_and_not_dead(run_dir, rank):
     assert (trouble.silent, trouble.dead) == ((1,), ())
 
 
-def test_ranks_that_stand_still_in_a_step_are_stuck_but_not_in_other_phases(run_dir):
-    status = RankStatus(run_dir.status_of(0), 0)
+@pytest.mark.parametrize("phase", ["data", "model_load", "evaluation", "save", "resume", "step1.micro1.forward"])
+def test_ranks_that_stand_still_are_stuck_whatever_they_are_at(run_dir, phase):
+    standing, waiting = (RankStatus(run_dir.status_of(number), number) for number in range(2))
     watch = RankWatch(run_dir, stuck_after_s=0.3)
-    status.mark("evaluation")
+    standing.mark(phase)
+    waiting.mark(phase)
+    for goes_on in (True, False):
+        watch.look()
+        time.sleep(0.5)
+        if goes_on:
+            tell()
+        standing.beat()
+        waiting.beat(at_work=goes_on)
+        assert (watch.look().stuck_s is None) == goes_on
+
+
+def test_one_rank_that_goes_on_is_enough(run_dir):
+    slow, waiting = (RankStatus(run_dir.status_of(number), number) for number in range(2))
+    watch = RankWatch(run_dir, stuck_after_s=0.3)
     watch.look()
     time.sleep(0.5)
-    status.beat()
-    assert watch.look().stuck_s is None
-    status.mark("step1.micro1.forward", 1, 1)
+    waiting.beat()
+    slow.beat(at_work=True)
+    assert not watch.look()
+
+
+def test_the_rank_that_stood_still_first_is_where_the_run_hung(run_dir):
+    waiting, standing = (RankStatus(run_dir.status_of(number), number) for number in range(2))
+    standing.mark("model_load")
+    watch = RankWatch(run_dir, stuck_after_s=0.3)
     watch.look()
     time.sleep(0.5)
-    status.beat()
-    assert watch.look().stuck_s is not None
+    waiting.mark("engine_init")
+    assert not watch.look()
+    time.sleep(0.5)
+    trouble = watch.look()
+    assert trouble.stuck_rank == 1
+    verdict = classify(collect(run_dir, None, trouble))
+    assert str(verdict) == "the run hung in model_load"
+
+
+def test_ranks_that_wait_for_each_other_at_their_end_are_stuck(run_dir):
+    RankStatus(run_dir.status_of(0), 0).mark("end")
+    watch = RankWatch(run_dir, stuck_after_s=0.3)
+    assert not watch.look()
+    assert look_until(watch, bool).stuck_s is not None
+
+
+def test_a_launcher_that_starts_no_rank_is_stuck(run_dir):
+    watch = RankWatch(run_dir, stuck_after_s=0.1, start_within_s=0.5)
+    assert not watch.look()
+    assert look_until(watch, bool).stuck_s > 0.5
+
+
+SPINS = "while True: pass"
+WRITES = "file = open(sys.argv[2], 'wb', buffering=0)\nwhile True: file.write(bytes(1 << 17)); time.sleep(0.2)"
+OF_A_CHILD = "import subprocess; subprocess.run([sys.executable, '-c', sys.argv[3]])"
+ALLOCATES = "import time\nkept = []\nwhile True: kept.append(bytearray(1 << 17)); time.sleep(0.2)"
+
+
+@pytest.mark.parametrize(
+    ("main_thread", "goes_on"), [(SPINS, False), (WRITES, True), (ALLOCATES, True), (OF_A_CHILD, True)]
+)
+def test_work_is_seen_in_a_call_that_tells_nothing_and_spinning_is_none(run_dir, tmp_path, main_thread, goes_on):
+    """A rank in DeepSpeed's saving tells nothing until it is through; one in a collective on the CPU may spin."""
+    script = BEATING.replace("time.sleep(60)", main_thread)
+    command = [sys.executable, "-c", script, str(run_dir.status_of(1)), str(tmp_path / "file"), ALLOCATES]
+    watch = RankWatch(run_dir, stuck_after_s=3.0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"on\n"
+        try:
+            if goes_on:
+                deadline = time.monotonic() + 6.0
+                while time.monotonic() < deadline:
+                    assert not watch.look()
+                    time.sleep(0.1)
+            else:
+                trouble = look_until(watch, bool)
+                assert trouble.stuck_s is not None
+                assert trouble.silent == ()
+        finally:
+            process.kill()
 
 
 def test_a_rank_that_came_to_its_end_is_not_missed(run_dir):

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+from vramplan.train import disk
 from vramplan.train.disk import why_not_written
+from vramplan.train.progress import Told
 
 LIMITED = """
 import resource, sys, torch
@@ -61,3 +63,12 @@ def test_the_words_of_torchs_writer(tmp_path, text):
 
 def test_another_error_is_not_about_writing(tmp_path):
     assert why_not_written(RuntimeError("shapes do not match"), tmp_path) is None
+
+
+def test_a_file_is_put_on_the_disk_chunk_by_chunk_and_each_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(disk, "_CHUNK_BYTES", 1 << 20)
+    before, path = Told.count, tmp_path / "file"
+    path.write_bytes(bytes(5 << 19))
+    with path.open("rb") as file:
+        disk.write_back(file.fileno())
+    assert Told.count - before == 3
