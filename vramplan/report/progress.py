@@ -33,7 +33,8 @@ class TrainingView:
 
     def __init__(self, plan: Plan, console: Console | None = None, utilisation: Utilisation | None = None) -> None:
         self._utilisation = utilisation
-        self._predicted = plan.prediction.allocated_peak_bytes
+        self._predicted = plan.prediction.training_peak_bytes
+        self._predicted_of_resumed = plan.prediction.allocated_peak_bytes
         self._console = console or Console(highlight=False)
         self._live = self._console.is_terminal
         self._progress = Progress(
@@ -73,15 +74,20 @@ class TrainingView:
         if doing is not None:
             self._progress.update(self._task, doing=doing)
 
+    def _follow(self, event: dict[str, Any]) -> None:
+        self._predicted = event.get("predicted_bytes", self._predicted)
+        self._predicted_of_resumed = event.get("predicted_bytes", self._predicted_of_resumed)
+
     def _on_note(self, event: dict[str, Any]) -> None:
-        self._predicted = event.get("predicted_bytes", self._predicted)  # of another plan, which the note is about
+        self._follow(event)  # of another plan, which the note is about
         self._say(f"note: {event['text']}")
 
     def _on_resumed(self, event: dict[str, Any]) -> None:
+        self._predicted = max(self._predicted, self._predicted_of_resumed)
         self._say(f"goes on after step {event['step']}, from {event['path']}")
 
     def _on_recovery(self, event: dict[str, Any]) -> None:
-        self._predicted = event.get("predicted_bytes", self._predicted)
+        self._follow(event)
         changes = ", ".join(f"{name} {value}" for name, value in event["changes"].items())
         plan = f"{changes} ({event['layout']})" if changes else "the same plan"
         repeated, lost = event["steps_repeated"], format_seconds(event["seconds_lost"])

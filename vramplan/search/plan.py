@@ -60,6 +60,12 @@ class Prediction:
             host_terms=estimate.host_terms,
         )
 
+    @property
+    def training_peak_bytes(self) -> int:
+        """The most that tensors take before the export, in bytes, where nothing is resumed."""
+        held = (each.peak_bytes for each in self.phases if each.phase not in ("resume", "export"))
+        return max(held, default=self.allocated_peak_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

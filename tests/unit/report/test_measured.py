@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -114,6 +115,21 @@ def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
     assert lines[2] == "after step 1: held-out loss 1.0000, perplexity 2.72"
     assert lines[3] == "before training: replay loss 1.0000, perplexity 2.50"
     assert lines[4] == "after step 1: replay loss 1.0000, perplexity 2.75 (+10.0%)"
+
+
+def test_what_a_resume_takes_is_predicted_of_resumed_runs_only(small_plan):
+    phases = tuple(
+        PhaseBytes(name, peak * MIB, 0) for name, peak in (("engine_init", 1), ("step1", 3), ("resume", 4), ("export", 4))
+    )
+    plan = replace(small_plan, prediction=replace(small_plan.prediction, phases=phases))
+    console = Console(file=io.StringIO(), width=200)
+    with TrainingView(plan, console) as view:
+        view.on_event({**STEP, "step": 1})
+        view.on_event({"event": "resumed", "step": 1, "path": "p"})
+        view.on_event({**STEP, "step": 2})
+    first, _, second = console.file.getvalue().splitlines()
+    assert first.endswith("3.0 MiB predicted")
+    assert second.endswith("4.0 MiB predicted")
 
 
 def test_a_note_about_another_plan_brings_its_prediction(small_plan):
