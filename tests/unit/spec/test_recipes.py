@@ -66,6 +66,12 @@ def test_a_recipe_is_simulated(task):
     assert found <= 1.01 * predicted
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_no_prompt_ends_with_a_blank_of_its_own(task):
+    for template in load_run(CONFIGS / f"{task}.yaml").data.augment.prompt_templates:
+        assert not template.endswith(" ")
+
+
 def init(*arguments):
     with pytest.raises(SystemExit) as end:
         main(["init", *map(str, arguments)])
