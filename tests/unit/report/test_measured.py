@@ -119,7 +119,8 @@ def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
 
 def test_what_a_resume_takes_is_predicted_of_resumed_runs_only(small_plan):
     phases = tuple(
-        PhaseBytes(name, peak * MIB, 0) for name, peak in (("engine_init", 1), ("step1", 3), ("resume", 4), ("export", 4))
+        PhaseBytes(name, peak * MIB, 0)
+        for name, peak in (("engine_init", 1), ("step1", 3), ("resume", 4), ("export", 4))
     )
     plan = replace(small_plan, prediction=replace(small_plan.prediction, phases=phases))
     console = Console(file=io.StringIO(), width=200)
