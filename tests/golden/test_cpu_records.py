@@ -193,3 +193,26 @@ def test_moments_between_steps():
         moments = [moment.name for moment in found.moments]
         assert moments[-1].startswith("resume" if "resume" in predicted and "export" not in predicted else "export")
     assert compared == 17 * 4 - 1
+
+
+SMALLER = TRAINER.with_name("cpu_trainer_small.jsonl")
+"""Taken by `vramplan train` on two ranks under ZeRO-3: models of 35 to 290 thousand parameters, so small that a table
+is most of them, full and with adapters and modules saved whole. Between ranks of a CPU gloo copies what is gathered:
+of the mixture's experts, which are most of it, that is more than the bar."""
+
+
+def test_moments_between_steps_of_very_small_models():
+    compared = 0
+    for record, found in covered(SMALLER):
+        predicted = {phase.phase: phase for phase in found.phases}
+        measured = {phase.phase: phase for phase in record.measured.phases}
+        for name in ("save", "evaluation", "export"):
+            if name != "export" or record.spec.model.name != "tiny-mixtral":
+                peak = measured[name].allocated_peak_bytes
+                assert predicted[name].peak_bytes == pytest.approx(peak, rel=0.02), (record.id, name)
+                compared += 1
+        if record.spec.method.kind != "qlora":  # whose mapped file is still there
+            end = measured["model_load"].allocated_end_bytes
+            assert predicted["model_load"].end_bytes == pytest.approx(end, rel=0.02), record.id
+            compared += 1
+    assert compared == 4 * 4 - 2

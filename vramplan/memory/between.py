@@ -41,6 +41,18 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes of whole weights as they are exported."""
+
+    copied: int = 0
+    """All that rank 0 has in the host's memory to write them."""
+    largest: int = 0
+    """The largest tensor that is gathered for it (ZeRO-3)."""
+    together: tuple[int, int] = (0, 0)
+    """Copies so far, and the tensor that is gathered, when both are most."""
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """What of one rank's engine stays from phase to phase."""
 
@@ -55,10 +67,7 @@ class Standing:
     files: Files = Files()
     states: Parts = field(default_factory=Bytes)
     """The optimizer's states, as loading a checkpoint makes them."""
-    exported: int = 0
-    """Whole weights that rank 0 has in the host's memory to write them."""
-    largest_whole: int = 0
-    """The largest tensor that is gathered for it (ZeRO-3)."""
+    written: Written = Written()
 
 
 def moments_between(job: Job, standing: Standing, passes: Passes, ranks_per_node: int) -> list[Passed]:
@@ -119,8 +128,10 @@ class _Between:
     def export(self, sharers: int) -> Passed:
         """Whole weights on rank 0's host; under ZeRO-3 they are gathered one by one."""
         stretch, standing = self._open("export", Phase.SAVE), self.standing
-        weights = {labels.HOST_EXPORT: -(-standing.exported // sharers)}
-        stretch.see("weights gathered", standing.between, weights, {labels.GATHERED: standing.largest_whole})
+        written = standing.written
+        copied, whole = (-(-written.copied // sharers), written.largest) if self._is_apart else written.together
+        gathered = {labels.GATHERED: whole}
+        stretch.see("weights gathered", standing.between, {labels.HOST_EXPORT: copied}, gathered)
         return self._close(stretch, standing.between)
 
     @property

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
+from vramplan.memory import labels
+from vramplan.memory.between import Written
 from vramplan.memory.job import Job
+from vramplan.memory.moments import Stretch
 from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.spec.layout import shard
+from vramplan.spec.trainable import LoraMethod
+
+MERGED_FAMILIES = frozenset(["deepseek_v2", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe"])
+"""Families whose files hold each routed expert by itself, which transformers merges as it reads them
+(transformers/conversion_mapping.py, ``MergeModulelist``)."""
 
 
 def highest_as_engine_starts(job: Job, frozen_bytes: int, stays: Callable[[int], int]) -> int:
@@ -34,9 +43,86 @@ def highest_while_cut(whole: int, cuts: Iterable[tuple[int, int]]) -> int:
     return highest
 
 
-def higher(highest: tuple[int, str, int, int], name: str, weights: int, loading: int) -> tuple[int, str, int, int]:
+def highest_as_built(job: Job, built: list[tuple[str, int]], stays: Callable[[int], int]) -> tuple[str, int, int]:
+    """The highest instant as ``zero.Init`` makes tensors of these names and elements: its name, bytes of what is cut
+    and of what is not yet. Each module's own tensors are whole together, then cut one by one.
+
+    ``stays``: elements that stay on the rank of a tensor of so many.
+    """
+    cut, width = 0, job.dtype.nbytes
+    highest = (0, "", 0, 0)
+    for _, group in groupby(built, key=_module):
+        numels = [numel for _, numel in group]
+        whole = 0
+        for numel in numels:
+            if job.grad_dtype is not job.dtype:  # built in the asked format, then cast (weights_halved)
+                both = whole * width + numel * (job.grad_dtype.nbytes + width)
+                highest = _higher(highest, "a tensor cast", cut * width, both)
+            whole += numel
+        for numel in numels:
+            cut += stays(numel)
+            highest = _higher(highest, "a tensor before it is cut", cut * width, whole * width)
+            whole -= numel
+    return highest[1:]
+
+
+def _module(tensor: tuple[str, int]) -> str:
+    return tensor[0].rpartition(".")[0]
+
+
+def _higher(highest: tuple[int, str, int, int], name: str, weights: int, loading: int) -> tuple[int, str, int, int]:
     """The first of the highest instants so far, as bytes, name, weights and what is loaded."""
     return (weights + loading, name, weights, loading) if weights + loading > highest[0] else highest
+
+
+def see_read(stretch: Stretch, job: Job, cut: int, built: list[tuple[str, int]]) -> None:
+    """What is alive as a model's files are read beside ``cut`` bytes of parts: each module's own tensors are gathered
+    to be written to (transformers/integrations/deepspeed.py, ``_load_state_dict_into_zero3_model``), after routed
+    experts that lie in the files one by one were all merged, on every rank in the host's memory
+    (``_apply_weight_conversions_to_state_dict``). Files are mapped. On the CPU gloo has a buffer of its own besides."""
+    modules = [sum(numel for _, numel in group) for _, group in groupby(built, key=_module)]
+    merged, joining = merged_experts(job)
+    if merged:
+        stretch.see("experts merged", {labels.WEIGHTS: cut}, {labels.HOST_BUILT: merged + joining})
+    whole = {labels.LOADING: max(modules) * job.dtype.nbytes}
+    stretch.see("a module's tensors read", {labels.WEIGHTS: cut}, whole, {labels.HOST_BUILT: merged})
+
+
+def merged_experts(job: Job) -> tuple[int, int]:
+    """Bytes of all routed experts as they are merged, in the format of the files; and of the stacked gates and
+    up-projections of the last layer, which are joined when all else is merged (``MergeModulelist``, ``Concatenate``).
+    (0, 0) where the files hold them so."""
+    architecture = job.architecture
+    if architecture.family not in MERGED_FAMILIES:
+        return 0, 0
+    width = (architecture.stored_dtype or job.dtype).nbytes
+    blocks = [
+        (block.experts.num_experts, block.experts.hidden_size, block.experts.intermediate)
+        for block in architecture.mixtures
+    ]
+    total = sum(3 * count * hidden * inner for count, hidden, inner in blocks)
+    count, hidden, inner = blocks[-1]
+    return total * width, 2 * count * hidden * inner * width
+
+
+def made_whole(job: Job) -> int:
+    """Bytes of what PEFT adds whole to a model that ``zero.Init`` cut, until the engine cuts it: adapters, in fp32, and
+    copies of modules that are saved."""
+    if not isinstance(job.method, LoraMethod):
+        return 0
+    width, adapter_width = job.dtype.nbytes, max(job.dtype.nbytes, ADAPTER_DTYPE.nbytes)
+    trained = (param for param in job.parameters if param.trained)
+    return sum(param.numel * (adapter_width if param.adapter else width) for param in trained)
+
+
+def highest_as_written(tensors: Iterable[int]) -> Written:
+    """Tensors of so many bytes are gathered one after the other, and each is copied while it is whole."""
+    largest = copied = 0
+    highest = (0, 0)
+    for each in tensors:
+        copied, largest = copied + each, max(largest, each)
+        highest = max(highest, (copied, each), key=sum)
+    return Written(copied, largest, highest)
 
 
 def tied_head_part(job: Job) -> int:

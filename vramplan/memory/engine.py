@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import forward_candidates
-from vramplan.memory.between import Files, Standing
+from vramplan.memory.between import Files, Standing, Written
+from vramplan.memory.cut import merged_experts
 from vramplan.memory.job import Job
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, joined, merged
@@ -123,9 +124,6 @@ class Engine(ABC):
 
     def standing(self) -> Standing:
         """What stays from phase to phase, after ``walk``."""
-        job = self.job
-        trained = [param.numel * self._width_of(param) for param in job.parameters if param.trained]
-        every = trained if isinstance(job.method, LoraMethod) else [*trained, self.frozen_bytes]
         return Standing(
             started=self.started,
             between=self.resident,
@@ -133,8 +131,7 @@ class Engine(ABC):
             kept=self.kept,
             files=self.files(),
             states=self.states(),
-            exported=sum(every),
-            largest_whole=self.largest_whole(),
+            written=self.written(),
         )
 
     def gathered(self) -> Parts:
@@ -150,9 +147,11 @@ class Engine(ABC):
         names = (labels.MOMENTS, labels.HOST_MOMENTS, labels.HOST_PAGED)
         return Bytes({name: self.resident[name] for name in names if name in self.resident})
 
-    def largest_whole(self) -> int:
-        """Bytes of the largest tensor that is gathered to be exported."""
-        return 0
+    def written(self) -> Written:
+        """What is copied to be exported: what is trained of a model with adapters, else all (``train/export.py``)."""
+        trained = [param.numel * self._width_of(param) for param in self.job.parameters if param.trained]
+        copied = sum(trained) + (0 if isinstance(self.job.method, LoraMethod) else self.frozen_bytes)
+        return Written(copied, 0, (copied, 0))
 
     def _width_of(self, param: Parameter) -> int:
         kept = self.job.adapter_dtype if param.adapter else None
@@ -187,7 +186,8 @@ class Engine(ABC):
         self.resident = merged(built)
         if self.job.device != "cpu" and not self.job.quantized:  # built on the host; the engine moves it
             mapped = architecture.stored_dtype is self.job.dtype
-            stretch.see("built", {labels.HOST_BUILT: adapters if mapped else base + adapters})
+            experts, joining = merged_experts(self.job)
+            stretch.see("built", {labels.HOST_BUILT: (experts if mapped else base) + max(joining, adapters)})
             stretch.close()
             return
         if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32

@@ -159,7 +159,7 @@ LABELS: dict[str, Label] = {
     HOST_BUILT: Label(
         Category.PARAMETER,
         "width x elements on every rank (from_pretrained, then module.to), and adapters in fp32; weights that keep the "
-        "format of their files stay mapped and take nothing",
+        "format of their files stay mapped and take nothing, but for routed experts, which are merged as they are read",
     ),
     HOST_READ: Label(
         Category.TEMPORARY,

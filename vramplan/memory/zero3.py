@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 
 from vramplan.memory import labels
 from vramplan.memory.activations import undominated
-from vramplan.memory.between import Files
-from vramplan.memory.cut import higher, highest_as_engine_starts, tied_head_part
+from vramplan.memory.between import Files, Written
+from vramplan.memory.cut import (
+    highest_as_built,
+    highest_as_engine_starts,
+    highest_as_written,
+    made_whole,
+    see_read,
+    tied_head_part,
+)
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.gathered import MICROS, GatheredProfiles, gathered_profiles
 from vramplan.memory.gathers import second_part
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
 from vramplan.memory.optimizers import optimizer_bytes
-from vramplan.memory.parameters import ADAPTER_DTYPE
 from vramplan.memory.profile import Profile
 from vramplan.memory.quantized import nf4_state_bytes
 from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes, sub_groups
@@ -70,11 +75,11 @@ class Zero3(Engine):
         own = self.trained_share * self.master_bytes + states
         return Files(own=own, largest_own=self.sub_group * self.master_bytes)
 
-    def largest_whole(self) -> int:
+    def written(self) -> Written:
         """Of trained tensors with adapters, else of all (``train/export.py``)."""
         only = isinstance(self.job.method, LoraMethod)
         params = (param for param in self.job.parameters if param.trained or not only)
-        return max((param.numel * self._width_of(param) for param in params), default=0)
+        return highest_as_written(param.numel * self._width_of(param) for param in params)
 
     def _second(self, numel: int) -> int:
         """Elements of a tensor that stay on the rank besides its part (hpZ)."""
@@ -101,44 +106,25 @@ class Zero3(Engine):
             super().load()
             return
         job, architecture = self.job, self.job.architecture
-        base = [param for param in job.parameters if not param.adapter]
+        base = [param for param in job.parameters if not param.trained or not isinstance(job.method, LoraMethod)]
         cut = sum(self._stays(param.numel) for param in base) * self.width
-        if architecture.tied_embeddings and job.keep_outputs:  # a measured run builds from the config alone: the
-            # head's own part stays until the engine starts
+        if architecture.tied_embeddings:  # the head's own part stays until Python collects it, as the engine starts
             cut += self._stays(architecture.head.weight_numel) * self.width
-        adapters = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
         stretch = self.open("model_load", Phase.MODEL_LOAD)
-        if job.offload_param and job.device != "cpu":  # each part goes to the host at once
+        built = [(param.name, param.numel) for param in base]
+        kept = 0 if job.offload_param and job.device != "cpu" else cut  # there each part goes to the host at once
+        if not job.keep_outputs:  # a measured run builds from the config alone
+            see_read(stretch, job, kept, built)
+        if not kept:
             largest = max(param.numel for param in base) * self.width
             stretch.see("the largest tensor before it is cut", {labels.LOADING: largest})
-            self._see_dora(stretch, 0, tensors=4)
-            stretch.close({labels.WEIGHTS: adapters})
-            return
-        built = [(param.name, param.numel) for param in base]
-        if architecture.tied_embeddings:
-            built.append((f"{architecture.head.name}.weight", architecture.head.weight_numel))
-        self._see_modules(stretch, built)
-        self._see_dora(stretch, cut, tensors=4)  # the weight too is whole (``gather_params_ctx``)
-        stretch.close({labels.WEIGHTS: cut + adapters})
-
-    def _see_modules(self, stretch: Stretch, built: list[tuple[str, int]]) -> None:
-        """Each module's own tensors are whole together, then cut one by one."""
-        cut, width = 0, self.width
-        highest = (0, "", 0, 0)  # plain bytes: the highest is highest for every batch
-        for _, group in groupby(built, key=lambda each: each[0].rpartition(".")[0]):
-            numels = [numel for _, numel in group]
-            whole = 0
-            for numel in numels:
-                if self.job.grad_dtype is not self.job.dtype:  # built in the asked format, then cast (weights_halved)
-                    both = whole * width + numel * (self.job.grad_dtype.nbytes + width)
-                    highest = higher(highest, "a tensor cast", cut * width, both)
-                whole += numel
-            for numel in numels:
-                cut += self._stays(numel)
-                highest = higher(highest, "a tensor before it is cut", cut * width, whole * width)
-                whole -= numel
-        _, name, weights, loading = highest
-        stretch.see(name, {labels.WEIGHTS: weights}, {labels.LOADING: loading})
+        else:
+            if architecture.tied_embeddings:
+                built.append((f"{architecture.head.name}.weight", architecture.head.weight_numel))
+            name, weights, loading = highest_as_built(job, built, self._stays)
+            stretch.see(name, {labels.WEIGHTS: weights}, {labels.LOADING: loading})
+        self._see_dora(stretch, kept, tensors=4)  # the weight too is whole (``gather_params_ctx``)
+        stretch.close({labels.WEIGHTS: kept + made_whole(job)})
 
     def init(self) -> None:
         stretch, job = self.open("engine_init", Phase.ENGINE_INIT), self.job
@@ -155,9 +141,9 @@ class Zero3(Engine):
         copy = {labels.INIT: self.trained_share * self.trained_width if job.device == "cpu" else 0}
         if not job.offload_param:
             stretch.see("partitions moved together", weights, copy)
-        elif job.device != "cpu":
-            whole = self.adapter_numel * max(self.width, ADAPTER_DTYPE.nbytes)
-            stretch.see("adapters before they are cut", {labels.WEIGHTS: whole})
+        if not job.quantized and (not job.offload_param or job.device != "cpu"):
+            frozen = {labels.FROZEN: 0 if job.offload_param else self.frozen_share * self.width}
+            stretch.see("adapters before they are cut", frozen, {labels.WEIGHTS: made_whole(job)})
         if job.offload_optimizer:
             self.resident = self._offloaded()
             # initialize_optimizer_states: a buffer that no sub-group takes, and the last one's gradients before they

@@ -197,6 +197,25 @@ def test_weights_that_are_cast_as_they_are_read_pass_through_the_hosts_memory():
     assert cast.allocated_peak_bytes == stored.allocated_peak_bytes
 
 
+def test_routed_experts_are_merged_in_the_hosts_memory_by_every_rank():
+    config = {
+        "model_type": "mixtral",
+        "torch_dtype": "bfloat16",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "vocab_size": 1000,
+    }
+    one = 8 * 256 * 512 * 2  # of a layer's gates, up- or down-projections
+    whole, cut = (ask(model="mixtral", model_config_fields=config, zero={"stage": stage}) for stage in (2, 3))
+    for found in (whole, cut):
+        assert {term.name for term in found.host_terms} == {HOST_BUILT}
+        assert found.host_bytes_per_node == 8 * (3 * 3 * one + 2 * one)  # the last gates and up-projections twice
+
+
 def closed(**fields) -> RunSpec:
     """Of weights that are stored as they are trained."""
     chosen = {"micro_batch_size": 2, "grad_accum_steps": 1, "activation_checkpointing": "none", "seq_len": 256}
