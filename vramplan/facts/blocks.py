@@ -53,6 +53,8 @@ class Linear:
     conv1d: bool = False
     by_matmul: bool = False
     """``x @ weight.T`` and the bias added after it (Falcon) instead of ``F.linear``."""
+    shares_input: bool = False
+    """Whether each rank of tensor parallelism has a share of its outputs, for which all need the whole input."""
 
     def tensors(self) -> Iterator[ParamTensor]:
         shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)

@@ -74,4 +74,4 @@ def _cut(projections: tuple[Linear, ...], degree: int) -> tuple[Linear, ...]:
 
 
 def _by_outputs(linear: Linear, degree: int) -> Linear:
-    return replace(linear, out_features=shard(linear.out_features, degree), by_matmul=True)
+    return replace(linear, out_features=shard(linear.out_features, degree), by_matmul=True, shares_input=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from vramplan.facts.architecture import Linear
 from vramplan.memory import labels, ops
-from vramplan.memory.blocks.context import BlockContext, tokens
+from vramplan.memory.blocks.context import BlockContext, identity, tokens
 from vramplan.memory.blocks.dora import dora, rows
 from vramplan.memory.cast_linear import linear_cast_zero3
 from vramplan.memory.leaf import Parameter
@@ -101,6 +101,8 @@ def _matmul(
 ) -> Tensor:
     """``FalconLinear.forward``: ``x @ weight.T``, then the bias. What is saved of a gathered weight is its transposed
     view, which outlives the release; under autocast a view of its cast."""
+    if linear.shares_input:  # ``ColumnParallel``: backward comes to it when the weight's gradient is there
+        x = identity(x, lambda: None)
     # of a view autocast caches no copy (``cached_cast``)
     cast = weight if ctx.autocast is None else ops.to(weight, ctx.autocast, labels.AUTOCAST_COPIES)
     low = ctx.low(x, label)
