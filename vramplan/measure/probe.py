@@ -7,9 +7,9 @@ table. The table outlives a profiling session, so a block that an earlier sessio
 later one; a block born while no session was on is never seen. Hence the probe, once started, profiles without a
 gap: at each edge of a phase it closes one session, reads its events and opens the next.
 
-A block that another thread frees (gloo's, holding a collective's buffers) is not seen to die. Blocking collectives
-therefore wait for gloo to let go of their tensors; of the others an address, or one inside the block, is handed out
-again sooner or later: what such a block held is taken back then.
+A block that another thread frees (gloo's, holding a collective's buffers) is not seen to die. Who waits for a
+collective therefore waits for gloo to let go of its tensors. What is left is taken back as its address, or one inside
+the block, is handed out again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ live on until its address is handed out again.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,39 +19,86 @@ import torch.distributed as dist
 
 _COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all_single")
 """What DeepSpeed calls by its name in ``torch.distributed`` (comm/torch.py)."""
+_KEPT_BY_DEEPSPEED = ("all_gather_function", "reduce_scatter_function")
+"""What its backend looked up as it was made (comm/torch.py, ``TorchBackend.__init__``)."""
 _PATIENCE_S = 0.05
 
 
 class SettledCollectives:
-    """While installed, blocking collectives of ``torch.distributed`` wait for their backend to let go."""
+    """While installed, whoever waits for a collective of ``torch.distributed`` waits for its backend to let go too."""
 
     def __init__(self) -> None:
-        self._originals: dict[str, Any] = {}
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
-        if not self._originals and dist.is_available():
-            self._originals = {name: getattr(dist, name) for name in _COLLECTIVES}
-            for name, collective in self._originals.items():
-                setattr(dist, name, _settled(collective))
+        """Again, it takes in the backend that DeepSpeed has made since."""
+        known = {(id(owner), name) for owner, name, _ in self._originals}
+        for owner, name in _owners():
+            original = getattr(owner, name, None)
+            if original is not None and (id(owner), name) not in known:
+                self._originals.append((owner, name, original))
+                setattr(owner, name, _settled(original))
 
     def remove(self) -> None:
-        for name, collective in self._originals.items():
-            setattr(dist, name, collective)
-        self._originals = {}
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
+        self._originals = []
+
+
+def _owners() -> Iterator[tuple[Any, str]]:
+    if not dist.is_available():
+        return
+    yield from ((dist, name) for name in _COLLECTIVES)
+    deepspeed = sys.modules.get("deepspeed.comm.comm")
+    if deepspeed is not None and deepspeed.cdb is not None:
+        yield from ((deepspeed.cdb, name) for name in _KEPT_BY_DEEPSPEED)
 
 
 def _settled(collective: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collective)
     def call(*args: Any, **kwargs: Any) -> Any:
-        before = [(tensor, tensor._use_count()) for tensor in _tensors((*args, *kwargs.values()))]  # type: ignore[attr-defined]
+        before = [(tensor, _holders(tensor)) for tensor in _tensors((*args, *kwargs.values()))]
         work = collective(*args, **kwargs)
-        if work is None:  # a handle's own wait is the caller's
-            until = time.monotonic() + _PATIENCE_S
-            while any(tensor._use_count() > count for tensor, count in before) and time.monotonic() < until:  # type: ignore[attr-defined]
-                time.sleep(0)
-        return work
+        if work is not None:
+            return _SettledWork(work, before)
+        _wait_until_let_go(before)
+        return None
 
     return call
+
+
+class _SettledWork:
+    """A handle. Like the work itself it keeps its tensors until it is dropped."""
+
+    def __init__(self, work: Any, before: list[tuple[torch.Tensor, int]]) -> None:
+        self._work = work
+        self._before = before
+
+    def wait(self, *args: Any) -> Any:
+        if self._work is None:
+            return True
+        found = self._work.wait(*args)
+        self._work = None  # which holds the tensors as the backend's thread does
+        _wait_until_let_go(self._before)
+        return found
+
+    def is_completed(self) -> bool:
+        return self._work is None or bool(self._work.is_completed())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _wait_until_let_go(before: list[tuple[torch.Tensor, int]]) -> None:
+    until = time.monotonic() + _PATIENCE_S
+    while any(_holders(tensor) > count for tensor, count in before) and time.monotonic() < until:
+        time.sleep(0)
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """References to a tensor, all of Python's being one, and tensors that are views of the same storage."""
+    views = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return int(tensor._use_count() + views)  # type: ignore[attr-defined]
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -15,11 +15,16 @@ original = dist.all_reduce
 if sys.argv[1] == "settled":
     collectives.install()
     collectives.install()  # what a probe that starts again does
-    assert dist.all_reduce(torch.zeros(4), async_op=True) is not None
 held = 0
-for _ in range(20_000):
+for attempt in range(20_000):
     tensor = torch.zeros(4)
-    dist.all_reduce(tensor)
+    if attempt % 2:
+        dist.all_reduce(tensor)
+    else:
+        work = dist.all_reduce(tensor, async_op=True)
+        work.wait()
+        assert work.is_completed()
+        del work
     held += tensor._use_count() > 1
 collectives.remove()
 assert dist.all_reduce is original
