@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from vramplan.spec.base import UserModel
 
@@ -115,7 +115,8 @@ def _shape(value: object) -> str:
 
 _Path = Annotated[str, Tag("[path]")]
 _One = Annotated[SourceSpec, Tag("[one]")]
-_Several = Annotated[tuple[SourceSpec, ...], Field(min_length=1), Tag("[several]")]
+_Item = Annotated[SourceSpec, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+_Several = Annotated[tuple[_Item, ...], Field(min_length=1), Tag("[several]")]
 Source = Annotated[_Path | _One, Discriminator(_shape)]
 Sources = Annotated[_Path | _One | _Several, Discriminator(_shape)]
 
@@ -130,8 +131,8 @@ class DataSpec(UserModel):
     """Where the training text lies and how it becomes tokens."""
 
     train: Sources = "builtin:arithmetic"
-    """A path (see ``path`` below it), a source with its options, or a list of them with weights. Raw text is cut into
-    full sequences; other rows are padded to the longest of their global batch (in the first two steps to
+    """A path (see ``path`` below it), a source with its options, or a list of these (with weights). Raw text is cut
+    into full sequences; other rows are padded to the longest of their global batch (in the first two steps to
     ``seq_len``, so that memory's peak is met at once)."""
     replay: ReplaySpec | None = None
     """General data in a fixed share of every global batch."""

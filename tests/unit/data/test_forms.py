@@ -183,6 +183,8 @@ def test_specs_of_sources():
         return run_from_mapping({"model": "x", "data": data}).data
 
     assert run({"train": "a.jsonl"}).train_sources == (SourceSpec(path="a.jsonl"),)
+    paths = run({"train": ["a.jsonl", {"path": "b.jsonl", "form": "text"}]}).train_sources
+    assert paths == (SourceSpec(path="a.jsonl"), SourceSpec(path="b.jsonl", form="text"))
     two = run({"train": [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}], "replay": {"path": "c"}, "eval": "d"})
     assert [source.path for source in two.sources] == ["a", "b", "c", "d"]
     with pytest.raises(SpecError, match="give every source a weight, or none"):
