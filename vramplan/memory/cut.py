@@ -91,9 +91,9 @@ def see_read(stretch: Stretch, job: Job, cut: int, built: list[tuple[str, int]])
 def merged_experts(job: Job) -> tuple[int, int]:
     """Bytes of all routed experts as they are merged, in the format of the files; and of the stacked gates and
     up-projections of the last layer, which are joined when all else is merged (``MergeModulelist``, ``Concatenate``).
-    (0, 0) where the files hold them so."""
+    (0, 0) where the files hold them so, or no layer has any."""
     architecture = job.architecture
-    if architecture.family not in MERGED_FAMILIES:
+    if architecture.family not in MERGED_FAMILIES or not architecture.mixtures:
         return 0, 0
     width = (architecture.stored_dtype or job.dtype).nbytes
     blocks = [

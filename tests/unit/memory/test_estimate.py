@@ -216,6 +216,25 @@ def test_routed_experts_are_merged_in_the_hosts_memory_by_every_rank():
         assert found.host_bytes_per_node == 8 * (3 * 3 * one + 2 * one)  # the last gates and up-projections twice
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_family_with_experts_of_which_no_layer_has_any_merges_none(stage):
+    config = {
+        "model_type": "qwen2_moe",
+        "torch_dtype": "bfloat16",
+        "num_hidden_layers": 2,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 4,
+        "mlp_only_layers": [0, 1],
+        "vocab_size": 1000,
+    }
+    assert not ask(model="dense", model_config_fields=config, zero={"stage": stage}).host_terms
+
+
 def closed(**fields) -> RunSpec:
     """Of weights that are stored as they are trained."""
     chosen = {"micro_batch_size": 2, "grad_accum_steps": 1, "activation_checkpointing": "none", "seq_len": 256}
