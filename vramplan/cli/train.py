@@ -17,67 +17,77 @@ if TYPE_CHECKING:
     from vramplan.spec.run import RunSpec
     from vramplan.supervise.recover import Terms
 
+Listener = Callable[[dict[str, Any]], None]
+"""Is given each event of ``metrics.jsonl``."""
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PLAN|SPEC|RUN_DIR",
+        help="A plan.yaml, a spec (planned first), or the directory of a plan or of a run to resume.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Run directory (default: runs/MODEL-METHOD-TIME).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps, over the plan's.", show_default=False)]
+Sample = Annotated[str | None, typer.Option(help="A question for the trained model at the end.", show_default=False)]
+Assign = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any field of a spec, as KEY=VALUE; may be repeated.", show_default=False),
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Simulate the plan first (default: where its ranks have GPUs).",
+        show_default=False,
+    ),
+]
+Recover = Annotated[
+    bool, typer.Option("--recover/--no-recover", help="After out-of-memory or a killed process, go on by itself.")
+]
+Probe = Annotated[
+    bool, typer.Option("--probe", help="Run the longest batch, an evaluation and a save first; correct the plan.")
+]
+HangAfter = Annotated[
+    float, typer.Option(min=5.0, metavar="SECONDS", help="End ranks that give no sign of life for so long.")
+]
+StuckAfter = Annotated[
+    float,
+    typer.Option(
+        min=5.0,
+        metavar="SECONDS",
+        help="End ranks that live and go on with nothing for so long, in any phase: no batch, parameter or file is "
+        "done, and none reads, writes or allocates 64 KiB in a second.",
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="If no plan is left, change the training: seq_len, method or optimizer; may be repeated.",
+        show_default=False,
+    ),
+]
+Hostfile = Annotated[
+    Path | None, typer.Option(help="Hosts of a run on several nodes, as DeepSpeed takes them.", show_default=False)
+]
+
 
 def train(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PLAN|SPEC|RUN_DIR",
-            help="A plan.yaml, a spec (planned first), or the directory of a plan or of a run to resume.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Run directory (default: runs/MODEL-METHOD-TIME).")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps, over the plan's.", show_default=False)
-    ] = None,
-    sample: Annotated[
-        str | None, typer.Option(help="A question for the trained model at the end.", show_default=False)
-    ] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any field of a spec, as KEY=VALUE; may be repeated.", show_default=False),
-    ] = None,
-    verify: Annotated[
-        bool | None,
-        typer.Option(
-            "--verify/--no-verify",
-            help="Simulate the plan first (default: where its ranks have GPUs).",
-            show_default=False,
-        ),
-    ] = None,
-    recover: Annotated[
-        bool,
-        typer.Option("--recover/--no-recover", help="After out-of-memory or a killed process, go on by itself."),
-    ] = True,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Run the longest batch, an evaluation and a save first; correct the plan.")
-    ] = False,
-    hang_after: Annotated[
-        float, typer.Option(min=5.0, metavar="SECONDS", help="End ranks that give no sign of life for so long.")
-    ] = 60.0,
-    stuck_after: Annotated[
-        float,
-        typer.Option(
-            min=5.0,
-            metavar="SECONDS",
-            help="End ranks that live and go on with nothing for so long, in any phase: no batch, parameter or file is "
-            "done, and none reads, writes or allocates 64 KiB in a second.",
-        ),
-    ] = 600.0,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="If no plan is left, change the training: seq_len, method or optimizer; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="Hosts of a run on several nodes, as DeepSpeed takes them.", show_default=False)
-    ] = None,
+    source: Source,
+    output: Output = None,
+    resume: Resume = False,
+    max_steps: MaxSteps = None,
+    sample: Sample = None,
+    assign: Assign = None,
+    verify: Verify = None,
+    recover: Recover = True,
+    probe: Probe = False,
+    hang_after: HangAfter = 60.0,
+    stuck_after: StuckAfter = 600.0,
+    allow: Allow = None,
+    hostfile: Hostfile = None,
 ) -> None:
     """Launch the ranks, show loss, speed and memory, and write a run directory.
 
@@ -86,18 +96,11 @@ def train(
     from vramplan.cli.output import show
     from vramplan.cost.utilisation import utilisation
     from vramplan.facts.resolve import resolve_architecture
-    from vramplan.measure.snapshots import put_away
     from vramplan.report.progress import TrainingView
     from vramplan.report.words import describe_layout
-    from vramplan.supervise.recover import Terms, train_to_the_end
-    from vramplan.supervise.supervisor import (
-        answer_sample,
-        check_before_launch,
-        interpolate_with_base,
-        merge_adapters,
-        run_plan,
-    )
-    from vramplan.supervise.tasks import check_tasks, evaluate_tasks
+    from vramplan.supervise.recover import Terms
+    from vramplan.supervise.supervisor import check_before_launch
+    from vramplan.supervise.tasks import check_tasks
     from vramplan.supervise.watch import Patience
 
     patience = Patience(silent_after_s=hang_after, stuck_after_s=stuck_after)
@@ -114,33 +117,53 @@ def train(
     with TrainingView(plan, utilisation=utilisation(plan.run, plan.node, resolve_architecture(plan.run))) as view:
         if probe:
             plan = _probed(plan, run_dir, view.on_event, terms)
-        try:
-            if recover:
-                architecture = resolve_architecture(plan.run)
-                plan = train_to_the_end(plan, run_dir, architecture, view.on_event, terms, resuming=resume)
-            else:
-                run_plan(
-                    plan,
-                    run_dir,
-                    view.on_event,
-                    resuming=resume,
-                    retrying=False,
-                    hostfile=hostfile,
-                    patience=patience,
-                )
-        finally:
-            said = put_away(run_dir)
-            if said is not None:
-                view.on_event({"event": "note", "text": said})
-        if plan.run.retain.interpolate:
-            interpolate_with_base(run_dir, view.on_event)
-        if plan.run.training.merge_adapters and plan.run.method.kind != "full":
-            merge_adapters(run_dir, view.on_event)
-        if plan.run.training.sample is not None:
-            answer_sample(run_dir, plan.run.training.sample, view.on_event)
-        if plan.run.training.lm_eval is not None:
-            evaluate_tasks(run_dir, view.on_event)
+        plan = _trained(plan, run_dir, view.on_event, terms, resuming=resume, recovering=recover)
+        _afterwards(plan, run_dir, view.on_event)
     _show_measured(plan, run_dir)
+
+
+def _trained(
+    plan: Plan, run_dir: RunDir, listener: Listener, terms: Terms, *, resuming: bool, recovering: bool
+) -> Plan:
+    """Runs the plan, and better ones where it fails for want of memory; gives the one that came to its end."""
+    from vramplan.facts.resolve import resolve_architecture
+    from vramplan.measure.snapshots import put_away
+    from vramplan.supervise.recover import train_to_the_end
+    from vramplan.supervise.supervisor import run_plan
+
+    try:
+        if recovering:
+            architecture = resolve_architecture(plan.run)
+            return train_to_the_end(plan, run_dir, architecture, listener, terms, resuming=resuming)
+        run_plan(
+            plan,
+            run_dir,
+            listener,
+            resuming=resuming,
+            retrying=False,
+            hostfile=terms.hostfile,
+            patience=terms.patience,
+        )
+        return plan
+    finally:
+        said = put_away(run_dir)
+        if said is not None:
+            listener({"event": "note", "text": said})
+
+
+def _afterwards(plan: Plan, run_dir: RunDir, listener: Listener) -> None:
+    """What the spec asks to be done with what was trained."""
+    from vramplan.supervise.supervisor import answer_sample, interpolate_with_base, merge_adapters
+    from vramplan.supervise.tasks import evaluate_tasks
+
+    if plan.run.retain.interpolate:
+        interpolate_with_base(run_dir, listener)
+    if plan.run.training.merge_adapters and plan.run.method.kind != "full":
+        merge_adapters(run_dir, listener)
+    if plan.run.training.sample is not None:
+        answer_sample(run_dir, plan.run.training.sample, listener)
+    if plan.run.training.lm_eval is not None:
+        evaluate_tasks(run_dir, listener)
 
 
 def _checked_allowances(names: list[str]) -> frozenset[str]:
@@ -152,7 +175,7 @@ def _checked_allowances(names: list[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _probed(plan: Plan, run_dir: RunDir, listener: Callable[[dict[str, Any]], None], terms: Terms) -> Plan:
+def _probed(plan: Plan, run_dir: RunDir, listener: Listener, terms: Terms) -> Plan:
     """The plan that a probe leaves standing, with what the probe took."""
     from vramplan.cli.output import show
     from vramplan.facts.resolve import resolve_architecture

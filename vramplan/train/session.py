@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from vramplan.data.augment import add_embedding_noise
@@ -19,6 +20,7 @@ from vramplan.measure.run_dir import RunDir, write_json
 from vramplan.measure.snapshots import has_saved_state, snapshots_of
 from vramplan.search.plan import Plan
 from vramplan.spec.check import check_run
+from vramplan.spec.run import RunSpec
 from vramplan.train.card import write_model_card
 from vramplan.train.checkpoint import Resumed, resume
 from vramplan.train.engine import TrainEngine, join_group
@@ -72,13 +74,34 @@ def train(
     if device.type == "cpu":
         # the CPU's allocator counts on this thread only, and transformers loads weights on others unless told not to
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    config = ds_config(run, world_size)
-    if rank == 0:
-        write_json(run_dir.ds_config, config)
-    phases, metrics, memory = Phases(status, device), Metrics(run, run_dir, rank, device), Memory(device)
+    rank, phases = dist.get_rank(), Phases(status, device)
     start = start_directory(run, inputs.directory, run_dir, rank)
+    metrics, memory = Metrics(run, run_dir, rank, device), Memory(device)
     status.remember_baseline()
+    # transformers looks for the announcement as long as it lives
+    engine, _announced = _engine(run, inputs, start, run_dir, phases, device)
+    make_loop = ProbeLoop if probing else Loop
+    pad_id = _pad_id(inputs.tokenizer)
+    loop = make_loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
+    fields = dict(read_config(start / "config.json"))
+    if isinstance(loop, ProbeLoop):
+        run_probe(loop, plan, fields)
+    else:
+        if not retrying:
+            loop.forbid_retries()
+        loop.saving.start(resuming)
+        recorder = Recorder(plan, run_dir, fields, phases, count_parameters(engine.module))
+        _train(loop, inputs, recorder, resuming)
+    status.mark("end")
+
+
+def _engine(
+    run: RunSpec, inputs: Inputs, start: Path, run_dir: RunDir, phases: Phases, device: torch.device
+) -> tuple[TrainEngine, object | None]:
+    """The model of ``start`` in DeepSpeed's engine with what ``retain`` asks for, and ZeRO-3's announcement."""
+    config = ds_config(run, dist.get_world_size())
+    if dist.get_rank() == 0:
+        write_json(run_dir.ds_config, config)
     with phases.phase("model_load"):
         loaded = load_model(run, start, config)
         if run.data.augment.neftune_alpha is not None:
@@ -87,35 +110,27 @@ def train(
         gc.collect()  # a tied head's own weight, cut by ZeRO-3, is part of a cycle (``rank/play.py``)
         reference = reference_model(run, inputs.directory, config, device)
         engine = TrainEngine(run, loaded.module, config, device, reference)
-    pad_id = _pad_id(inputs.tokenizer)
     if engine.penalties is not None:
         with phases.phase("retention"):
-            start_penalties(engine, inputs.general, pad_id)
-    make_loop = ProbeLoop if probing else Loop
-    loop = make_loop(engine, inputs.data, run_dir, metrics, phases, memory, pad_id, inputs.eval_sets)
-    if isinstance(loop, ProbeLoop):
-        run_probe(loop, plan, dict(read_config(start / "config.json")))
-        status.mark("end")
-        return
-    if not retrying:
-        loop.forbid_retries()
-    loop.saving.start(resuming)
-    fields = dict(read_config(start / "config.json"))
-    recorder = Recorder(plan, run_dir, fields, phases, count_parameters(engine.module))
+            start_penalties(engine, inputs.general, _pad_id(inputs.tokenizer))
+    return engine, loaded.zero3
+
+
+def _train(loop: Loop, inputs: Inputs, recorder: Recorder, resuming: bool) -> None:
+    """From where the run is to what is left of it: adapters or a model, its card and its record."""
     first_step = _resume(loop, recorder, resuming)
     loop.restore_losses(first_step)
     _announce(loop, inputs.data, first_step)
     seconds_per_step = _steps(loop, first_step, recorder)
     loop.return_to_best()
-    base_name = public_name(run, inputs.directory)
-    with phases.phase("export"):
-        exported = export(engine, run_dir, inputs.tokenizer, base_name)
+    base_name = public_name(loop.run, inputs.directory)
+    with loop.phases.phase("export"):
+        exported = export(loop.engine, loop.run_dir, inputs.tokenizer, base_name)
     recorder.refresh()
-    if rank == 0:
-        write_model_card(run, run_dir, exported, base_name)
-    metrics.event("end", step=loop.steps_done, exported=str(exported), seconds_per_step=seconds_per_step)
-    metrics.close()
-    status.mark("end")
+    if loop.engine.rank == 0:
+        write_model_card(loop.run, loop.run_dir, exported, base_name)
+    loop.metrics.event("end", step=loop.steps_done, exported=str(exported), seconds_per_step=seconds_per_step)
+    loop.metrics.close()
 
 
 def _read_inputs(plan: Plan) -> Inputs:
