@@ -35,6 +35,17 @@ UNDER_MUON: Runs = (
 )
 """Every stage, formats that gradients have, adapters, experts, accumulation, rates by layer."""
 
+MUON_ON_HOST: Runs = (
+    ("llama.13/full/2/none/sdpa/bf16/none/cuda/4/2/1/adamw/optimizer/small/let go", MUON),
+    ("llama.13/full/1/none/sdpa/bf16/none/cuda/4/2/2/adamw/optimizer/small/let go", MUON),
+    ("gpt2.0/full/2/full/sdpa/bf16/none/cuda/4/2/2/adamw/optimizer/small/let go", MUON),
+    ("mistral.15/lora/2/none/sdpa/bf16/none/cuda/4/2/1/adamw/optimizer/small/let go", MUON),
+    ("qwen2.18/full/2/none/sdpa/fp16/none/cuda/1/2/1/adamw/optimizer/small/let go", MUON),
+    ("qwen3_moe.24/full/1/none/sdpa/fp32/none/cuda/4/2/1/adamw/optimizer/small/let go", MUON),
+    ("llama.13/full/2/none/sdpa/bf16-autocast/none/cuda/4/2/2/adamw/optimizer/small/let go", MUON),
+)
+"""The same with states in the host's memory: whole gradients and momenta come to the device by turns."""
+
 DORA = {"use_dora": True}
 QDORA = {"method": {**DORA, "r": 8}}
 ON_TABLE = {"method": {**DORA, "target_modules": ("q_proj", "embed_tokens")}}
@@ -136,8 +147,8 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "runs",
-    [UNDER_MUON, WITH_ADAPTERS, SAVED_WHOLE, REENTRANT, WITH_FILES, ACCUMULATING, IN_BLOCKS],
-    ids=["muon", "adapters", "saved", "reentrant", "files", "accumulating", "blocks"],
+    [UNDER_MUON, MUON_ON_HOST, WITH_ADAPTERS, SAVED_WHOLE, REENTRANT, WITH_FILES, ACCUMULATING, IN_BLOCKS],
+    ids=["muon", "muon on the host", "adapters", "saved", "reentrant", "files", "accumulating", "blocks"],
 )
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]

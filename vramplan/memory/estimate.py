@@ -179,7 +179,10 @@ def check_covered(job: Job) -> None:
         "QLoRA with zero.hpz_partition_size": job.quantized and job.hpz > 0,
         "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
         f"offload with the optimizer {job.optimizer}": job.offload_optimizer
-        and (job.optimizer.startswith(("lion", "paged", "muon")) or (on_disk(job) and job.optimizer != "adamw")),
+        and (job.optimizer.startswith(("lion", "paged")) or (on_disk(job) and job.optimizer != "adamw")),
+        "offload with the optimizer muon under ZeRO-3": job.offload_optimizer
+        and job.optimizer == "muon"
+        and job.stage == 3,
         "the optimizer muon with adapters on experts or routers": job.optimizer == "muon"
         and bool(job.adapted_parameters),
         "the optimizer muon with zero.contiguous_gradients false": job.optimizer == "muon"

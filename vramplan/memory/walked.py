@@ -11,6 +11,7 @@ from vramplan.memory.between import Passed, Standing
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
+from vramplan.memory.muon_offload import Muon12Offloaded
 from vramplan.memory.muon_zero3 import Muon3
 from vramplan.memory.muon_zero12 import Muon12
 from vramplan.memory.nvme import Zero3Nvme, on_disk
@@ -48,6 +49,8 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
         return PlainTorch(job, rank)
     if job.stage == 0:
         return Zero0(job, rank)
+    if job.optimizer == "muon" and job.stage < 3 and job.offload_optimizer:
+        return Muon12Offloaded(job, rank)
     if job.optimizer == "muon":
         return Muon12(job, rank) if job.stage < 3 else Muon3(job, rank, steps_skipped)
     if job.stage in (1, 2):

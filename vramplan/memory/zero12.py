@@ -48,12 +48,10 @@ class Zero12(Engine):
 
     def _bucket_bytes(self) -> int:
         """Buffers of ``setup_buckets``: one a communication dtype, two each where reduction overlaps backward."""
-        job = self.job
         if not self.contiguous:
             return 0
-        kinds = len({name in self.lowered for name, _ in self.trained})
-        buffers = kinds * (2 if job.zero.overlap_comm else 1)
-        return buffers * job.zero.reduce_bucket_size * self.width
+        zero, kinds = self.job.zero, len({name in self.lowered for name, _ in self.trained})
+        return kinds * (2 if zero.overlap_comm else 1) * zero.reduce_bucket_size * self.width
 
     def init(self) -> None:
         stretch = self.open("engine_init", Phase.ENGINE_INIT)
@@ -65,10 +63,8 @@ class Zero12(Engine):
             self.resident = merged(frozen, flat, self._offloaded())
             stretch.close(self.resident)
             return
-        master = {labels.MASTER: self.share * self.master_bytes}
-        probe = {labels.INIT: self.share * self.master_bytes}
-        stretch.see("a gradient partition is tried", frozen, flat, master, probe)
-        self.resident = merged(frozen, flat, master)
+        self.resident = merged(frozen, flat, {labels.MASTER: self.share * self.master_bytes})
+        stretch.see("a gradient partition is tried", self.resident, {labels.INIT: self.share * self.master_bytes})
         stretch.close(self.resident)
 
     def files(self) -> Files:
@@ -352,12 +348,7 @@ class Zero12(Engine):
         if self.offloads:
             if self.job.stage == 2 and not self.job.managed:
                 self._see_finalised(stretch, merged(self.resident, self.outputs))
-            for index, share in enumerate(self.flat.partitions):
-                if micro.step == 1:  # states come to be group by group
-                    moments = self.optimizer.state_bytes(*self.flat.partitions[: index + 1])
-                    self.resident = merged(self.resident.without(labels.HOST_MOMENTS), {labels.HOST_MOMENTS: moments})
-                scratch = {labels.HOST_SCRATCH: share * self.optimizer.scratch}
-                stretch.see("optimizer update", self.resident, self.outputs, scratch)
+            self._step_on_host(stretch, micro.step == 1)
             stretch.close(self.resident, self.outputs)
             return
         if self.job.stage == 2 and not self.job.managed:
@@ -366,6 +357,15 @@ class Zero12(Engine):
         for index in range(len(self.flat.partitions)):
             self._update(stretch, index, micro.step == 1)
         stretch.close(self.resident, self.outputs)
+
+    def _step_on_host(self, stretch: Stretch, first: bool) -> None:
+        """The groups' steps in the host's memory; in the first states come to be group by group."""
+        for index, share in enumerate(self.flat.partitions):
+            if first:
+                moments = self.optimizer.state_bytes(*self.flat.partitions[: index + 1])
+                self.resident = merged(self.resident.without(labels.HOST_MOMENTS), {labels.HOST_MOMENTS: moments})
+            scratch = {labels.HOST_SCRATCH: share * self.optimizer.scratch}
+            stretch.see("optimizer update", self.resident, self.outputs, scratch)
 
     def _finish(self, stretch: Stretch, *alive: Parts) -> None:
         """What is made of the rank's gradients at the boundary, before their norm: nothing."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from vramplan.facts.devices import resolve_node
 from vramplan.facts.dtype import Dtype
 from vramplan.facts.resolve import resolve_architecture
+from vramplan.memory import labels
+from vramplan.memory.estimate import UncoveredError, estimate
+from vramplan.memory.from_run import job_from_run
+from vramplan.memory.moments import Stretch
 from vramplan.memory.muon import MuonSteps, takes_muon, update_bytes
+from vramplan.memory.muon_offload import GATHER_BYTES, Muon12Offloaded
 from vramplan.memory.parameters import parameter_groups
 from vramplan.spec.load import run_from_mapping
 from vramplan.spec.trainable import FullMethod
@@ -75,3 +81,38 @@ def test_the_last_update_stays_beside_the_next():
     assert steps.state_bytes == 4 * 128 + 8 * 100
     assert steps.highest(first=True) == (4 * 128, 4 * 64 + 4 * 6 * 64)
     assert steps.highest(first=False) == (4 * 128 + 800, 4 * 64 + 4 * 6 * 64)
+
+
+def on_host(stage):
+    return run_from_mapping(
+        {
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "optimizer": "muon",
+            "micro_batch_size": 1,
+            "grad_accum_steps": 1,
+            "activation_checkpointing": "full",
+            "zero": {"stage": stage, "offload_optimizer": "cpu", "offload_param": "none", "reduce_scatter": stage < 3},
+            "hardware": {"gpu": "h100-80gb", "gpus_per_node": 4},
+        }
+    )
+
+
+def test_momenta_lie_on_the_host_and_matrices_are_gathered_by_turns():
+    run = on_host(2)
+    job = job_from_run(run, resolve_node(run.hardware), resolve_architecture(run))
+    walked = Muon12Offloaded(job, 0)
+    stretches: list[Stretch] = walked.walk()
+    (of_matrices, others) = walked.flat.partitions
+    assert walked.resident[labels.HOST_MOMENTS][0] == 4 * of_matrices + 8 * others
+    batches = list(walked._batches(0))
+    assert [name for batch in batches for name in batch] == [name for name, _ in job.groups[0]]
+    assert all(sum(walked.sizes[name] for name in batch) * 8 <= GATHER_BYTES for batch in batches)
+    assert walked.resident[labels.MUON_GATHERS][0] == sum(walked.buffers.values()) <= 4 * GATHER_BYTES
+    first, second = (each for each in stretches if each.record_phase.endswith("optimizer_step"))
+    assert second.end[0] > first.end[0]  # buffers for momenta besides those for gradients alone
+
+
+def test_offload_is_not_counted_under_zero_3():
+    run = on_host(3)
+    with pytest.raises(UncoveredError, match="muon under ZeRO-3"):
+        estimate(run, resolve_node(run.hardware), resolve_architecture(run))
