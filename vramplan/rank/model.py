@@ -255,9 +255,14 @@ def _chunk_loss(model: Any) -> None:
     from deepspeed.runtime.chunked_cross_entropy import install_chunked_causal_lm_loss
 
     try:
-        install_chunked_causal_lm_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        install_chunked_causal_lm_loss(_without_adapters(model))
     except ValueError as error:
         raise SpecError(f"loss: chunked takes the place of transformers' own loss only: use hf ({error})") from error
+
+
+def _without_adapters(model: Any) -> Any:
+    """The causal language model inside a wrapper of adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _apply_liger(model: torch.nn.Module, run: RunSpec) -> None:
@@ -269,7 +274,7 @@ def _apply_liger(model: torch.nn.Module, run: RunSpec) -> None:
         ) from error
     kernels = run.kernels == "liger"
     _apply_liger_kernel_to_instance(
-        model=model,
+        model=_without_adapters(model),  # in whose layers it looks for what it replaces
         rope=kernels,
         rms_norm=kernels,
         swiglu=kernels and not run.tiled_mlp,

@@ -1,11 +1,14 @@
 """Tiled MLPs and layers' inputs on the host: another way to the same gradients."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vramplan.errors import SpecError
-from vramplan.rank.model import apply_kernels, checkpoint_layers
+from vramplan.rank.model import add_adapters, apply_kernels, checkpoint_layers
 from vramplan.rank.tiled import tile_mlps
 from vramplan.spec.run import RunSpec
 
@@ -102,3 +105,15 @@ def test_the_chunked_loss_is_the_models_own_number():
     model.loss_function = torch.nn.functional.cross_entropy
     with pytest.raises(SpecError, match="use hf"):
         apply_kernels(model, run(loss="chunked"))
+
+
+def test_ligers_kernels_go_into_the_model_that_adapters_wrap(monkeypatch):
+    """Its functions look for the layers of a causal language model, which PEFT's wrapper does not show."""
+    given = []
+    package = SimpleNamespace(_apply_liger_kernel_to_instance=lambda model, **_: given.append(model))
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=package))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    plain, asked = small_model(), run(loss="liger", method={"kind": "lora", "r": 2})
+    apply_kernels(plain, asked)
+    apply_kernels(add_adapters(plain, asked.method), asked)
+    assert given == [plain, plain]
