@@ -85,6 +85,13 @@ SAVED_WHOLE: Runs = (
 )
 """Token tables and heads that are trained whole beside adapters, one matrix or two."""
 
+SPLIT = {"layout": {"dp": 2, "tp": 2}}
+TENSOR_PARALLEL: Runs = tuple(
+    (f"{model}/full/2/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go", SPLIT)
+    for model in ("gemma.26", "gemma2.27", "gemma2.28", "gpt_neox.3", "gpt_neox.4", "opt.5", "opt.6", "qwen2_moe.20")
+)
+"""Families whose head is tied and cut all the same, or that have no plan or routed experts."""
+
 AGAIN = {"checkpoint_reentrant": True}
 REENTRANT: Runs = tuple(
     (key, AGAIN)
@@ -147,8 +154,28 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "runs",
-    [UNDER_MUON, MUON_ON_HOST, WITH_ADAPTERS, SAVED_WHOLE, REENTRANT, WITH_FILES, ACCUMULATING, IN_BLOCKS],
-    ids=["muon", "muon on the host", "adapters", "saved", "reentrant", "files", "accumulating", "blocks"],
+    [
+        UNDER_MUON,
+        MUON_ON_HOST,
+        WITH_ADAPTERS,
+        SAVED_WHOLE,
+        TENSOR_PARALLEL,
+        REENTRANT,
+        WITH_FILES,
+        ACCUMULATING,
+        IN_BLOCKS,
+    ],
+    ids=[
+        "muon",
+        "muon on the host",
+        "adapters",
+        "saved",
+        "tensor parallel",
+        "reentrant",
+        "files",
+        "accumulating",
+        "blocks",
+    ],
 )
 def test_estimate_and_simulation_agree(runs):
     asked = [_run(*each) for each in runs]

@@ -15,8 +15,29 @@ from typing import Any
 from vramplan.facts.architecture import Architecture, Attention, DecoderLayer, GatedMLP, Linear, PlainMLP
 from vramplan.spec.layout import shard
 
-FAMILIES = frozenset(["granite", "llama", "mistral", "olmo", "phi", "qwen2", "qwen3", "smollm3", "starcoder2"])
-"""Families whose plan cuts queries, keys, values and MLPs so, compared with measurements."""
+FAMILIES = frozenset(
+    [
+        "gemma",
+        "gemma2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo",
+        "opt",
+        "phi",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    ]
+)
+"""Families whose queries, keys, values and dense MLPs are cut so, compared with measurements or simulations. Routed and
+shared experts stay whole on every rank."""
+TIED = frozenset(["gemma", "gemma2", "opt"])
+"""Those of them whose head is cut and its table not, though both were one matrix; else both are cut by the vocabulary
+with a loss of their own (``vocab_parallel_lm_head``)."""
 
 
 def split(architecture: Architecture, degree: int) -> Architecture:
@@ -37,14 +58,15 @@ def why_not(architecture: Architecture, degree: int) -> str:
         return ""
     if architecture.family not in FAMILIES:
         return f"tensor parallelism of the {architecture.family} family"
-    if architecture.tied_embeddings:
+    if architecture.tied_embeddings and architecture.family not in TIED:
         return "tensor parallelism with a head tied to the embedding"
     divided = {architecture.vocab_size}
     for layer in set(architecture.layers):
         mixer, block = layer.mixer, layer.feed_forward
         assert isinstance(mixer, Attention)
-        assert isinstance(block, GatedMLP | PlainMLP)
-        divided |= {mixer.num_heads, mixer.num_kv_heads, block.intermediate}
+        divided |= {mixer.num_heads, mixer.num_kv_heads}
+        if isinstance(block, GatedMLP | PlainMLP):
+            divided.add(block.intermediate)
     uneven = sorted(number for number in divided if number % degree)
     return f"tensor parallelism in uneven shares ({uneven[0]} by {degree})" if uneven else ""
 

@@ -282,6 +282,37 @@ def _tensor_parallel_adapters(run: RunSpec, node: Node, architecture: Architectu
     return "layout.tp splits linears by their names, which adapters change: use method full, or tp 1"
 
 
+_REJECTED_PLANS = frozenset(["deepseek_v2", "deepseek_v3", "glm", "llama4", "mixtral", "olmo2", "phi3", "qwen3_moe"])
+"""Families whose plan in transformers 5.17 has styles that DeepSpeed does not know, and so rejects as a whole:
+``rowwise_split_input``, ``packed_colwise``, ``packed_rowwise``, ``moe_tp_experts``, ``mla_kv_a_proj``."""
+_WITHOUT_PLAN = {
+    "gpt2": "has a policy of its own for it and refuses to cut it by names",
+    "bloom": "cuts its heads and not its ALiBi, so its forward fails",
+    "falcon": "cuts its joined queries, keys and values through the heads, so its forward fails",
+}
+
+
+def _tensor_parallel_family(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.layout is None or run.layout.tp == 1:
+        return None
+    family = architecture.family
+    if family in _REJECTED_PLANS:
+        return f"layout.tp: DeepSpeed's AutoTP rejects the plan that transformers has for {family}: set tp 1"
+    if family in _WITHOUT_PLAN:
+        return f"layout.tp: transformers has no plan for {family}, and AutoTP {_WITHOUT_PLAN[family]}: set tp 1"
+    return None
+
+
+def _frozen_weights_in_files(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    method = run.method
+    if run.zero.offload_param != "nvme" or not (isinstance(method, LoraMethod) or method.freezes):
+        return None
+    return (
+        "zero.offload_param nvme with frozen weights: from the second step on DeepSpeed fetches more of them ahead "
+        "than it has buffers for, and ends the run; set it cpu, or train all weights"
+    )
+
+
 _RULES: tuple[tuple[Rule, str], ...] = (
     (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
@@ -312,6 +343,14 @@ _RULES: tuple[tuple[Rule, str], ...] = (
         "transformers/models/opt/modeling_opt.py, OPTDecoder (create_causal_mask); ulysses_sp.py, uattn_wrapper",
     ),
     (_tensor_and_sequence_parallel, "deepspeed/runtime/engine.py, _configure_tensor_parallel_states (self.mpu)"),
+    (
+        _tensor_parallel_family,
+        "deepspeed/module_inject/tp_plan_converter.py, TPPlanConverter.convert; auto_tp.py, AutoTP.tp_parser",
+    ),
+    (
+        _frozen_weights_in_files,
+        "deepspeed/runtime/zero/partitioned_param_coordinator.py, __prefetch_nvme_param_partitions",
+    ),
     (_tensor_parallel_adapters, "deepspeed/module_inject/auto_tp.py (no LoRA layer in its policies)"),
 )
 

@@ -109,7 +109,7 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
         ({"layout": {"dp": 4, "tp": 2}, "method": {"kind": "lora"}}, "tensor parallelism with adapters"),
         ({"layout": {"dp": 2, "tp": 2, "sp": 2}}, "tensor parallelism with sequence parallelism"),
         ({"model": "Qwen/Qwen2.5-7B-Instruct", "layout": {"dp": 1, "tp": 8}}, "uneven shares .4 by 8"),
-        ({"model": "google/gemma-2-9b", "layout": {"dp": 4, "tp": 2}}, "tensor parallelism of the gemma2 family"),
+        ({"model": "openai/gpt-oss-20b", "layout": {"dp": 4, "tp": 2}}, "tensor parallelism of the gpt_oss family"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -94,6 +94,13 @@ REFUSED = [
     ({"layout": {"dp": 4, "sp": 2}, "seq_len": 2049}, NODE, "no multiple of layout.sp 2"),
     ({"layout": {"dp": 2, "sp": 2, "tp": 2}}, NODE, "layout.tp and layout.sp together"),
     ({"layout": {"dp": 4, "tp": 2}, "method": "lora"}, NODE, "layout.tp splits linears"),
+    ({"layout": {"dp": 4, "tp": 2}, "model": "mistralai/Mixtral-8x7B-v0.1"}, NODE, "rejects the plan"),
+    ({"layout": {"dp": 4, "tp": 2}, "model": "openai-community/gpt2"}, NODE, "no plan for gpt2"),
+    (
+        {"method": "lora", "zero": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}},
+        NODE,
+        "more of them ahead than",
+    ),
 ]
 
 
