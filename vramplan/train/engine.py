@@ -20,6 +20,7 @@ from vramplan.retain.base_model import BaseModel
 from vramplan.retain.kl import kl_to_base
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
+from vramplan.train.host_adam import forget_powers
 from vramplan.train.layout import check_layout
 from vramplan.train.loss import batch_loss, takes_num_targets
 from vramplan.train.mapped import free_mapped_files
@@ -86,6 +87,7 @@ class TrainEngine:
             config=config,
             mpu=sequence_parallel_group(layout, module, run.attention, run.micro_batch_size or 1),
         )
+        forget_powers(self.deepspeed.basic_optimizer)
         self.deepspeed.train()  # from_pretrained gives a model that evaluates: no dropout, no checkpointing
         self.base = None
         if run.retain.kl is not None:

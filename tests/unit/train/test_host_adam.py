@@ -1,0 +1,56 @@
+"""DeepSpeed's Adam on the host makes the same step whatever steps its process made before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+STEPS = """
+import json, torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from vramplan.train.host_adam import forget_powers
+
+def stepped(optimizer, numbers):
+    weight = optimizer.param_groups[0]["params"][0]
+    for number in numbers:
+        draws = torch.Generator().manual_seed(number)
+        weight.data.normal_(generator=draws)
+        weight.grad = torch.randn(20_000, generator=draws)
+        for state in optimizer.state.values():
+            state["step"] = number - 1
+            state["exp_avg"].normal_(generator=draws)
+            state["exp_avg_sq"].uniform_(0.5, 1.5, generator=draws)
+        optimizer.step()
+    return weight.data.clone()
+
+found = {}
+for kind in (FusedAdam, DeepSpeedCPUAdam):
+    optimizer = kind([torch.nn.Parameter(torch.zeros(20_000))], lr=0.1)
+    stepped(optimizer, [1])  # makes its states
+    one_by_one, at_once = stepped(optimizer, range(2, 60)), stepped(optimizer, [7, 59])
+    forget_powers(optimizer)
+    found[kind.__name__] = {
+        "as it is": torch.equal(one_by_one, at_once),
+        "mended": torch.equal(stepped(optimizer, range(2, 60)), at_once) and torch.equal(stepped(optimizer, [59]), at_once),
+    }
+other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
+forget_powers(other)
+assert set(vars(other)) == set(vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])))
+print(json.dumps(found))
+"""
+
+
+def test_a_step_depends_on_its_number_alone():
+    run = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        capture_output=True,
+        text=True,
+        timeout=600,  # the extensions may have to be compiled
+        check=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    found = json.loads(run.stdout.splitlines()[-1])
+    mended = {"as it is": False, "mended": True}
+    assert found == {"FusedAdam": mended, "DeepSpeedCPUAdam": mended}
