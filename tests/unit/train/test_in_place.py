@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vramplan.measure.marker import is_out_of_memory
-from vramplan.train.in_place import without_frames
+from vramplan.train.in_place import live_bytes, without_frames
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,15 @@ def test_what_is_raised_again_is_still_told_for_what_it_is(error):
     assert type(error) is kind
     assert is_out_of_memory(kind.__name__, str(kind(f"{message}\nbytes are still held")))
     assert message.splitlines()[0]
+
+
+def test_tensors_without_memory_are_alive_and_count_nothing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = live_bytes(torch.device("cpu"))
+    with FakeTensorMode():
+        kept = [torch.empty(1 << 20), torch.empty(1 << 20, device="meta")]
+    kept.append(torch.empty(1 << 20, device="meta"))
+    assert live_bytes(torch.device("cpu")) == before
+    kept.append(torch.empty(1 << 10))
+    assert live_bytes(torch.device("cpu")) == before + 4096
