@@ -169,64 +169,83 @@ def check_covered(job: Job) -> None:
     """Raises:
     UncoveredError: the arithmetic does not count something of the job yet; the text names it.
     """
+    uncovered = {**_of_model(job), **_of_optimizer(job), **_of_layout(job), **_of_kernels(job), **why_uncovered(job)}
+    named = [name for name, is_so in uncovered.items() if is_so]
+    if named:
+        raise UncoveredError(f"the estimator does not count {', '.join(named)} yet")
+
+
+def _of_model(job: Job) -> dict[str, bool]:
+    """What of family and method is not counted, and whether the job has it; so below."""
     method, family = job.method, job.architecture.family
-    uncovered = {
+    return {
         f"the {family} family": family not in COVERED_FAMILIES,
         f"{job.attention} attention of the {family} family, which transformers lacks": not has_attention(
             family, job.attention
         ),
-        "sequence parallelism with latent attention": job.layout.sp > 1 and job.architecture.has_latent_attention,
-        "QLoRA with zero.hpz_partition_size": job.quantized and job.hpz > 0,
-        "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
-        f"offload with the optimizer {job.optimizer}": job.offload_optimizer
-        and (job.optimizer.startswith(("lion", "paged")) or (on_disk(job) and job.optimizer != "adamw")),
-        "offload with the optimizer muon under ZeRO-3": job.offload_optimizer
-        and job.optimizer == "muon"
-        and job.stage == 3,
-        "the optimizer muon with adapters on experts or routers": job.optimizer == "muon"
-        and bool(job.adapted_parameters),
-        "the optimizer muon with zero.contiguous_gradients false": job.optimizer == "muon"
-        and job.stage in (1, 2)
-        and not job.zero.contiguous_gradients,
-        "the optimizer muon under tensor or sequence parallelism": job.optimizer == "muon"
-        and max(job.layout.tp, job.layout.sp) > 1,
-        "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
-        "zero.hpz_partition_size under sequence parallelism": job.hpz > 0 and job.layout.sp > 1,
-        **why_uncovered(job),
-        "pipeline or expert parallelism": max(job.layout.pp, job.layout.ep) > 1,
-        job.split_refused: bool(job.split_refused),
-        "tensor parallelism under ZeRO-3": job.layout.tp > 1 and job.stage == 3,
-        "tensor parallelism with adapters": job.layout.tp > 1 and method.kind != "full",
-        "tensor parallelism with sequence parallelism": job.layout.tp > 1 and job.layout.sp > 1,
-        "tensor parallelism with the fused (liger) loss, liger's kernels or tiled MLPs": job.layout.tp > 1
-        and (job.loss == "liger" or job.liger_kernels or job.tile_rows > 0),
-        "eager attention under sequence parallelism": job.layout.sp > 1 and job.attention == "eager",
-        f"sequence parallelism of the {family} family": job.layout.sp > 1 and job.architecture.has_own_core,
         f"attention {job.attention} with sinks": job.attention != "eager" and job.architecture.has_sinks,
+        "method.fp32_norms under DeepSpeed": method.kind != "full" and method.fp32_norms and job.engine == "deepspeed",
+        "QLoRA with zero.hpz_partition_size": job.quantized and job.hpz > 0,
         "adapters on embeddings of positions": _adapts_positions(job),
-        "zero.stage3_module_granularity_threshold": job.stage == 3 and job.zero.stage3_module_granularity_threshold > 0,
-        f"the optimizer {job.optimizer} on the CPU": job.optimizer in ("lion", "paged_adamw", "paged_adamw_8bit")
-        and job.device == "cpu",
-        f"liger's kernels, or tiled MLPs, of the {family} family": (job.liger_kernels or job.tile_rows > 0)
-        and family not in LIGER_FAMILIES,
-        "liger's kernels, or tiled MLPs, under autocast": (job.liger_kernels or job.tile_rows > 0)
-        and job.autocast is not None,
-        "tiled MLPs with adapters": job.tile_rows > 0 and method.kind != "full",
-        "shifted_logits with the chunked loss, which takes the stock loss's place only": job.loss == "chunked"
-        and job.shifted_logits,
-        f"the fused (liger) loss of the {job.architecture.family} family": job.loss == "liger"
-        and job.architecture.family not in FUSED_LOSS_FAMILIES,
-        "the fused (liger) loss under autocast of fp32 weights and ZeRO-3": job.loss == "liger"
-        and job.autocast is not None
-        and job.dtype is not job.autocast
-        and job.stage == 3,
-        "the fused (liger) loss with an adapter on the head": job.loss == "liger" and _trains_head(job),
         "method.modules_to_save beside adapters in fp32 (ZeRO-3 in bf16 and engine torch leave them so)": _saves(job)
         and job.adapter_dtype is not None,
         "method.modules_to_save with retain.kl under ZeRO-3": _saves(job)
         and job.stage == 3
         and job.kl_chunk_tokens > 0,
+        "zero.stage3_module_granularity_threshold": job.stage == 3 and job.zero.stage3_module_granularity_threshold > 0,
     }
-    named = [name for name, is_so in uncovered.items() if is_so]
-    if named:
-        raise UncoveredError(f"the estimator does not count {', '.join(named)} yet")
+
+
+def _of_optimizer(job: Job) -> dict[str, bool]:
+    kind, muon = job.optimizer, job.optimizer == "muon"
+    return {
+        f"offload with the optimizer {kind}": job.offload_optimizer
+        and (kind.startswith(("lion", "paged")) or (on_disk(job) and kind != "adamw")),
+        f"the optimizer {kind} on the CPU": kind in ("lion", "paged_adamw", "paged_adamw_8bit") and job.device == "cpu",
+        "offload with the optimizer muon under ZeRO-3": muon and job.offload_optimizer and job.stage == 3,
+        "the optimizer muon with adapters on experts or routers": muon and bool(job.adapted_parameters),
+        "the optimizer muon with zero.contiguous_gradients false": muon
+        and job.stage in (1, 2)
+        and not job.zero.contiguous_gradients,
+        "the optimizer muon under tensor or sequence parallelism": muon and max(job.layout.tp, job.layout.sp) > 1,
+        "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
+    }
+
+
+def _of_layout(job: Job) -> dict[str, bool]:
+    layout, family = job.layout, job.architecture.family
+    split, shares = layout.tp > 1, layout.sp > 1
+    return {
+        "pipeline or expert parallelism": max(layout.pp, layout.ep) > 1,
+        job.split_refused: bool(job.split_refused),
+        "tensor parallelism under ZeRO-3": split and job.stage == 3,
+        "tensor parallelism with adapters": split and job.method.kind != "full",
+        "tensor parallelism with sequence parallelism": split and shares,
+        "tensor parallelism with the fused (liger) loss, liger's kernels or tiled MLPs": split
+        and (job.loss == "liger" or job.liger_kernels or job.tile_rows > 0),
+        "sequence parallelism with latent attention": shares and job.architecture.has_latent_attention,
+        "eager attention under sequence parallelism": shares and job.attention == "eager",
+        f"sequence parallelism of the {family} family": shares and job.architecture.has_own_core,
+        "zero.hpz_partition_size under sequence parallelism": shares and job.hpz > 0,
+    }
+
+
+def _of_kernels(job: Job) -> dict[str, bool]:
+    family, own_kernels, fused_loss = (
+        job.architecture.family,
+        job.liger_kernels or job.tile_rows > 0,
+        job.loss == "liger",
+    )
+    return {
+        f"liger's kernels, or tiled MLPs, of the {family} family": own_kernels and family not in LIGER_FAMILIES,
+        "liger's kernels, or tiled MLPs, under autocast": own_kernels and job.autocast is not None,
+        "tiled MLPs with adapters": job.tile_rows > 0 and job.method.kind != "full",
+        "shifted_logits with the chunked loss, which takes the stock loss's place only": job.loss == "chunked"
+        and job.shifted_logits,
+        f"the fused (liger) loss of the {family} family": fused_loss and family not in FUSED_LOSS_FAMILIES,
+        "the fused (liger) loss under autocast of fp32 weights and ZeRO-3": fused_loss
+        and job.autocast is not None
+        and job.dtype is not job.autocast
+        and job.stage == 3,
+        "the fused (liger) loss with an adapter on the head": fused_loss and _trains_head(job),
+    }

@@ -101,7 +101,7 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
         ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
         ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
-        ({"optimizer": {"kind": "muon"}, "zero": {"offload_optimizer": "cpu"}}, "offload with the optimizer muon"),
+        ({"optimizer": {"kind": "muon"}, "zero": {"stage": 3, "offload_optimizer": "cpu"}}, "muon under ZeRO-3"),
         ({"optimizer": {"kind": "muon"}, "layout": {"dp": 2, "sp": 2}}, "muon under tensor or sequence parallelism"),
         ({"optimizer": {"kind": "muon"}, "zero": {"contiguous_gradients": False}}, "muon with zero.contiguous_grad"),
         ({"layout": {"dp": 4, "tp": 2}}, "head tied to the embedding"),
