@@ -43,6 +43,23 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished_run, copy_of_run, sta
     assert (run_dir / weights).read_bytes() == (uninterrupted / weights).read_bytes()
 
 
+def test_deepspeeds_own_adam_goes_on_bit_for_bit(tiny_model, tmp_path):
+    training = {"max_steps": 10, "save_every": 2, "keep_checkpoints": 5}
+    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 3, optimizer={"kind": "adamw", "lr": 1e-2}, training=training)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(spec, "-o", whole).returncode == 0
+    shutil.copytree(whole, cut)
+    for step in (4, 6, 8, 10):
+        shutil.rmtree(RunDir(cut).checkpoints / f"step-{step:08}")
+    shutil.rmtree(cut / "model")
+    done = train(cut, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "goes on after step 2" in done.stdout
+    assert losses(cut) == losses(whole)
+    weights = "model/model.safetensors"
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_what_follows_is_the_same_bit_for_bit(finished_run, copy_of_run):
     run_dir = copy_of_run(2, "full")
     shard = RunDir(run_dir).checkpoints / LAST / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -87,7 +87,7 @@ class TrainEngine:
             config=config,
             mpu=sequence_parallel_group(layout, module, run.attention, run.micro_batch_size or 1),
         )
-        forget_powers(self.deepspeed.basic_optimizer)
+        forget_powers(self.deepspeed.basic_optimizer, device)
         self.deepspeed.train()  # from_pretrained gives a model that evaluates: no dropout, no checkpointing
         self.base = None
         if run.retain.kl is not None:

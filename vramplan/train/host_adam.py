@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 
-def forget_powers(optimizer: Any) -> None:
-    """Makes each step of DeepSpeed's CPUAdam, or of its FusedAdam on the CPU, depend on its number alone."""
+def forget_powers(optimizer: Any, device: torch.device) -> None:
+    """Makes each step of DeepSpeed's CPUAdam, or of its FusedAdam on the CPU, depend on its number alone.
+
+    ``device``: where training is; under ZeRO-3 the optimizer's groups are empty between steps.
+    """
     if hasattr(optimizer, "ds_opt_adam"):
         optimizer.ds_opt_adam = _Library(optimizer.ds_opt_adam)
-    elif hasattr(optimizer, "multi_tensor_adam") and optimizer.param_groups[0]["params"][0].device.type == "cpu":
+    elif hasattr(optimizer, "multi_tensor_adam") and device.type == "cpu":
         optimizer.multi_tensor_adam = _forgetful(optimizer.multi_tensor_adam)
 
 

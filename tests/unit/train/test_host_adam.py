@@ -30,13 +30,13 @@ for kind in (FusedAdam, DeepSpeedCPUAdam):
     optimizer = kind([torch.nn.Parameter(torch.zeros(20_000))], lr=0.1)
     stepped(optimizer, [1])  # makes its states
     one_by_one, at_once = stepped(optimizer, range(2, 60)), stepped(optimizer, [7, 59])
-    forget_powers(optimizer)
+    forget_powers(optimizer, torch.device("cpu"))
     found[kind.__name__] = {
         "as it is": torch.equal(one_by_one, at_once),
         "mended": all(torch.equal(stepped(optimizer, steps), at_once) for steps in (range(2, 60), [59])),
     }
 other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
-forget_powers(other)
+forget_powers(other, torch.device("cpu"))
 assert set(vars(other)) == set(vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])))
 print(json.dumps(found))
 """
