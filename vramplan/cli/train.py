@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vramplan.errors import NoPlanError, SpecError
+from vramplan.errors import NoPlanError, SpecError, VramplanError
 from vramplan.measure.run_dir import RunDir
 from vramplan.search.plan import Plan, is_plan
 
@@ -295,6 +295,7 @@ def _try_room(path: Path, num_ranks: int) -> None:
 
 def _show_measured(plan: Plan, run_dir: RunDir) -> None:
     from vramplan.cli.output import show
+    from vramplan.measure.compare import estimate_record
     from vramplan.measure.record import read_records
     from vramplan.report.measured import render_measured
 
@@ -303,5 +304,9 @@ def _show_measured(plan: Plan, run_dir: RunDir) -> None:
         return
     (record,) = read_records(run_dir.record)
     show("")
-    show(render_measured(plan.prediction.phases, record.measured.phases))
+    try:
+        came = estimate_record(record).phases
+    except VramplanError:  # what was foreseen is shown; `compare` says why
+        came = ()
+    show(render_measured(plan.prediction.phases, record.measured.phases, came))
     show(f"\nrecord: {run_dir.record}  (vramplan compare {run_dir.record})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -50,8 +50,13 @@ def train_peak_row(rows: Iterable[PhaseRow]) -> PhaseRow:
     )
 
 
-def render_measured(predicted: Sequence[PhaseBytes], measured: Sequence[PhaseReading]) -> RenderableType:
-    """The table predicted | measured, and the figure that decides."""
+def render_measured(
+    predicted: Sequence[PhaseBytes], measured: Sequence[PhaseReading], came: Sequence[PhaseBytes] = ()
+) -> RenderableType:
+    """The table predicted | measured, and the figure that decides.
+
+    ``came``: what is predicted of the batches that came, where it was not known before which would.
+    """
     rows = phase_rows(predicted, measured)
     table = Table(
         title="Bytes allocated on one rank: predicted | measured",
@@ -67,7 +72,21 @@ def render_measured(predicted: Sequence[PhaseBytes], measured: Sequence[PhaseRea
     for row in rows:
         table.add_row(*_cells(row))
     table.add_row(*_cells(train_peak_row(rows)), style="bold")
-    return Group(table, Text("measured: in each phase, the rank that held most", style="dim"))
+    notes = [Text("measured: in each phase, the rank that held most", style="dim")]
+    smaller = [f"{name} {format_bytes(num_bytes)}" for name, num_bytes in _smaller(rows, came)]
+    if smaller:
+        notes.append(
+            Text(f"predicted for the batches that came, which were smaller: {', '.join(smaller)}", style="dim")
+        )
+    return Group(table, *notes)
+
+
+def _smaller(rows: Iterable[PhaseRow], came: Sequence[PhaseBytes]) -> Iterator[tuple[str, int]]:
+    """Of measured phases whose prediction is more than 1 % lower for what came: that."""
+    found = _by_row({phase.phase: phase.peak_bytes for phase in came})
+    for row in rows:
+        if row.predicted_bytes and found.get(row.phase, row.predicted_bytes) < 0.99 * row.predicted_bytes:
+            yield row.phase, found[row.phase]
 
 
 def _cells(row: PhaseRow) -> tuple[str, str, str, str]:

@@ -159,3 +159,10 @@ def test_the_view_is_one_live_line_on_a_terminal(small_plan):
     shown = console.file.getvalue()
     assert "3/9" in shown
     assert "loss 1.2500" in shown
+
+
+def test_says_what_is_predicted_of_smaller_batches_that_came():
+    foreseen, seen = predicted(evaluation=2000 * MIB, save=100 * MIB), measured(evaluation=800 * MIB, save=100 * MIB)
+    came = predicted(evaluation=803 * MIB, save=100 * MIB)
+    assert "came, which were smaller: evaluation 803.0 MiB\n" in text_of(render_measured(foreseen, seen, came)) + "\n"
+    assert "which were smaller" not in text_of(render_measured(foreseen, seen, foreseen))
