@@ -27,6 +27,7 @@ QUICK = (
     "llama.13/full/1/full/sdpa/bf16/none/cuda/4/2/2/adamw_torch/none/small/let go",
     "qwen2.18/qlora/2/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/none/small/let go",
     "falcon.9/qlora/0/full/flash_attention_2/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+    "llama.13x2/qlora/2/full/sdpa/bf16-autocast/none/cpu/1/2/1/adamw_torch/none/default/kept",
     "qwen2_moe.20/lora/3/none/sdpa/fp16/none/cuda/4/2/1/adamw/none/small/let go",
     "phi3.34/frozen/3/none/sdpa/bf16-autocast/padded/cuda/4/2/2/adamw_torch/optimizer/small/let go",
     "mistral.16/expanded/1/full/sdpa/fp32/none/cuda/4/1/2/adamw_torch/optimizer/small/kept",

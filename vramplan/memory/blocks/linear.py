@@ -153,7 +153,8 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         result = ops.clone(result, label)
     narrow_format = result.dtype
     # lora/bnb.py leaves it to autocast, but asks of CUDA's alone whether it is on
-    if not (ctx.quantizes(linear) and ctx.autocast is not None and ctx.device == "cuda"):
+    converts = not (ctx.quantizes(linear) and ctx.autocast is not None and ctx.device == "cuda")
+    if converts:
         ctx.reads(_down(ctx, linear, method))
         x = ops.to(x, ctx.adapter_dtype or ctx.dtype, LABEL)  # _cast_input_dtype
     if method.use_dora:
@@ -171,6 +172,8 @@ def _with_adapter(ctx: BlockContext, x: Tensor, linear: Linear, method: LoraMeth
         del given, dropped
     else:  # one expression: what is dropped goes as soon as lora_A returns, unless that saved it
         added = ops.scaled(_low_rank(ctx, _dropped(ctx, x, linear, method), linear, method), LABEL)
+        if ctx.quantizes(linear) and converts:  # lora/bnb.py: before the sum, where lora/layer.py converts the sum
+            added = ops.to(added, narrow_format, LABEL)
     result = ops.add(result, added, label)
     del added
     return ops.to(result, narrow_format, label)
