@@ -63,7 +63,7 @@ def test_set_changes_no_plan(finished_run):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"data.eval_sets": "{general: /nowhere/x.jsonl}"}, "data.eval_sets.general: /nowhere/x.jsonl: there is no such"),
+        ({"data.eval_sets": "{general: /nowhere/x.jsonl}"}, "data.eval_sets.general: /nowhere/x.jsonl: there is no"),
         ({"retain.ewc": "{data: 'builtin:nonsense'}"}, "retain.ewc.data: unknown built-in data set 'builtin:nonsense'"),
         (
             {"training.best_on": "heldout"},
