@@ -23,7 +23,9 @@ from published_sources import Asked, mapped
 from vramplan.errors import VramplanError
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.compare import Summary, summarize
+from vramplan.memory.cut import tied_head_part
 from vramplan.memory.estimate import estimate
+from vramplan.memory.from_run import job_from_run
 from vramplan.memory.ledger import Estimate
 
 ALLOCATED = ("max_allocated", "alive_allocated")
@@ -86,7 +88,7 @@ def _read(named: Compared, asked: Asked, found: Estimate) -> Compared:
         phases = {phase.phase: phase for phase in found.phases}
         if asked.phase is not None:
             phase = phases[asked.phase]
-            predicted = phase.peak_bytes if kind == "max_allocated" else phase.end_bytes
+            predicted = phase.peak_bytes if kind == "max_allocated" else phase.end_bytes - _collected(asked)
         elif kind == "max_allocated":
             predicted = found.train_allocated_peak_bytes
         else:
@@ -102,6 +104,14 @@ def _read(named: Compared, asked: Asked, found: Estimate) -> Compared:
             band=(asked.times * band.low_bytes, asked.times * band.high_bytes),
         )
     return Compared(**fields, predicted_bytes=found.used_peak_bytes, fits=found.fits)
+
+
+def _collected(asked: Asked) -> int:
+    """DeepSpeed collects Python's garbage before it reads what is alive (runtime/utils.py:835, ``see_memory_usage``),
+    and with it what loading under ZeRO-3 leaves of a tied head."""
+    job = job_from_run(asked.run, asked.node, resolve_architecture(asked.run))
+    stays = asked.phase == "model_load" and job.stage == 3 and not (job.offload_param and job.device != "cpu")
+    return tied_head_part(job) if stays else 0
 
 
 def source_of(row: dict[str, Any]) -> str:
