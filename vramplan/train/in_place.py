@@ -8,7 +8,6 @@ If then more is alive than was before the step, something of the failed pass is 
 from __future__ import annotations
 
 import gc
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -103,6 +102,5 @@ def live_bytes(device: torch.device) -> int:
             storage = each.untyped_storage()
             if storage.device.type == "meta":  # no memory; torch's compiler keeps such ones (Muon's step is compiled)
                 continue
-            with suppress(RuntimeError):  # nor have others of its, which it gives no address
-                storages[storage.data_ptr()] = storage.nbytes()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
