@@ -121,7 +121,7 @@ def train(
         if probe:
             plan = _probed(plan, run_dir, view.on_event, terms)
         plan = _trained(plan, run_dir, view.on_event, terms, resuming=resume, recovering=recover)
-        _afterwards(plan, run_dir, view.on_event)
+        _afterwards(plan, run_dir, view.on_event, patience.stuck_after_s)
     _show_measured(plan, run_dir)
 
 
@@ -154,19 +154,19 @@ def _trained(
             listener({"event": "note", "text": said})
 
 
-def _afterwards(plan: Plan, run_dir: RunDir, listener: Listener) -> None:
+def _afterwards(plan: Plan, run_dir: RunDir, listener: Listener, stuck_after_s: float) -> None:
     """What the spec asks to be done with what was trained."""
-    from vramplan.supervise.supervisor import answer_sample, interpolate_with_base, merge_adapters
+    from vramplan.supervise.afterwards import answer_sample, interpolate_with_base, merge_adapters
     from vramplan.supervise.tasks import evaluate_tasks
 
     if plan.run.retain.interpolate:
-        interpolate_with_base(run_dir, listener)
+        interpolate_with_base(run_dir, listener, stuck_after_s)
     if plan.run.training.merge_adapters and plan.run.method.kind != "full":
-        merge_adapters(run_dir, listener)
+        merge_adapters(run_dir, listener, stuck_after_s)
     if plan.run.training.sample is not None:
-        answer_sample(run_dir, plan.run.training.sample, listener)
+        answer_sample(run_dir, plan.run.training.sample, listener, stuck_after_s)
     if plan.run.training.lm_eval is not None:
-        evaluate_tasks(run_dir, listener)
+        evaluate_tasks(run_dir, listener, stuck_after_s)
 
 
 def _checked_allowances(names: list[str]) -> frozenset[str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vramplan.data.source import check_rows
 from vramplan.emit.launch import launch_command, launch_environment, local_launcher
-from vramplan.errors import DataError, RunFailedError, SpecError, UnknownNameError
+from vramplan.errors import DataError, SpecError, UnknownNameError
 from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import has_saved_state, remove_forgotten
 from vramplan.search.plan import Plan
@@ -116,7 +115,7 @@ def run_plan(
         try:
             environment = launch_environment(plan.run, plan.node)
             with started(command, environment, run_dir.logs / "launcher.log", others) as child:
-                trouble = _follow(child, tail, listener, run_dir.status_of(0), watch)
+                trouble = follow(child, tail, listener, watch, run_dir.status_of(0))
                 code = child.poll()
         except Interrupted as error:
             raise interrupted(run_dir) from error
@@ -156,36 +155,14 @@ def interrupted(run_dir: RunDir) -> TrainingFailed:
     return TrainingFailed(f"interrupted; all ranks are ended, and {after}", INTERRUPTED_CODE)
 
 
-def answer_sample(run_dir: RunDir, question: str, listener: Listener) -> None:
-    """Reloads what was trained in a fresh process and lets it answer; the answer comes as an event.
+class Watch(Protocol):
+    """Looks at what runs."""
 
-    Raises:
-        RunFailedError: the process failed.
-    """
-    _after(run_dir, ["--sample", question], listener, f"the trained model in {run_dir.root} could not be reloaded")
+    def look(self) -> Trouble:
+        """What is wrong now."""
 
 
-def merge_adapters(run_dir: RunDir, listener: Listener) -> None:
-    """Writes the base model with the adapters merged into it, in a fresh process.
-
-    Raises:
-        RunFailedError: the process failed.
-    """
-    _after(run_dir, ["--merge"], listener, f"the adapters in {run_dir.adapter} could not be merged")
-
-
-def interpolate_with_base(run_dir: RunDir, listener: Listener) -> None:
-    """Moves what was saved towards the base model, in a fresh process.
-
-    Raises:
-        RunFailedError: the process failed.
-    """
-    _after(run_dir, ["--interpolate"], listener, f"what was trained in {run_dir.root} could not be interpolated")
-
-
-def _follow(
-    child: Child, tail: Tail, listener: Listener, status: Path | None = None, watch: RankWatch | None = None
-) -> Trouble | None:
+def follow(child: Child, tail: Tail, listener: Listener, watch: Watch, status: Path | None = None) -> Trouble | None:
     """Passes events on until the launcher ends or ``watch`` finds trouble; None where the run said that it was
     finished.
 
@@ -202,7 +179,7 @@ def _follow(
         before, phase = phase, _phase(status) or phase
         if phase != before:
             listener({"event": "phase", "phase": phase})
-        if watch is not None and not ended and not trouble:
+        if not ended and not trouble:
             trouble = watch.look()
             if trouble:
                 deadline = time.monotonic() + (_LAST_WORDS_S if trouble.is_of_end else 0.0)
@@ -217,30 +194,6 @@ def _phase(status: Path | None) -> str | None:
         return str(json.loads(status.read_text(encoding="utf-8"))["phase"]) if status else None
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def _after(run_dir: RunDir, arguments: list[str], listener: Listener, failure: str) -> None:
-    log = run_dir.logs / "after.log"
-    code = follow_afterwards(run_dir, ["vramplan.train.after", str(run_dir.root), *arguments], listener, log)
-    if code != 0:
-        raise RunFailedError(f"{failure} (log: {log})")
-
-
-def follow_afterwards(run_dir: RunDir, module: list[str], listener: Listener, log: Path) -> int | None:
-    """Runs a module of ours with its arguments in a fresh process after training; its exit code.
-
-    Raises:
-        TrainingFailed: the user interrupted; the process is ended.
-    """
-    tail = Tail(run_dir.metrics)
-    command = [sys.executable, "-m", *module]
-    with interrupts_raise():
-        try:
-            with started(command, {}, log) as child:
-                _follow(child, tail, listener)
-        except Interrupted as error:
-            raise TrainingFailed("interrupted after training; what was trained is saved", INTERRUPTED_CODE) from error
-    return child.poll()
 
 
 def _clear_old_failures(run_dir: RunDir) -> None:

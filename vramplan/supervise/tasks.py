@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vramplan.errors import SpecError
+from vramplan.errors import RunFailedError, SpecError
 from vramplan.measure.run_dir import RunDir, append_event
 from vramplan.spec.run import RunSpec
-from vramplan.supervise.supervisor import Listener, follow_afterwards
+from vramplan.supervise.afterwards import follow_afterwards
+from vramplan.supervise.failure import TrainingFailed
+from vramplan.supervise.supervisor import Listener
+from vramplan.supervise.watch import STUCK_AFTER_S
 
 _MODULE = "vramplan.train.harness"
 
@@ -38,20 +41,27 @@ def check_tasks(run: RunSpec) -> None:
         raise SpecError(key + found)
 
 
-def evaluate_tasks(run_dir: RunDir, listener: Listener) -> None:
-    """Lets lm_eval judge what was trained, in a fresh process; scores come as events. A failure is a note and no more:
-    the run is done.
+def evaluate_tasks(run_dir: RunDir, listener: Listener, stuck_after_s: float = STUCK_AFTER_S) -> None:
+    """Lets lm_eval judge what was trained, in a fresh process; scores come as events. A failure or a hang is a note
+    and no more: the run is done.
 
     Raises:
         TrainingFailed: the user interrupted.
     """
     log = run_dir.logs / "lm_eval.log"
-    code = follow_afterwards(run_dir, [_MODULE, "--run-dir", str(run_dir.root)], listener, log)
-    if code != 0:
+    try:
+        code = follow_afterwards(run_dir, [_MODULE, "--run-dir", str(run_dir.root)], listener, log, stuck_after_s)
+    except TrainingFailed:
+        raise
+    except RunFailedError as error:
+        reason = str(error)
+    else:
+        if code == 0:
+            return
         reason = f"signal {-code}" if code is not None and code < 0 else _last_line(log.read_text(errors="replace"))
-        text = f"training.lm_eval gave no scores ({reason}; log: {log}); the run and what it saved are as they were"
-        append_event(run_dir.metrics, "note", text=text)
-        listener({"event": "note", "text": text})
+    text = f"training.lm_eval gave no scores ({reason}; log: {log}); the run and what it saved are as they were"
+    append_event(run_dir.metrics, "note", text=text)
+    listener({"event": "note", "text": text})
 
 
 def _last_line(text: str) -> str:

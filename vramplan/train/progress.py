@@ -8,14 +8,7 @@ peer may spin (DeepSpeed's all-reduce in shared memory, csrc/cpu/comm/shm.cpp, `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-
-_LEAST_BYTES = 1 << 16
-_LEAST_FAULTS = 16
-"""Between two looks: a rank that waits does now and then read or write some bytes in other threads (its process group's
-store, a tracker), and takes no pages; one that works moves far more in a second."""
+from vramplan.measure.work_done import WorkDone, work_done, work_of_tree
 
 
 class Told:
@@ -39,33 +32,7 @@ class Activity:
     def look(self) -> bool:
         """Whether there was any since the last look; always by the same thread."""
         before, self._last = self._last, self._work()
-        num_bytes, faults = (now - then for now, then in zip(self._last, before, strict=True))
-        return num_bytes >= _LEAST_BYTES or faults >= _LEAST_FAULTS
+        return (self._last - before).moves_memory
 
-    def _work(self) -> tuple[int, int]:
-        all_counts = [_counted(who) for who in ("self", *_descendants("self"))]
-        own_bytes, own_faults = _counted("thread-self", waited_for=False)
-        return sum(each for each, _ in all_counts) - own_bytes, sum(each for _, each in all_counts) - own_faults
-
-
-def _counted(who: str, *, waited_for: bool = True) -> tuple[int, int]:
-    """(bytes, page faults) of ``/proc/WHO`` (proc(5): ``io``, and fields 10 to 13 of ``stat``); 0 where the system does
-    not say. A child's counts are added to its parent's when that has waited for it, so sums over living processes only
-    rise. ``rchar`` and ``wchar`` count a call when it returns, ``read_bytes`` and ``write_bytes`` as it goes."""
-    num_bytes = faults = 0
-    with suppress(OSError, ValueError, KeyError):
-        counters = dict(line.split(": ") for line in Path(f"/proc/{who}/io").read_text(encoding="ascii").splitlines())
-        num_bytes = sum(int(counters[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
-    with suppress(OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{who}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        faults = sum(map(int, fields[7:11] if waited_for else fields[7:11:2]))
-    return num_bytes, faults
-
-
-def _descendants(who: str) -> Iterator[str]:
-    """Ids of the processes below one, where the system lists them (``/proc/PID/task/TID/children``)."""
-    for path in Path(f"/proc/{who}/task").glob("*/children"):
-        with suppress(OSError):
-            for child in path.read_text(encoding="ascii").split():
-                yield child
-                yield from _descendants(child)
+    def _work(self) -> WorkDone:
+        return work_of_tree("self") - work_done("thread-self", waited_for=False)

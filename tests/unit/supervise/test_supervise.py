@@ -13,7 +13,7 @@ from vramplan.facts.host import node_identity
 from vramplan.measure.run_dir import RunDir, append_event, read_events, write_json
 from vramplan.supervise.child import Child, free_port
 from vramplan.supervise.failure import explain, first_failure
-from vramplan.supervise.supervisor import _follow
+from vramplan.supervise.supervisor import follow
 from vramplan.supervise.tail import Tail
 from vramplan.supervise.watch import RankWatch
 
@@ -82,7 +82,7 @@ def test_a_finished_run_does_not_wait_for_a_launcher_that_hangs(tmp_path):
     tail, watch = Tail(run_dir.metrics), RankWatch(run_dir, silent_after_s=0.3)
     append_event(run_dir.metrics, "end")
     try:
-        assert _follow(child, tail, lambda _: None, None, watch) is None
+        assert follow(child, tail, lambda _: None, watch) is None
     finally:
         child.end()
     assert processes_about(str(tmp_path)) == []
