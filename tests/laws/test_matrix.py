@@ -35,6 +35,10 @@ QUICK = (
     "starcoder2.47x2/dora/3/none/sdpa/fp32/none/cpu/1/1/1/adamw_torch/both/small/kept",
     "gemma3_text.29x2/dora/3/full/eager/bf16-autocast/padded/cuda/4/2/2/adamw_torch/optimizer/small/let go",
     "gpt2.0x2/frozen/3/none/eager/bf16-autocast/none/cuda/4/2/1/adamw_torch/both/small/kept",
+    "falcon.9x2/frozen/2/none/flash_attention_2/bf16-autocast/packed/cuda/1/1/2/adamw_torch/optimizer/small/let go",
+    "gemma3_text.29x2/qlora/1/full/eager/bf16-autocast/none/cuda/4/2/1/adamw/optimizer/small/let go",
+    "llama4_text.54x2/full/3/full/sdpa/bf16-autocast/padded/cuda/4/1/2/adamw_torch/both/small/let go",
+    "gpt_oss.53x2/lora/1/none/eager/bf16/none/cpu/1/2/1/sgd/none/default/let go",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 

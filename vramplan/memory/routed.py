@@ -88,7 +88,7 @@ def scattered_into(values: Tensor, indices: Tensor, numel: Size, label: str) -> 
     """``torch.full(...).scatter_(1, indices, values)``: saves the indices; backward gathers."""
     tape, small, dtype = values.storage.tape, values.numel, values.dtype
     out = tape.new(numel, dtype, label)
-
+    _widen(tape, numel, dtype)
     return tape.attach("scatter", out, [values], [indices], one_gradient(small, dtype))
 
 
@@ -116,13 +116,17 @@ def best(scores: Tensor, numel: Size, label: str) -> tuple[Tensor, Tensor]:
 
 
 def scattered(tape: Tape, numel: Size, dtype: Dtype) -> Tensor:
-    """Zeros that gradients are scattered into (``value_selecting_reduction_backward``); the CPU does that of low
-    precision in fp32."""
+    """Zeros that gradients are scattered into (``value_selecting_reduction_backward``)."""
     out = tape.new(numel, dtype, GRADIENTS)
+    _widen(tape, numel, dtype)
+    return out
+
+
+def _widen(tape: Tape, numel: Size, dtype: Dtype) -> None:
+    """The CPU scatters and gathers of low precision in fp32 (ScatterGatherKernel.cpp, ``create_acc_buffer``)."""
     if tape.widens_operands and dtype is not Dtype.FP32:
         wide = tape.new(numel, Dtype.FP32, TEMPORARY)
         del wide
-    return out
 
 
 def picked(scores: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
@@ -131,12 +135,13 @@ def picked(scores: Tensor, indices: Tensor, numel: Size, label: str) -> Tensor:
 
     def backward(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         held = [node.unpack(0), node.unpack(1)]
-        result = tape.new(whole, dtype, GRADIENTS)
+        result = scattered(tape, whole, dtype)
         del held
         return [result]
 
     node = tape.record("gather", [scores], [scores, indices], backward)
     out = tape.new(numel, dtype, label)
+    _widen(tape, numel, dtype)
     out.node = node
     return out
 

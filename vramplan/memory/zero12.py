@@ -242,7 +242,7 @@ class Zero12(Engine):
         points = [point for point in self.profile.backward if start <= point.index < until]
         if not points:
             return
-        width = 0 if left else self.width
+        width = self.width * (not left)
         for _, point in undominated([(add(each.total, const(width * each.grad_numel)), each) for each in points]):
             numel = self.trained_numel if left else point.grad_numel + offset_numel
             stretch.see(point.where, self.resident, {labels.GRADIENTS: self.width * numel}, at_point(point))
@@ -250,39 +250,41 @@ class Zero12(Engine):
     def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool, left: int) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
         job, gradients = self.job, self.profile.gradients
-        order = tuple(gradient.name for gradient in gradients)
         filled: dict[str, int] = {}
         filled_from: int | None = None
-        for flush in self._flushes(order):
+        for flush in self._flushes(tuple(gradient.name for gradient in gradients)):
             at = self.profile.graph_done if flush.before is None else gradients[flush.before].at
             alive = self._alive(at, left)
             oversized = flush.numel > job.zero.reduce_bucket_size
             if oversized:
                 alive = self._with_oversized(stretch, flush, filled, alive, left)
-            before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
+            before, after = {**filled, labels.REDUCTION: self._copy_bytes(flush)}, alive
             if self.rank in flush.ranks and self.offloads:
-                filled = self._sent_away(filled, flush, fresh, stays=oversized and not normed)
+                # until the end of backward where the boundary is not known yet
+                stays = oversized and not normed and flush.before is not None
+                filled = self._sent_away(filled, flush, fresh, stays=stays)
+                after = self._alive(at, left) if stays else alive  # what stays is in filled now
                 norm = {labels.NORM: self._norm_bytes(flush.held) if normed else 0}
-                stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, alive)
+                stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, after)
                 self._see_until_next(stretch, flush, filled, left)
             elif self.rank in flush.ranks and filled_from is None:
                 filled = {**filled, **self._partition()}
                 filled_from = at.index
             elif oversized and job.stage == 1 and self.rank not in flush.ranks:  # nobody lets go of it before the end
                 filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + flush.numel * self.width}
+                after = self._alive(at, left)
             if not self.offloads and labels.GRADIENTS in filled:
                 self._see_until_next(stretch, flush, filled, left)
             if sum(before.values()) >= sum(filled.values()):
                 stretch.see("gradient reduction", before, alive)
             else:
-                stretch.see("gradient partition filled", filled, alive)
+                stretch.see("gradient partition filled", filled, after)
         return filled_from
 
     def _sent_away(self, filled: dict[str, int], flush: Flush, fresh: bool, stays: bool) -> dict[str, int]:
-        """What a reduction leaves with offload: sums in the host's memory, and a gradient that bypassed the bucket,
-        which is let go of at the end of backward where the boundary is not known yet."""
+        """What a reduction leaves with offload: sums in the host's memory, and a large gradient that ``stays``."""
         sums = filled.get(labels.HOST_ACCUMULATED, 0) + (self._whole_bytes(flush.held) if fresh else 0)
-        kept = filled.get(labels.GRADIENTS, 0) + (flush.numel * self.width if stays and flush.before is not None else 0)
+        kept = filled.get(labels.GRADIENTS, 0) + flush.numel * self.width * stays
         return {labels.HOST_ACCUMULATED: sums, labels.GRADIENTS: kept}
 
     def _see_until_next(self, stretch: Stretch, flush: Flush, filled: Parts, left: int) -> None:
@@ -299,8 +301,7 @@ class Zero12(Engine):
         if self.offloads:
             clone = {labels.REDUCTION: flush.numel * self.width}
             stretch.see("a large gradient copied", extra, clone, self._alive(gradients[position].at, left))
-        waiting = {labels.GRADIENTS: flush.numel * self.width}
-        since = gradients[position].at.index
+        waiting, since = {labels.GRADIENTS: flush.numel * self.width}, gradients[position].at.index
         until = len(self.profile.backward) if flush.before is None else gradients[flush.before].at.index
         between = [point for point in self.profile.backward if since <= point.index < until]
         for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in between]):
@@ -321,8 +322,7 @@ class Zero12(Engine):
         return flush.copied * self.width + (flush.sent * travels if travels != self.width else 0)
 
     def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
-        rest = self.after_backward()
-        partition = self.partition_bytes
+        rest, partition = self.after_backward(), self.partition_bytes
         self.resident = self.resident.without(labels.ACCUMULATED, labels.GRAD_PARTITION)
         if self.offloads:
             if self._accumulates(micro):

@@ -53,9 +53,19 @@ def grouped_mm(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping
     return _create_grouped_mm_output_tensor(first, second, offsets, first.dtype)
 
 
+def scatter_into_zeros(tracker: Tracker, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """``scatter`` as the backward of ``max`` and ``topk`` calls it: into the zeros themselves, but for fake tensors,
+    which are a subclass (torch/csrc/autograd/FunctionsManual.cpp, ``value_selecting_reduction_backward_symint``)."""
+    node = torch._C._current_autograd_node()
+    if node is not None and not torch.is_grad_enabled() and tracker.op_of(args[0]) == "aten::new_zeros":
+        return args[0]
+    return func(*args, **kwargs)
+
+
 ANSWERS: dict[Any, Answer] = {
     aten._local_scalar_dense.default: item_value,
     aten._grouped_mm.default: grouped_mm,
     aten.add.Tensor: add_as_engine,
+    aten.scatter.src: scatter_into_zeros,
     aten.equal.default: lambda tracker, func, args, kwargs: True,
 }

@@ -190,8 +190,8 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> 
     del scores
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights
-    values = ctx.low(values, CORE)
-    out = ops.matmul(ctx.low(weights, CORE), values if repeated else whole_heads(ctx, values), wide, CORE)
+    cast = ctx.low(values, CORE)  # the name keeps what was cast, as keys', until the function returns
+    out = ops.matmul(ctx.low(weights, CORE), cast if repeated else whole_heads(ctx, cast), wide, CORE)
     return ops.clone(out, CORE)
 
 

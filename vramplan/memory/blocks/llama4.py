@@ -94,4 +94,5 @@ def _product(ctx: BlockContext, x: Tensor, weight: Tensor, numel: Size) -> Tenso
         low, cast = ctx.all_low(EXPERTS, x, weight)
         return routed.batched_product(low, cast, numel, EXPERTS, None)
     cast = cast_of_weight(ctx, weight)  # before x (``BlockContext.all_low``)
-    return routed.batched_product(ctx.low(x, EXPERTS), cast, numel, EXPERTS, recomputed(ctx, weight))
+    whole = recomputed(ctx, weight) if cast is weight else None  # of a cast, the cast is saved
+    return routed.batched_product(ctx.low(x, EXPERTS), cast, numel, EXPERTS, whole)
