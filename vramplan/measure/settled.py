@@ -86,6 +86,8 @@ class _SettledWork:
         return self._work is None or bool(self._work.is_completed())
 
     def __getattr__(self, name: str) -> Any:
+        if self._work is None:
+            raise AttributeError(f"{name}: the collective has been waited for, and let go of")
         return getattr(self._work, name)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from vramplan.search.space import divisors
 from vramplan.spec.run import RunSpec
 from vramplan.supervise.attempts import Attempt
 
+_LIMITS = {"RLIMIT_DATA": resource.RLIMIT_DATA, "RLIMIT_AS": resource.RLIMIT_AS}
 IN_PLACE = "activations or logits, met in place"
 """Cause of a lesson that a step taken anew in the same process has taught."""
 
@@ -48,9 +50,12 @@ def learnt_path() -> Path:
 
 
 def machine_of(plan: Plan) -> str:
-    """This machine and what the plan may use of it."""
+    """This machine and what the plan may use of it; limits of this process (``ulimit``) too, which the ranks inherit:
+    what did not fit under one may fit without."""
     node = plan.node
-    return f"{platform.node()}: {node.world_size} x {node.device.name}, {node.capacity_bytes} B"
+    limits = {name: resource.getrlimit(number)[0] for name, number in _LIMITS.items()}
+    limited = "".join(f", {name} {soft} B" for name, soft in limits.items() if soft != resource.RLIM_INFINITY)
+    return f"{platform.node()}: {node.world_size} x {node.device.name}, {node.capacity_bytes} B{limited}"
 
 
 def remember(

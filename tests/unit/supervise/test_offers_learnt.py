@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,18 @@ def test_a_lesson_is_of_one_plan_machine_and_version(plan, tmp_path):
     assert recall(replace(plan, versions={"torch": "1"}), path) is None
     longer = plan.run.training.model_copy(update={"max_steps": 7})
     assert recall(replace(plan, run=plan.run.model_copy(update={"training": longer})), path) == lesson
+
+
+def test_a_lesson_under_a_limit_is_not_one_without_it(plan, tmp_path):
+    path = tmp_path / "learnt.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 40, hard))
+    try:
+        remember(plan, {"micro_batch_size": 1}, "activations", "step1.micro1.forward", path)
+        assert recall(plan, path) is not None
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    assert recall(plan, path) is None
 
 
 def test_changes_lead_from_one_run_to_the_other(plan):
