@@ -17,7 +17,7 @@ from vramplan.memory.muon import MuonSteps
 from vramplan.memory.optimizers import OptimizerBytes
 from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
 from vramplan.memory.profile import Profile, profile
-from vramplan.memory.quantized import BLOCK, nf4_bytes
+from vramplan.memory.quantized import BLOCK, nf4_bytes, quantizing_bytes
 from vramplan.memory.retention import kept_bytes, reference_bytes
 from vramplan.memory.term import Phase
 from vramplan.memory.torch_optimizers import Steps
@@ -190,13 +190,30 @@ class Engine(ABC):
             stretch.see("built", {labels.HOST_BUILT: (experts if mapped else base) + max(joining, adapters)})
             stretch.close()
             return
-        if self.job.quantized:  # each weight is read in its own format first, and the scales are made in fp32
-            largest = max((param.numel for param in self.job.parameters if self.job.is_quantized(param)), default=0)
-            reading = {labels.LOADING: largest * self.width + 2 * 4 * (largest // BLOCK)}
-            stretch.see("the largest weight before it is quantized", {labels.WEIGHTS: base}, reading)
-        stretch.see("a tied head before it is tied", {labels.WEIGHTS: base, labels.LOADING: twice})
+        packed = [param for param in self.job.parameters if self.job.is_quantized(param)]
+        whole = base + sum(param.numel * self.width - nf4_bytes(param.numel) for param in packed)
+        built_whole = self.job.device == "cpu" and self.job.keep_outputs  # before the first weight is packed
+        if packed:
+            self._see_packing(stretch, packed, whole if built_whole else base)
+        tied = {labels.WEIGHTS: whole if built_whole else base, labels.LOADING: twice}
+        stretch.see("a tied head before it is tied", tied)
         self._see_dora(stretch, base)
         stretch.close(built)
+
+    def _see_packing(self, stretch: Stretch, packed: list[Parameter], built: int) -> None:
+        """Each weight is there in its own format before it is packed: read one after the other beside the packed ones,
+        or, in a measured run on the CPU, built with all others before the first is packed. On a GPU the scales are made
+        in fp32; the CPU's kernel is in Python, and holds more."""
+        if self.job.device != "cpu":
+            largest = max(param.numel for param in packed)
+            reading = {labels.LOADING: largest * self.width + 2 * 4 * (largest // BLOCK)}
+            stretch.see("the largest weight before it is quantized", {labels.WEIGHTS: built}, reading)
+            return
+        for param in packed:
+            whole, scratch = param.numel * self.width, quantizing_bytes(param.numel, self.width)
+            reading = {labels.LOADING: scratch + (0 if self.job.keep_outputs else whole)}
+            stretch.see("a weight that is quantized", {labels.WEIGHTS: built}, reading)
+            built -= whole - nf4_bytes(param.numel) if self.job.keep_outputs else 0
 
     def see_split(self, stretch: Stretch) -> None:
         """Tensor parallelism: each weight gives way to a copy of the rank's share, in the order of the model (AutoTP's

@@ -154,7 +154,8 @@ def quantize(model: torch.nn.Module, compute_dtype: torch.dtype, storage: torch.
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = get_keys_to_not_convert(model)
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # a list of the modules would keep what is replaced
+        module = model.get_submodule(name)
         is_transposed = isinstance(module, Conv1D)
         if not (is_transposed or type(module) is torch.nn.Linear) or not should_convert_module(name, kept):
             continue
@@ -182,6 +183,7 @@ def quantize(model: torch.nn.Module, compute_dtype: torch.dtype, storage: torch.
             module=packed,
         ).to(weight.device)
         setattr(model.get_submodule(owner), own, packed)
+        del module, weight
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
 
 

@@ -20,11 +20,13 @@ def free_mapped_files(run: RunSpec, module: torch.nn.Module, groups: Sequence[An
     Stages 1 and 2, and 16-bit training without ZeRO, flatten each group into a tensor of its own
     (zero/stage_1_and_2.py:505, fp16/fused_optimizer.py:80), but frozen parameters stay where they are, and so does one
     that is alone in its group, whose flat tensor is itself (torch/_utils.py, ``_flatten_dense_tensors``). What is left
-    whole is not copied: a frozen model under adapters, fp32 without ZeRO. Stage 3 cuts every parameter itself.
+    whole is not copied: a frozen model under adapters, fp32 without ZeRO. QLoRA has packed most of the file into
+    4 bits, and what is not packed would keep all of it. Stage 3 cuts every parameter itself.
 
     ``groups``: what the optimizer is given, parameters or groups of them.
     """
-    if run.zero.stage == 3 or (not run.zero.stage and run.precision not in ("bf16", "fp16")):
+    packs = run.method.kind == "qlora"
+    if run.zero.stage == 3 or not (packs or run.zero.stage or run.precision in ("bf16", "fp16")):
         return 0
     grouped = [each["params"] if isinstance(each, dict) else [each] for each in groups]
     if not all(isinstance(each, dict) for each in groups):
@@ -32,7 +34,7 @@ def free_mapped_files(run: RunSpec, module: torch.nn.Module, groups: Sequence[An
     flattened = {id(param) for params in grouped if len(params) > 1 for param in params}
     mapped = [param for param in module.parameters() if _is_mapped(param)]
     left = [param for param in mapped if id(param) not in flattened]
-    if len(left) == len(mapped):
+    if len(left) == len(mapped) and not packs:
         return 0
     for param in left:
         param.data = param.data.clone()

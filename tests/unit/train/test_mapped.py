@@ -99,3 +99,15 @@ def test_a_model_that_is_frozen_under_adapters_stays_in_its_file(model: LlamaFor
     model.added = torch.nn.Parameter(torch.zeros(8))
     model.other = torch.nn.Parameter(torch.zeros(8))
     assert free_mapped_files(run(2), model, [model.added, model.other]) == 0
+
+
+def test_what_is_not_packed_keeps_no_file_of_what_is(model: LlamaForCausalLM, tmp_path: Path):
+    model.requires_grad_(False)
+    for layer in model.model.layers:  # in place of the linears: what is left in the file is the token table and norms
+        layer.mlp = layer.self_attn = torch.nn.Module()
+    model.added = torch.nn.Parameter(torch.zeros(8))
+    model.other = torch.nn.Parameter(torch.zeros(8))
+    packed = run(0, "fp32", method={"kind": "qlora"})
+    assert mapped_bytes(tmp_path)
+    assert free_mapped_files(packed, model, [model.added, model.other]) > 0
+    assert mapped_bytes(tmp_path) == 0
