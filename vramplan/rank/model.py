@@ -155,7 +155,7 @@ def quantize(model: torch.nn.Module, compute_dtype: torch.dtype, storage: torch.
 
     kept = get_keys_to_not_convert(model)
     for name in [name for name, _ in model.named_modules()]:  # a list of the modules would keep what is replaced
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         is_transposed = isinstance(module, Conv1D)
         if not (is_transposed or type(module) is torch.nn.Linear) or not should_convert_module(name, kept):
             continue
