@@ -43,9 +43,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished_run, copy_of_run, sta
     assert (run_dir / weights).read_bytes() == (uninterrupted / weights).read_bytes()
 
 
-def test_deepspeeds_own_adam_goes_on_bit_for_bit(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [
+        (3, "adamw"),
+        pytest.param(2, "muon", marks=pytest.mark.slow),  # which has an Adam for what is no matrix
+    ],
+)
+def test_deepspeeds_own_adam_goes_on_bit_for_bit(tiny_model, tmp_path, stage, optimizer):
     training = {"max_steps": 10, "save_every": 2, "keep_checkpoints": 5}
-    spec = write_spec(tmp_path / "spec.yaml", tiny_model, 3, optimizer={"kind": "adamw", "lr": 1e-2}, training=training)
+    spec = write_spec(
+        tmp_path / "spec.yaml", tiny_model, stage, optimizer={"kind": optimizer, "lr": 1e-2}, training=training
+    )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(spec, "-o", whole).returncode == 0
     shutil.copytree(whole, cut)

@@ -15,10 +15,12 @@ import torch
 
 
 def forget_powers(optimizer: Any, device: torch.device) -> None:
-    """Makes each step of DeepSpeed's CPUAdam, or of its FusedAdam on the CPU, depend on its number alone.
+    """Makes each step of DeepSpeed's CPUAdam, or of its FusedAdam on the CPU, depend on its number alone. Muon has one
+    of them for what is no matrix (runtime/zero/muon/muon_optimizer.py, ``aux_optimizer``; None where it steps inline).
 
     ``device``: where training is; under ZeRO-3 the optimizer's groups are empty between steps.
     """
+    optimizer = getattr(optimizer, "aux_optimizer", None) or optimizer
     if hasattr(optimizer, "ds_opt_adam"):
         optimizer.ds_opt_adam = _Library(optimizer.ds_opt_adam)
     elif hasattr(optimizer, "multi_tensor_adam") and device.type == "cpu":

@@ -10,6 +10,7 @@ import sys
 STEPS = """
 import json, torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from vramplan.train.host_adam import forget_powers
 
 def stepped(optimizer, numbers):
@@ -25,13 +26,24 @@ def stepped(optimizer, numbers):
         optimizer.step()
     return weight.data.clone()
 
+def of(kind, **options):
+    weight = torch.nn.Parameter(torch.zeros(20_000))
+    return kind([{"params": [weight], "lr": 0.1, "betas": (0.9, 0.999), **options}])
+
+def muon_with(kind):
+    return of(lambda groups: MuonWithAuxAdam(groups, adam_optimizer=kind), use_muon=False)
+
 found = {}
-for kind in (FusedAdam, DeepSpeedCPUAdam):
-    optimizer = kind([torch.nn.Parameter(torch.zeros(20_000))], lr=0.1)
+for name, optimizer in {
+    "FusedAdam": of(FusedAdam),
+    "DeepSpeedCPUAdam": of(DeepSpeedCPUAdam),
+    "Muon's FusedAdam": muon_with(FusedAdam),
+    "Muon's DeepSpeedCPUAdam": muon_with(DeepSpeedCPUAdam),
+}.items():
     stepped(optimizer, [1])  # makes its states
     one_by_one, at_once = stepped(optimizer, range(2, 60)), stepped(optimizer, [7, 59])
     forget_powers(optimizer, torch.device("cpu"))
-    found[kind.__name__] = {
+    found[name] = {
         "as it is": torch.equal(one_by_one, at_once),
         "mended": all(torch.equal(stepped(optimizer, steps), at_once) for steps in (range(2, 60), [59])),
     }
@@ -53,4 +65,5 @@ def test_a_step_depends_on_its_number_alone():
     )
     found = json.loads(run.stdout.splitlines()[-1])
     mended = {"as it is": False, "mended": True}
-    assert found == {"FusedAdam": mended, "DeepSpeedCPUAdam": mended}
+    kinds = ("FusedAdam", "DeepSpeedCPUAdam", "Muon's FusedAdam", "Muon's DeepSpeedCPUAdam")
+    assert found == dict.fromkeys(kinds, mended)
