@@ -43,8 +43,8 @@ class ForkServer:
 
     def __init__(self, module: str, env: Mapping[str, str] | None = None, stderr: Path | None = None) -> None:
         self._stderr = stderr.open("ab") if stderr else None
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+        self._process = subprocess.Popen(  # -P: the working directory may hold a folder with a module's name
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -62,7 +62,8 @@ StuckAfter = Annotated[
         min=5.0,
         metavar="SECONDS",
         help="End ranks that live and go on with nothing for so long, in any phase: no batch, parameter or file is "
-        "done, and none reads, writes or allocates 64 KiB in a second.",
+        "done, and none reads, writes or allocates 64 KiB in a second. What comes after training is ended where it "
+        "does nothing for so long.",
     ),
 ]
 Allow = Annotated[
@@ -268,10 +269,14 @@ def _prepare(run_dir: RunDir, plan: Plan, resume: bool) -> None:
         SpecError: it holds another run already, or cannot be written; also where a full disk has no room for what
             ranks write before they can say so (their state, what they keep in reserve, their output).
     """
+    from vramplan.supervise.recover import put_record_aside
+
     if run_dir.metrics.exists() and not resume:
         raise SpecError(f"{run_dir.root} already holds a run: give --resume to go on with it, or another -o")
     try:
         run_dir.root.mkdir(parents=True, exist_ok=True)
+        if resume:
+            put_record_aside(run_dir, plan)
         plan.save(run_dir.plan)
         _try_room(run_dir.root / f".room.{os.getpid()}", plan.node.world_size)
     except OSError as error:
@@ -300,7 +305,9 @@ def _show_measured(plan: Plan, run_dir: RunDir) -> None:
     from vramplan.report.measured import render_measured
 
     if not run_dir.record.exists():  # the first attempt ended before its second step; a resumed one measures nothing
-        show("the first steps of this run were not measured")
+        others = " and ".join(str(path) for path in sorted(run_dir.root.glob("record-*.jsonl")))
+        earlier = f"; what was under the plan before stands in {others} (vramplan compare)" if others else ""
+        show(f"the first steps of this run were not measured{earlier}")
         return
     (record,) = read_records(run_dir.record)
     show("")

@@ -78,7 +78,11 @@ def launch_environment(run: RunSpec, node: Node, inherited: Mapping[str, str] | 
     the allocator's settings those that the plan has, which its bytes and a recovery rely on."""
     inherited = os.environ if inherited is None else inherited
     # DeepSpeed knows AMD's GPUs as cuda (accelerator/real_accelerator.py)
-    wanted: dict[str, str] = {"DS_ACCELERATOR": "cuda" if node.device.kind == "rocm" else node.device.kind}
+    wanted: dict[str, str] = {
+        "DS_ACCELERATOR": "cuda" if node.device.kind == "rocm" else node.device.kind,
+        # `python -m` would look for modules in the working directory first: a folder of data may have a module's name
+        "PYTHONSAFEPATH": "1",
+    }
     if node.device.kind == "cpu":
         # without it each rank starts a thread a core, and the ranks share the cores
         wanted["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // node.gpus_per_node))

@@ -20,6 +20,9 @@ _HOST_TEXTS = (
     "Cannot allocate memory",  # ENOMEM of mmap, fork and thread creation
     "can't start new thread",  # pthread_create, whose stack does not fit
 )
+_PRIMITIVE = re.compile("could not create a primitive(?! descriptor)")
+"""oneDNN's words where there is no memory for a kernel's code or scratch (``dnnl_out_of_memory``; seen of bf16 products
+on the CPU under RLIMIT_DATA). What it does not implement it refuses before, as it makes the descriptor."""
 _PINNING = ("pin_memory()", "pin_memory=True")
 """Calls by which the driver is asked for the host's memory (deepspeed/accelerator/abstract_accelerator.py:275-279); it
 refuses that in the words in which it refuses its own."""
@@ -37,13 +40,13 @@ _REQUESTED = re.compile(r"(?:tried|unable) to allocate (\d+(?:\.\d+)?)\.? ?(byte
 
 def is_out_of_memory(kind: str, message: str) -> bool:
     """By the type that torch or Python raises, and by the texts of what is raised as a plain RuntimeError."""
-    return kind in _KINDS or any(text in message for text in _TEXTS)
+    return kind in _KINDS or any(text in message for text in _TEXTS) or _PRIMITIVE.search(message) is not None
 
 
 def is_of_host(kind: str, message: str, traceback: str = "") -> bool:
     """Whether an out-of-memory is of the host's memory: of its allocators, or of pages that were to be pinned, which
     the last line of code in the traceback tells."""
-    if kind == "MemoryError" or any(text in message for text in _HOST_TEXTS):
+    if kind == "MemoryError" or any(text in message for text in _HOST_TEXTS) or _PRIMITIVE.search(message):
         return True
     code = [line for line in traceback.splitlines() if line.startswith("    ") and line.strip(" ^~")]
     return _DRIVERS_TEXT in message and any(call in line for line in code[-1:] for call in _PINNING)

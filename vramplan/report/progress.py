@@ -46,6 +46,8 @@ class TrainingView:
         )
         self._before: dict[str, float] = {}
         """Perplexities before training, by set; a resumed run knows none."""
+        self._announced = (0, 0)
+        """From where a recovery was said to go on, and up to where the run had come."""
         self._task: TaskID = self._progress.add_task("", total=None, doing="starting")
         self._figures = Text()
         self._screen = Live(self._lines(), console=self._console, refresh_per_second=4)
@@ -84,15 +86,20 @@ class TrainingView:
 
     def _on_resumed(self, event: dict[str, Any]) -> None:
         self._predicted = max(self._predicted, self._predicted_of_resumed)
-        self._say(f"goes on after step {event['step']}, from {event['path']}")
+        step, (announced, last) = event["step"], self._announced
+        more = f"; {last - step} steps to repeat in all" if step < announced else ""  # the newest was damaged
+        self._announced = (0, 0)
+        self._say(f"goes on after step {step}, from {event['path']}{more}")
 
     def _on_recovery(self, event: dict[str, Any]) -> None:
         self._follow(event)
         changes = ", ".join(f"{name} {value}" for name, value in event["changes"].items())
         plan = f"{changes} ({event['layout']})" if changes else "the same plan"
         repeated, lost = event["steps_repeated"], format_seconds(event["seconds_lost"])
+        self._announced = (event["from_step"], event["from_step"] + repeated)
+        where = f"goes on after step {event['from_step']}" if event["from_step"] else "begins again"
         self._say(
-            f"{event['reason']}\nrecovery: goes on after step {event['from_step']} with {plan}; "
+            f"{event['reason']}\nrecovery: {where} with {plan}; "
             f"{repeated} step{'' if repeated == 1 else 's'} to repeat, {lost} lost"
         )
 

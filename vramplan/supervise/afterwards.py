@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 
 from vramplan.errors import RunFailedError
 from vramplan.measure.run_dir import RunDir
-from vramplan.measure.work_done import work_of_tree
+from vramplan.measure.work_done import WorkDone, work_of_tree
 from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.interrupts import Interrupted, interrupts_raise
 from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, follow, started
@@ -16,8 +17,9 @@ from vramplan.supervise.tail import Tail
 from vramplan.supervise.watch import STUCK_AFTER_S, Trouble
 
 _LOOK_EVERY_S = 1.0
-_LEAST_TICKS = 5
-"""Of the clock, in a second: threads that only wait wake up for less."""
+_LEAST_CPU_FRAC = 0.05
+"""Of a core: threads that only wait wake up for less."""
+_AGAIN = "what was trained is saved, and `vramplan train {} --resume` tries this again (log: {})"
 
 
 def answer_sample(run_dir: RunDir, question: str, listener: Listener, stuck_after_s: float = STUCK_AFTER_S) -> None:
@@ -27,7 +29,7 @@ def answer_sample(run_dir: RunDir, question: str, listener: Listener, stuck_afte
         RunFailedError: the process failed or hung.
         TrainingFailed: the user interrupted.
     """
-    failure = f"the trained model in {run_dir.root} could not be reloaded"
+    failure = f"the trained model in {run_dir.root} gave no answer"
     _after(run_dir, ["--sample", question], listener, stuck_after_s, failure)
 
 
@@ -65,12 +67,14 @@ def follow_afterwards(
     tail = Tail(run_dir.metrics)
     with interrupts_raise():
         try:
-            with started([sys.executable, "-m", *module], {}, log) as child:
+            with started([sys.executable, "-P", "-m", *module], {}, log) as child:
                 trouble = follow(child, tail, listener, AloneWatch(child.pid, stuck_after_s))
         except Interrupted as error:
             raise TrainingFailed("interrupted after training; what was trained is saved", INTERRUPTED_CODE) from error
     if trouble is not None and trouble.stuck_s is not None:
-        raise RunFailedError(f"it did nothing for {trouble.stuck_s:.0f} s and was ended; --stuck-after allows more")
+        raise RunFailedError(
+            f"the process did nothing for {trouble.stuck_s:.0f} s and was ended (--stuck-after allows more)"
+        )
     return child.poll()
 
 
@@ -93,7 +97,9 @@ class AloneWatch:
         before, self._last = self._last, work_of_tree(self._pid)
         done = self._last - before
         self._last_look += passed
-        works = done.moves_memory or done.cpu_ticks >= _LEAST_TICKS
+        least_ticks = _LEAST_CPU_FRAC * passed * os.sysconf("SC_CLK_TCK")
+        # nothing counted at all: the system does not say, and what is not known is not ended
+        works = done.moves_memory or done.cpu_ticks >= least_ticks or self._last == WorkDone()
         # a look that comes late (a machine that slept) counts for one
         self._still_s = 0.0 if works else self._still_s + min(passed, 2 * _LOOK_EVERY_S)
         return Trouble(stuck_s=self._still_s) if self._still_s > self._stuck_after_s else Trouble()
@@ -107,6 +113,6 @@ def _after(run_dir: RunDir, arguments: list[str], listener: Listener, stuck_afte
     except TrainingFailed:
         raise
     except RunFailedError as error:
-        raise RunFailedError(f"{failure}: {error} (log: {log})") from error
+        raise RunFailedError(f"{failure}: {error}; {_AGAIN.format(run_dir.root, log)}") from error
     if code != 0:
-        raise RunFailedError(f"{failure} (log: {log})")
+        raise RunFailedError(f"{failure}; {_AGAIN.format(run_dir.root, log)}")

@@ -35,7 +35,7 @@ def select(spec: SelectSpec, output: Path) -> dict[str, Any]:
 
 def _ask(module: str, arguments: list[str], question: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], input=question, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-m", module, *arguments], input=question, capture_output=True, text=True, check=False
     )
     try:
         answer: dict[str, Any] = json.loads(done.stdout)

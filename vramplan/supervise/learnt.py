@@ -74,7 +74,7 @@ def remember(
 def learn(asked: Plan, finished: Plan, tried: Sequence[Attempt], halved: Mapping[str, Any] | None) -> None:
     """What the next run should start with: of the plan that was asked for, and of every other that ran out of memory
     on the way (the run may have been resumed since, with the plan that was reached then)."""
-    ran = finished.run if halved is None else _with_micro_batches(finished.run, halved["micro_batch_size"])
+    ran = finished.run if halved is None else with_micro_batches(finished.run, halved["micro_batch_size"])
     taught = {each.plan: (changed, each.cause, each.phase) for each, changed in _ways_down(tried, finished, ran)}
     last = next((attempt for attempt in reversed(tried) if attempt.is_memory), None)
     if halved is not None:
@@ -99,7 +99,7 @@ def _ways_down(tried: Sequence[Attempt], finished: Plan, ran: RunSpec) -> Iterat
             return
 
 
-def _with_micro_batches(run: RunSpec, most: int) -> RunSpec:
+def with_micro_batches(run: RunSpec, most: int) -> RunSpec:
     """The run with micro-batches of ``most`` sequences, or of fewer where that does not divide a rank's share."""
     share = (run.micro_batch_size or 1) * (run.grad_accum_steps or 1)
     size = max(each for each in divisors(share) if each <= most)

@@ -26,7 +26,7 @@ from vramplan.supervise.failure import TrainingFailed
 from vramplan.supervise.free_memory import free_bytes, wait_until_free
 from vramplan.supervise.interrupts import Interrupted, interrupts_raise
 from vramplan.supervise.ladder import Exhausted, Ladder, judged
-from vramplan.supervise.learnt import learn, learnt_path, recall
+from vramplan.supervise.learnt import learn, learnt_path, recall, with_micro_batches
 from vramplan.supervise.offers import Offer, first_allowed, offers
 from vramplan.supervise.supervisor import INTERRUPTED_CODE, Listener, interrupted, run_plan
 from vramplan.supervise.watch import PATIENCE, Patience
@@ -145,6 +145,7 @@ def _until_finished(
                 patience=terms.patience,
             )
         except TrainingFailed as error:
+            plan = _as_it_ran(plan, run_dir, architecture, progress)
             attempt = _attempt(plan, progress, architecture, error)
             decided: Decision | TrainingFailed
             if not user_resumes and _may_begin_anew(run_dir, error):
@@ -165,6 +166,21 @@ def _until_finished(
             ledger.append(run_dir.attempts, replace(_ended(plan, progress), cause=ledger.FINISHED, seconds_lost=0.0))
             learn(asked, plan, tried, progress.halved)
             return plan
+
+
+def _as_it_ran(plan: Plan, run_dir: RunDir, architecture: Architecture, progress: Progress) -> Plan:
+    """The plan, with the micro-batches that were left after those taken anew in the same process: what ran out of
+    memory once is not begun with again."""
+    if progress.halved is None:
+        return plan
+    try:
+        run = with_micro_batches(plan.run, progress.halved["micro_batch_size"])
+        ran = Below(plan, architecture, keep_stage=True).with_run(run).plan
+    except VramplanError:
+        return plan
+    put_record_aside(run_dir, ran)
+    ran.save(run_dir.plan)
+    return ran
 
 
 def _start_from_what_was_learnt(plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Listener) -> Plan:
@@ -210,7 +226,7 @@ def _go_on(plan: Plan, run_dir: RunDir, decided: Decision) -> tuple[Plan, bool]:
         _set_aside(run_dir, _damaged(run_dir))
         _damaged(run_dir).mkdir(exist_ok=True)  # also where a snapshot was all there was: this is done once
         return plan, False
-    _put_record_aside(run_dir, plan)
+    put_record_aside(run_dir, decided.plan)
     decided.plan.save(run_dir.plan)
     if isinstance(decided, Lowered):
         if decided.plan.run.training.snapshot_every is None:
@@ -251,10 +267,18 @@ def _decide(
     return TrainingFailed(f"{error}; {found.reason}{listed}", NOTHING_LEFT_CODE, verdict)
 
 
-def _put_record_aside(run_dir: RunDir, plan: Plan) -> None:
-    """What was measured under a plan is not compared with what is predicted of another."""
-    if run_dir.record.exists():
-        run_dir.record.rename(run_dir.root / f"record-{plan_id(plan.run)}.jsonl")
+def put_record_aside(run_dir: RunDir, following: Plan) -> None:
+    """What was measured under the plan that lies there is not compared with what is predicted of another.
+
+    Raises:
+        OSError: the file cannot be renamed.
+    """
+    if not (run_dir.record.exists() and run_dir.plan.exists()):
+        return
+    with suppress(VramplanError):  # a plan that cannot be read any more: nothing is known of its record
+        before = plan_id(Plan.load(run_dir.plan).run)
+        if before != plan_id(following.run):
+            run_dir.record.rename(run_dir.root / f"record-{before}.jsonl")
 
 
 def _repeats(tried: Sequence[Attempt]) -> int:

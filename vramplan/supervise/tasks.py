@@ -29,7 +29,7 @@ def check_tasks(run: RunSpec) -> None:
     if asked.include_path is not None and not Path(asked.include_path).is_dir():
         raise SpecError(f"training.lm_eval.include_path is {asked.include_path!r}, which is no directory")
     done = subprocess.run(
-        [sys.executable, "-m", _MODULE, "--check"],
+        [sys.executable, "-P", "-m", _MODULE, "--check"],
         input=asked.model_dump_json(),
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ _NOT_WRITTEN = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 """In what torch's writer of archives raises where a file does not grow any further."""
 _SAFETENSORS = "I/O error: "
 """In what safetensors raises (SafetensorError, which is no OSError), before the system's own words."""
+_TOKENIZERS = re.compile(r"^(?P<said>.+) \(os error (?P<code>\d+)\)$")
+"""What tokenizers' writer raises, as a plain Exception: Rust's words for an error of the system."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _RESERVE_BYTES = 1 << 16
 _CHUNK_BYTES = 1 << 28
@@ -31,6 +34,8 @@ def why_not_written(error: Exception, directory: Path) -> str | None:
         said = error.strerror or text
     elif type(error).__name__ == "SafetensorError" and _SAFETENSORS in text:
         said = text.partition(_SAFETENSORS)[2].partition(" (os error")[0]
+    elif type(error) is Exception and (found := _TOKENIZERS.match(text)):
+        said = found["said"]
     elif isinstance(error, RuntimeError) and any(words in text for words in _NOT_WRITTEN):
         said = "a file could not be written to its end"  # torch's writer does not pass on why
     else:

@@ -7,7 +7,9 @@ If then more is alive than was before the step, something of the failed pass is 
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ class InPlace:
         alive = live_bytes(self._engine.device)
         if self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            give_back()
         return max(0, alive - self._alive)
 
 
@@ -89,6 +93,13 @@ def _reset_zero12(wrapped: Any) -> None:
         wrapped.accumulated_grads_in_cpu.clear()
         wrapped.norm_for_param_grads.clear()
         wrapped.local_overflow = False
+
+
+def give_back() -> None:
+    """What the C library keeps of freed memory goes back to the system (malloc_trim(3), glibc's own): the next pass
+    asks for other sizes, and pieces of the failed one's would count beside them."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def live_bytes(device: torch.device) -> int:

@@ -166,3 +166,18 @@ def test_says_what_is_predicted_of_smaller_batches_that_came():
     came = predicted(evaluation=803 * MIB, save=100 * MIB)
     assert "came, which were smaller: evaluation 803.0 MiB\n" in text_of(render_measured(foreseen, seen, came)) + "\n"
     assert "which were smaller" not in text_of(render_measured(foreseen, seen, foreseen))
+
+
+def test_a_recovery_that_passes_a_damaged_checkpoint_over_says_what_is_repeated(small_plan):
+    console = Console(file=io.StringIO(), width=200)
+    told = {"event": "recovery", "reason": "killed", "changes": {}, "layout": "", "seconds_lost": 1.0}
+    with TrainingView(small_plan, console) as view:
+        view.on_event({**told, "from_step": 4, "steps_repeated": 1})
+        view.on_event({"event": "resumed", "step": 2, "path": "p"})
+        view.on_event({**told, "from_step": 4, "steps_repeated": 1})
+        view.on_event({"event": "resumed", "step": 4, "path": "p"})
+        view.on_event({**told, "from_step": 0, "steps_repeated": 3})
+    lines = console.file.getvalue().splitlines()
+    assert lines[2] == "goes on after step 2, from p; 3 steps to repeat in all"
+    assert lines[5] == "goes on after step 4, from p"
+    assert lines[7].startswith("recovery: begins again with the same plan; 3 steps to repeat")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from vramplan.measure.marker import Marker, MemoryState, is_out_of_memory, requested_bytes
@@ -197,6 +201,7 @@ def test_nothing_at_all_is_a_killed_process():
         ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         ("DistBackendError", "NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
         ("OSError", "[Errno 12] Cannot allocate memory"),
+        ("RuntimeError", "could not create a primitive"),
     ],
 )
 def test_out_of_memory_in_all_its_words(kind, message):
@@ -206,6 +211,33 @@ def test_out_of_memory_in_all_its_words(kind, message):
 def test_other_errors_are_not_out_of_memory():
     assert not is_out_of_memory("RuntimeError", CLOSED)
     assert not is_out_of_memory("OSError", "[Errno 28] No space left on device")
+    assert not is_out_of_memory("RuntimeError", "could not create a primitive descriptor for a matmul primitive")
+
+
+def test_onednn_without_memory_is_out_of_memory():
+    """For real: bf16 products under a limit that leaves ever more room, until one goes through."""
+    code = """
+import os, resource, sys, torch
+from vramplan.measure.marker import is_out_of_memory
+from vramplan.train.out_of_memory import data_bytes
+told = set()
+for room in range(0, 40 << 20, 512 << 10):
+    if os.fork() == 0:
+        a, b = torch.ones(512, 576).bfloat16(), torch.ones(8192, 576).bfloat16()
+        limit = data_bytes() + room
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        try:
+            torch.nn.functional.linear(a, b)
+        except RuntimeError as error:
+            os._exit((3 if "primitive" in str(error) else 2) if is_out_of_memory("RuntimeError", str(error)) else 1)
+        os._exit(0)
+    told.add(os.wait()[1] >> 8)
+print(sorted(told))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    told = set(json.loads(done.stdout))
+    assert 2 in told
+    assert 1 not in told
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,34 @@ def test_a_second_time_and_where_a_user_resumes_damage_ends_the_run(acted, tmp_p
     assert said[-1]["error"].exit_code == 2
 
 
+def test_after_a_step_taken_anew_smaller_micro_batches_are_what_the_next_attempt_has(acted, plan, tmp_path):
+    def halves_and_dies(of: Plan, run_dir: RunDir, listen: Callable[[dict[str, Any]], None]) -> None:
+        of.save(run_dir.plan)
+        run_dir.record.write_text("{}")
+        listen({"event": "halved", "step": 1, "micro_batch_size": 2, "reason": "r"})
+        raise KILLED
+
+    ran = []
+    said, ledger = acted(halves_and_dies, lambda of, *_: ran.append(of))
+    assert (ran[0].run.micro_batch_size, ran[0].run.grad_accum_steps) == (2, 4)
+    assert Plan.load(tmp_path / "run" / "plan.yaml").run == ran[0].run
+    assert ledger[0].plan == ledger[1].plan == plan_id(ran[0].run) != plan_id(plan.run)
+    assert (tmp_path / "run" / f"record-{plan_id(plan.run)}.jsonl").exists()
+    assert not (tmp_path / "run" / "record.jsonl").exists()
+    assert [event["changes"] for event in said if event["event"] == "recovery"] == [{}]
+
+
+def test_a_record_stays_with_its_own_plan(plan, tmp_path):
+    run_dir = RunDir(tmp_path)
+    plan.save(run_dir.plan)
+    run_dir.record.write_text("{}")
+    longer = plan.run.training.model_copy(update={"max_steps": 7})
+    recover.put_record_aside(run_dir, replace(plan, run=plan.run.model_copy(update={"training": longer})))
+    assert run_dir.record.exists()
+    recover.put_record_aside(run_dir, replace(plan, run=plan.run.model_copy(update={"seq_len": 1024})))
+    assert not run_dir.record.exists()
+
+
 def test_memory_that_snapshots_keep_is_not_waited_for(acted, monkeypatch, tmp_path):
     expected = []
     monkeypatch.setattr(recover, "free_bytes", lambda: (1000, 70))

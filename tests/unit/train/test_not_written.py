@@ -72,3 +72,10 @@ def test_a_file_is_put_on_the_disk_chunk_by_chunk_and_each_is_told(monkeypatch, 
     with path.open("rb") as file:
         disk.write_back(file.fileno())
     assert Told.count - before == 3
+
+
+def test_what_tokenizers_raise_is_a_full_disk(tmp_path):
+    error = Exception("No space left on device (os error 28)")
+    assert why_not_written(error, tmp_path).startswith("No space left on device; ")
+    assert why_not_written(Exception("something else"), tmp_path) is None
+    assert why_not_written(ValueError("No space left on device (os error 28)"), tmp_path) is None
