@@ -8,12 +8,13 @@ keeps prefix and middle in one stretch). Every token is learnt, the markers too,
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vramplan.data.row import Text
 from vramplan.data.sample import Sample
@@ -32,6 +33,7 @@ MARKERS = (
 )
 """Names of the tokens PRE, SUF and MID in public tokenizers."""
 _NUM_MARKERS = 3
+Order = Literal["causal", "psm", "spm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,37 +66,76 @@ def fim_of(spec: FimSpec, tokenizer: PreTrainedTokenizerBase) -> Fim:
 
 def fim_samples(row: Text, tokenizer: PreTrainedTokenizerBase, seq_len: int, fim: Fim, seed: int) -> Iterator[Sample]:
     """The document in pieces that fit into ``seq_len`` tokens, ``fim.rate`` of them rearranged. Cuts are between
-    characters, before tokens are made, so that the model meets words cut anywhere (the paper's section 3.1)."""
+    characters, before tokens are made, so that the model meets words cut anywhere (the paper's section 3.1).
+
+    Raises:
+        DataError: ``seq_len`` has no room for the markers and one token's text.
+    """
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-    for piece, is_last in _pieces(row.text, tokenizer, seq_len - _NUM_MARKERS - 1):
-        chosen, is_spm = random.random_sample(2) < (fim.rate, fim.spm_rate)
-        cuts = sorted(random.randint(0, len(piece) + 1, size=2))
-        ids = _rearranged(piece, cuts, tokenizer, fim, is_spm=bool(is_spm)) if chosen else _ids(piece, tokenizer)
-        if is_last and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        kept = np.asarray(ids[:seq_len], dtype=np.int64)  # cut words can make a few more tokens than whole ones
-        if len(kept) > 1:
-            num_cut = max(0, len(ids) - seq_len)
-            yield Sample(row.where, kept, np.ones(len(kept), dtype=np.bool_), num_cut, row.weight)
-
-
-def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> Iterator[tuple[str, bool]]:
-    """The text cut between tokens into pieces of at most ``most_tokens``, and whether each is the last."""
-    if most_tokens < 1:
+    if seq_len <= _NUM_MARKERS + 1:
         raise DataError("data.fim: seq_len leaves no room for text beside the markers; raise it")
-    starts = [
-        start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    ]
-    edges = [*(starts[index] for index in range(0, len(starts), most_tokens)), len(text)]
-    edges[0] = 0
-    for number, (start, end) in enumerate(pairwise(edges), start=2):
-        yield text[start:end], number == len(edges)
+    edges, first = _edges(row.text, tokenizer), 0
+    while edges[first] < len(row.text):
+        chosen, is_spm = random.random_sample(2) < (fim.rate, fim.spm_rate)
+        order = "causal" if not chosen else "spm" if is_spm else "psm"
+        ids, first = _longest_piece(row, edges, first, tokenizer, fim, seq_len, order, random.random_sample(2))
+        if len(ids) > 1:  # one token, the last of a document without an end, predicts nothing
+            yield Sample(row.where, np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.bool_), 0, row.weight)
 
 
-def _rearranged(text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase, fim: Fim, *, is_spm: bool) -> list[int]:
+def _edges(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where the text's tokens begin, in characters (the first at 0), and its end; tokens of one character share it."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    return [0, *(start for start, _ in found[1:]), len(text)]
+
+
+def _longest_piece(
+    row: Text,
+    edges: list[int],
+    first: int,
+    tokenizer: PreTrainedTokenizerBase,
+    fim: Fim,
+    seq_len: int,
+    order: Order,
+    places: NDArray[np.float64],
+) -> tuple[list[int], int]:
+    """(ids of the piece from edge ``first`` on, the edge where the next one begins). ``places``: where it is cut, as
+    shares of its length. Cut words make more tokens than whole ones: the piece is shortened by what is too much, and
+    the next one begins there.
+
+    Raises:
+        DataError: one token's text alone is too long.
+    """
+    room = seq_len if order == "causal" else seq_len - _NUM_MARKERS
+    wanted = min(first + room, len(edges) - 1)
+    while True:
+        last = _edge_after(edges, first, wanted)
+        text = row.text[edges[first] : edges[last]]
+        cuts = sorted(int(place * (len(text) + 1)) for place in places)
+        ids = _ids(text, tokenizer) if order == "causal" else _rearranged(text, cuts, tokenizer, fim, order)
+        if edges[last] == len(row.text) and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) <= seq_len:
+            return ids, last
+        if _edge_after(edges, first, first + 1) < last:
+            wanted = max(first + 1, last - (len(ids) - seq_len))
+        elif order != "causal":  # a single character or token whose parts are too many: it stays whole
+            return _longest_piece(row, edges, first, tokenizer, fim, seq_len, "causal", places)
+        else:
+            raise DataError(f"{row.where}: data.fim: {text!r} has no room in seq_len {seq_len}; raise it")
+
+
+def _edge_after(edges: list[int], first: int, wanted: int) -> int:
+    """The first of the edges at the place of edge ``wanted``; where that is the place of ``first``, the next one."""
+    if edges[wanted] > edges[first]:
+        return bisect_left(edges, edges[wanted])
+    return bisect_right(edges, edges[first])
+
+
+def _rearranged(text: str, cuts: list[int], tokenizer: PreTrainedTokenizerBase, fim: Fim, order: Order) -> list[int]:
     prefix, middle, suffix = text[: cuts[0]], text[cuts[0] : cuts[1]], text[cuts[1] :]
     after = [fim.suffix_id, *_ids(suffix, tokenizer), fim.middle_id]
-    if is_spm:
+    if order == "spm":
         return [fim.prefix_id, *after, *_ids(prefix, tokenizer), *_ids(middle, tokenizer)]
     return [fim.prefix_id, *_ids(prefix, tokenizer), *after, *_ids(middle, tokenizer)]
 

@@ -72,7 +72,8 @@ class FimSpec(UserModel):
     """Fill-in-the-middle on raw text (Bavarian et al. 2022, arXiv:2207.14255)."""
 
     rate: float = Field(default=0.5, ge=0, le=1)
-    """Share of the documents that are rearranged; the others stay causal."""
+    """Chance that a piece of a document (all of it, where it fits into ``seq_len``) is rearranged; the others stay
+    causal."""
     spm_rate: float = Field(default=0.5, ge=0, le=1)
     """Share of these in suffix-prefix-middle order; the others are prefix-suffix-middle."""
 

@@ -66,13 +66,25 @@ def test_a_share_of_documents_is_rearranged_and_the_seed_decides(tokenizer):
     assert not any(int(s.ids[0]) == marker for s in encode(rows, tokenizer, 512, FimSpec(rate=0)))
 
 
-def test_a_long_document_comes_in_pieces(tokenizer):
-    row = Text("long", WORDS * 60)
-    samples = encode([row], tokenizer, 128, FimSpec(rate=0.5))
-    assert len(samples) > 5
-    assert all(sample.num_tokens <= 128 for sample in samples)
-    if not any(sample.num_cut for sample in samples):
-        assert "".join(restored(sample, tokenizer) for sample in samples) == row.text
+@pytest.mark.parametrize("rate", [0, 0.5, 1])
+@pytest.mark.parametrize("seq_len", [5, 9, 64, 128])
+def test_a_long_document_comes_in_pieces_that_lose_nothing(tokenizer, seq_len, rate):
+    """Words that are cut make more tokens than whole ones: a piece is shortened by them, not its end cut off."""
+    row = Text("long", WORDS * 20)
+    samples = encode([row], tokenizer, seq_len, FimSpec(rate=rate))
+    assert len(samples) > 3
+    assert all(sample.num_tokens <= seq_len and not sample.num_cut for sample in samples)
+    assert "".join(restored(sample, tokenizer) for sample in samples) == row.text
+    ends = [tokenizer.eos_token_id in sample.ids for sample in samples]
+    assert ends == [False] * (len(samples) - 1) + [True]
+    if rate == 1 and seq_len >= 64:
+        assert all(NAMES[2] in tokenizer.decode(sample.ids) for sample in samples)
+        assert sum(sample.num_tokens for sample in samples[:-1]) > 0.9 * seq_len * (len(samples) - 1)
+
+
+def test_a_sequence_without_room_for_the_markers_is_refused(tokenizer):
+    with pytest.raises(DataError, match="no room for text beside the markers"):
+        encode([Text("doc", WORDS)], tokenizer, 4, FimSpec())
 
 
 def test_a_tokenizer_without_markers_is_refused():
