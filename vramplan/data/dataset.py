@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,13 @@ from vramplan.data.augment import TokenDropout, token_dropout
 from vramplan.data.encode import Encoding, draw, iter_samples
 from vramplan.data.fim import fim_of
 from vramplan.data.hard import Mining
+from vramplan.data.holdout import documents, held_out_documents, split
 from vramplan.data.lengths import Lengths, measure_lengths
 from vramplan.data.mixture import Part, Stream, counts_text, make_parts
 from vramplan.data.packing import pack
 from vramplan.data.row import Conversation, Row, Text
 from vramplan.data.sample import Sample
-from vramplan.data.sampler import permutation
-from vramplan.data.store import Joined, Picked, keep_samples
+from vramplan.data.store import Joined, keep_samples
 from vramplan.data.tables import iter_rows
 from vramplan.data.template import ensure_template
 from vramplan.errors import DataError
@@ -25,9 +25,6 @@ from vramplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_HOLDOUT_EPOCH = 2**31
-"""An epoch number that no training reaches: the held-out part is drawn from a stream of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +76,14 @@ def load_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> RunData:
 
 def _read(reader: Reader) -> tuple[list[Sequence[Sample]], Sequence[Sample], Sequence[Sample]]:
     """(what is trained on, source by source with replay last; held-out samples; held-out general samples)."""
-    spec, seed = reader.run.data, reader.run.training.seed
-    read = [reader.samples(source) for source in spec.train_sources]
-    replay, general = _replay(spec, reader, seed)
+    spec = reader.run.data
     if spec.eval is not None:
-        train, held_out = read, reader.samples(as_source(spec.eval))
+        train = [reader.samples(source) for source in spec.train_sources]
+        held_out = reader.samples(as_source(spec.eval))
     else:
-        train, held_out = _split_all(read, spec.eval_frac, seed)
+        parts = [reader.split(source, spec.eval_frac) for source in spec.train_sources]
+        train, held_out = [kept for kept, _ in parts], _one([held for _, held in parts])
+    replay, general = _replay(spec, reader)
     return [reader.packed(samples) for samples in (*train, *replay)], held_out, general
 
 
@@ -95,11 +93,11 @@ def _varied_templates(spec: DataSpec) -> tuple[str, ...]:
     return templates if len(templates) > 1 and spec.packing == "none" else ()
 
 
-def _replay(spec: DataSpec, reader: Reader, seed: int) -> tuple[list[Sequence[Sample]], Sequence[Sample]]:
+def _replay(spec: DataSpec, reader: Reader) -> tuple[list[Sequence[Sample]], Sequence[Sample]]:
     """(general samples to mix in: none or one sequence of them, those held out)."""
     if spec.replay is None:
         return [], ()
-    train, held_out = split(reader.samples(spec.replay), spec.replay.eval_frac, seed, "data.replay.eval_frac")
+    train, held_out = reader.split(spec.replay, spec.replay.eval_frac, "data.replay.eval_frac")
     return [train], held_out
 
 
@@ -175,25 +173,61 @@ class Reader:
             found.append("data.augment.prompt_templates changes nothing: raw text has no prompts")
         return found
 
-    def samples(self, source: SourceSpec) -> Sequence[Sample]:
-        """The source's samples, in memory or on disk."""
-        rows = self._with_template(iter_rows(source), self._forms.setdefault(source.label, {}))
+    def samples(
+        self, source: SourceSpec, some: Iterable[Row] | None = None, *, trained: bool = True
+    ) -> Sequence[Sample]:
+        """The source's samples, in memory or on disk. ``some``: those of its rows that are meant, where not all are;
+        ``trained``: whether a row's weight must count."""
+        rows = self._with_template(some or iter_rows(source), self._forms.setdefault(source.label, {}))
         dropped: list[str] | None = [] if self.run.data.drop_unlearnable else None
         samples = keep_samples(iter_samples(rows, self.tokenizer, self._encoding, dropped), self.run.data.keep)
         if not len(samples):
             why = f"within seq_len {self.run.seq_len}; raise it" if dropped else "(its text is a single token)"
             raise DataError(f"{source.path}: holds nothing to learn {why}")
-        if source.weight_column is not None and not any(sample.weight for sample in samples):
+        if trained and source.weight_column is not None and not any(sample.weight for sample in samples):
             raise DataError(f"{source.path}: holds nothing to learn (every row's {source.weight_column!r} is 0)")
         self._note_dropped(dropped or [], len(samples))
         self._note_cuts(samples)
         return samples
 
+    def split(
+        self, source: SourceSpec, eval_frac: float, key: str = "data.eval_frac"
+    ) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        """(training, held-out) samples of the source: ``eval_frac`` (``key`` in errors), at least one, drawn by the
+        seed. Of raw text whole documents are held out, unless there is but one.
+
+        Raises:
+            DataError: nothing would be left to train on.
+        """
+        seed = self.run.training.seed
+        texts = list(documents(source)) if eval_frac and self.run.data.keep == "memory" else None
+        sizes = [len(row.text) for row in (documents(source) if texts is None else texts)] if eval_frac else []
+        if len(sizes) < 2:
+            if sizes:
+                self._notes[
+                    f"{source.path} is one document: sequences of it are held out, though the text around them is "
+                    "trained on, so new text is harder than evaluations on these say"
+                ] = None
+            return split(self.samples(source), eval_frac, seed, key)
+        chosen = held_out_documents(sizes, eval_frac, seed, key)
+        held_frac = sum(sizes[number] for number in chosen) / sum(sizes)
+        if not eval_frac / 2 <= held_frac <= eval_frac * 2:
+            self._notes[
+                f"{source.path}: {len(chosen)} of {len(sizes)} documents, {held_frac:.1%} of its text, are held out, "
+                f"for documents stay whole ({key} asks for {eval_frac:.1%})"
+            ] = None
+
+        def part(of_chosen: bool) -> Iterator[Row]:
+            rows = documents(source) if texts is None else iter(texts)
+            return (row for number, row in enumerate(rows) if (number in chosen) is of_chosen)
+
+        return self.samples(source, part(False)), self.samples(source, part(True), trained=False)
+
     def packed(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """The sequences of the samples: packs of them where packing is on."""
         return samples if self.run.data.packing == "none" else pack(samples, self.run.seq_len)
 
-    def _with_template(self, rows: Iterator[Row], forms: dict[str, None]) -> Iterator[Row]:
+    def _with_template(self, rows: Iterable[Row], forms: dict[str, None]) -> Iterator[Row]:
         for row in rows:
             self._kinds.add(type(row))
             forms[row.form] = None
@@ -230,32 +264,6 @@ def encoding_of(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Encoding:
         prompt_templates=spec.augment.prompt_templates,
         seed=run.training.seed,
     )
-
-
-def split(
-    samples: Sequence[Sample], eval_frac: float, seed: int, key: str = "data.eval_frac"
-) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """(training, held-out) samples: ``eval_frac`` of them (``key`` in errors), at least one, drawn by the seed; both
-    keep their order.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    if eval_frac == 0:
-        return samples, ()
-    num_held_out = max(1, round(eval_frac * len(samples)))
-    if num_held_out >= len(samples):
-        raise DataError(f"{key} {eval_frac} holds out all of {len(samples)} samples: lower it, or give more rows")
-    chosen = set(permutation(seed, _HOLDOUT_EPOCH, len(samples))[:num_held_out].tolist())
-    kept = [index for index in range(len(samples)) if index not in chosen]
-    return Picked(samples, kept), Picked(samples, sorted(chosen))
-
-
-def _split_all(
-    sources: Sequence[Sequence[Sample]], eval_frac: float, seed: int
-) -> tuple[list[Sequence[Sample]], Sequence[Sample]]:
-    parts = [split(samples, eval_frac, seed) for samples in sources]
-    return [train for train, _ in parts], _one([held_out for _, held_out in parts])
 
 
 def _one(sequences: Sequence[Sequence[Sample]]) -> Sequence[Sample]:

@@ -77,7 +77,7 @@ def fim_samples(row: Text, tokenizer: PreTrainedTokenizerBase, seq_len: int, fim
     edges, first = _edges(row.text, tokenizer), 0
     while edges[first] < len(row.text):
         chosen, is_spm = random.random_sample(2) < (fim.rate, fim.spm_rate)
-        order = "causal" if not chosen else "spm" if is_spm else "psm"
+        order: Order = "causal" if not chosen else "spm" if is_spm else "psm"
         ids, first = _longest_piece(row, edges, first, tokenizer, fim, seq_len, order, random.random_sample(2))
         if len(ids) > 1:  # one token, the last of a document without an end, predicts nothing
             yield Sample(row.where, np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.bool_), 0, row.weight)

@@ -49,7 +49,8 @@ class ReplaySpec(SourceSpec):
     share: float = Field(default=0.1, gt=0, lt=1)
     """Share of every global batch's sequences: never off by a whole sequence at any step, and exact over the run."""
     eval_frac: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of its rows that are not trained on but are the held-out set ``replay``: what training takes away."""
+    """Share of its rows that are not trained on but are the held-out set ``replay``: what training takes away. Of raw
+    text as ``data.eval_frac``."""
 
 
 class HardExamplesSpec(UserModel):
@@ -140,7 +141,8 @@ class DataSpec(UserModel):
     eval: Source | None = None
     """The same for evaluation. None: ``eval_frac`` of the training data is held out."""
     eval_frac: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of the training rows held out for evaluation when ``eval`` is None."""
+    """Share of the training rows held out for evaluation when ``eval`` is None. Of raw text: whole documents with about
+    this share of its characters (of a single document: sequences cut from it)."""
     eval_sets: dict[str, Source] = Field(default_factory=dict)
     """More held-out sets by name (such as ``general: other.jsonl``), each a path or a source with its options, as in
     ``train``; each is evaluated beside the first."""

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from vramplan.data.dataset import load_data, split
+from vramplan.data.dataset import load_data
 from vramplan.data.encode import encode_rows
 from vramplan.data.row import Completion, Conversation, Text
 from vramplan.data.sample import Sample
@@ -188,19 +188,6 @@ def test_a_cut_answer_is_counted_and_said(tokenizer):
         f"{len(cut)} of {len(data.train) + len(data.held_out)} rows were cut to seq_len 96; "
         f"the longest has {max(96 + sample.num_cut for sample in cut)} tokens",
     )
-
-
-def test_the_held_out_part_is_disjoint_and_decided_by_the_seed(tokenizer):
-    samples = encode_rows(read_rows("builtin:arithmetic"), tokenizer, 512)
-    train, held_out = split(samples, 0.1, seed=3)
-    assert len(held_out) == round(0.1 * len(samples))
-    assert {sample.where for sample in train} & {sample.where for sample in held_out} == set()
-    assert len(train) + len(held_out) == len(samples)
-    assert list(split(samples, 0.1, seed=3)[1]) == list(held_out)
-    assert list(split(samples, 0.1, seed=4)[1]) != list(held_out)
-    assert split(samples, 0.0, seed=3) == (samples, ())
-    with pytest.raises(DataError, match="holds out all of 2 samples"):
-        split(samples[:2], 0.9, seed=0)
 
 
 def test_evaluation_data_of_its_own_holds_nothing_out(tokenizer, tmp_path):
