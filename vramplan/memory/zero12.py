@@ -17,6 +17,7 @@ from vramplan.memory.partition import Flush, flat_of, flushes, reduces_of, see_f
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
+from vramplan.memory.waiting import History, Wait, left_at, stretches, waiting_meanwhile, waits_of
 
 
 class Zero12(Engine):
@@ -249,36 +250,38 @@ class Zero12(Engine):
 
     def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool, left: int) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
-        job, gradients = self.job, self.profile.gradients
-        filled: dict[str, int] = {}
-        filled_from: int | None = None
-        for flush in self._flushes(tuple(gradient.name for gradient in gradients)):
+        job, gradients, last = self.job, self.profile.gradients, len(self.profile.backward)
+        done = self._flushes(tuple(each.name for each in gradients))
+        waits = waits_of(done, gradients, job.zero.reduce_bucket_size, self.width, last)
+        filled, filled_from = dict[str, int](), None
+        history: History = [(0, filled)]
+        for number, (flush, wait) in enumerate(zip(done, waits, strict=True)):
             at = self.profile.graph_done if flush.before is None else gradients[flush.before].at
-            alive = self._alive(at, left)
-            oversized = flush.numel > job.zero.reduce_bucket_size
-            if oversized:
-                alive = self._with_oversized(stretch, flush, filled, alive, left)
-            before, after = {**filled, labels.REDUCTION: self._copy_bytes(flush)}, alive
-            if self.rank in flush.ranks and self.offloads:
-                # until the end of backward where the boundary is not known yet
+            others = waiting_meanwhile(waits[number + 1 :], wait.stop)
+            after = merged(self._alive(at, left), {labels.GRADIENTS: others})
+            alive, oversized = merged(after, {labels.GRADIENTS: wait.num_bytes}), wait.num_bytes > 0
+            before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
+            if self.rank in flush.ranks and self.offloads:  # large ones stay while the boundary is not known yet
                 stays = oversized and not normed and flush.before is not None
                 filled = self._sent_away(filled, flush, fresh, stays=stays)
-                after = self._alive(at, left) if stays else alive  # what stays is in filled now
+                after = after if stays else alive  # what stays is in filled now
                 norm = {labels.NORM: self._norm_bytes(flush.held) if normed else 0}
                 stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, after)
                 self._see_until_next(stretch, flush, filled, left)
             elif self.rank in flush.ranks and filled_from is None:
-                filled = {**filled, **self._partition()}
-                filled_from = at.index
+                filled, filled_from, after = {**filled, **self._partition()}, wait.stop, alive
             elif oversized and job.stage == 1 and self.rank not in flush.ranks:  # nobody lets go of it before the end
-                filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + flush.numel * self.width}
-                after = self._alive(at, left)
+                filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + wait.num_bytes}
+            else:
+                after = alive
             if not self.offloads and labels.GRADIENTS in filled:
                 self._see_until_next(stretch, flush, filled, left)
             if sum(before.values()) >= sum(filled.values()):
                 stretch.see("gradient reduction", before, alive)
             else:
                 stretch.see("gradient partition filled", filled, after)
+            history.append((wait.stop, filled))
+        self._see_waiting(stretch, history, waits, left)
         return filled_from
 
     def _sent_away(self, filled: dict[str, int], flush: Flush, fresh: bool, stays: bool) -> dict[str, int]:
@@ -289,24 +292,21 @@ class Zero12(Engine):
 
     def _see_until_next(self, stretch: Stretch, flush: Flush, filled: Parts, left: int) -> None:
         """Instants after a reduction with what it leaves; later ones leave at least as much."""
-        since = len(self.profile.backward) if flush.before is None else self.profile.gradients[flush.before].at.index
-        self._see_since(stretch, since, filled, left)
+        if flush.before is not None:
+            self._see_since(stretch, self.profile.gradients[flush.before].at.index, filled, left)
 
-    def _with_oversized(self, stretch: Stretch, flush: Flush, extra: Parts, alive: Bytes, left: int) -> Bytes:
-        """A gradient larger than the bucket bypasses it and stays ``param.grad`` until the bucket's next one arrives
-        (``extra_large_param_to_reduce``), with offload in a storage of its own; returns what is alive at its
-        reduction."""
-        gradients = self.profile.gradients
-        position = next(index for index, each in enumerate(gradients) if each.name == flush.held[0])
-        if self.offloads:
-            clone = {labels.REDUCTION: flush.numel * self.width}
-            stretch.see("a large gradient copied", extra, clone, self._alive(gradients[position].at, left))
-        waiting, since = {labels.GRADIENTS: flush.numel * self.width}, gradients[position].at.index
-        until = len(self.profile.backward) if flush.before is None else gradients[flush.before].at.index
-        between = [point for point in self.profile.backward if since <= point.index < until]
-        for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in between]):
-            stretch.see(point.where, extra, waiting, self._alive(point, left))
-        return merged(alive, waiting)
+    def _see_waiting(self, stretch: Stretch, history: History, waits: list[Wait], left: int) -> None:
+        """Instants of backward while large gradients wait; with offload each is cloned as it arrives."""
+        for wait in waits:
+            if self.offloads and wait.num_bytes:
+                at = next(each.at for each in self.profile.gradients if each.at.index == wait.start)
+                beside = sum(other.num_bytes for other in waits if other.start < wait.start < other.stop)
+                parts = {labels.REDUCTION: wait.num_bytes, labels.GRADIENTS: beside}
+                stretch.see("a large gradient copied", left_at(history, wait.start), parts, self._alive(at, left))
+        for since, end, extra, num_bytes in stretches(history, waits, len(self.profile.backward)):
+            between = [point for point in self.profile.backward if since <= point.index < end]
+            for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in between]):
+                stretch.see(point.where, extra, {labels.GRADIENTS: num_bytes}, self._alive(point, left))
 
     def _flushes(self, order: tuple[str, ...]) -> tuple[Flush, ...]:
         return flushes(order, self.flat, self.job.zero.reduce_bucket_size, self.lowered, self.reduces)

@@ -42,6 +42,7 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
     factors = factor_parameters(ctx, block).get(weight.name.removeprefix(ctx.prefix))
 
     def run(x: Tensor) -> Tensor:
+        x = x if block.scoring == "best" else ops.view(x)  # hidden_states.reshape(-1, hidden_dim), not in GPT-OSS
         if factors is not None:
             scores = _with_adapter(ctx, x, weight, bias, factors, block)
         elif block.scores_in_fp32:
