@@ -250,9 +250,9 @@ class Zero12(Engine):
 
     def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool, left: int) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
-        job, gradients, last = self.job, self.profile.gradients, len(self.profile.backward)
-        done = self._flushes(tuple(each.name for each in gradients))
-        waits = waits_of(done, gradients, job.zero.reduce_bucket_size, self.width, last)
+        job, gradients = self.job, self.profile.gradients
+        done = self._flushes(names := tuple(each.name for each in gradients))
+        waits = waits_of(done, names, job.zero.reduce_bucket_size, self.width)
         filled, filled_from = dict[str, int](), None
         history: History = [(0, filled)]
         for number, (flush, wait) in enumerate(zip(done, waits, strict=True)):
@@ -269,7 +269,7 @@ class Zero12(Engine):
                 stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, after)
                 self._see_until_next(stretch, flush, filled, left)
             elif self.rank in flush.ranks and filled_from is None:
-                filled, filled_from, after = {**filled, **self._partition()}, wait.stop, alive
+                filled, filled_from, after = {**filled, **self._partition()}, at.index, alive
             elif oversized and job.stage == 1 and self.rank not in flush.ranks:  # nobody lets go of it before the end
                 filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + wait.num_bytes}
             else:
@@ -299,11 +299,11 @@ class Zero12(Engine):
         """Instants of backward while large gradients wait; with offload each is cloned as it arrives."""
         for wait in waits:
             if self.offloads and wait.num_bytes:
-                at = next(each.at for each in self.profile.gradients if each.at.index == wait.start)
                 beside = sum(other.num_bytes for other in waits if other.start < wait.start < other.stop)
                 parts = {labels.REDUCTION: wait.num_bytes, labels.GRADIENTS: beside}
-                stretch.see("a large gradient copied", left_at(history, wait.start), parts, self._alive(at, left))
-        for since, end, extra, num_bytes in stretches(history, waits, len(self.profile.backward)):
+                alive = self._alive(self.profile.gradients[wait.start].at, left)
+                stretch.see("a large gradient copied", left_at(history, wait.start), parts, alive)
+        for since, end, extra, num_bytes in stretches(history, waits, self.profile):
             between = [point for point in self.profile.backward if since <= point.index < end]
             for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in between]):
                 stretch.see(point.where, extra, {labels.GRADIENTS: num_bytes}, self._alive(point, left))
