@@ -87,7 +87,7 @@ class TrainingView:
     def _on_resumed(self, event: dict[str, Any]) -> None:
         self._predicted = max(self._predicted, self._predicted_of_resumed)
         step, (announced, last) = event["step"], self._announced
-        more = f"; {last - step} steps to repeat in all" if step < announced else ""  # the newest was damaged
+        more = f"; {_steps(last - step)} to repeat in all" if step < announced else ""  # the newest was damaged
         self._announced = (0, 0)
         self._say(f"goes on after step {step}, from {event['path']}{more}")
 
@@ -98,10 +98,7 @@ class TrainingView:
         repeated, lost = event["steps_repeated"], format_seconds(event["seconds_lost"])
         self._announced = (event["from_step"], event["from_step"] + repeated)
         where = f"goes on after step {event['from_step']}" if event["from_step"] else "begins again"
-        self._say(
-            f"{event['reason']}\nrecovery: {where} with {plan}; "
-            f"{repeated} step{'' if repeated == 1 else 's'} to repeat, {lost} lost"
-        )
+        self._say(f"{event['reason']}\nrecovery: {where} with {plan}; {_steps(repeated)} to repeat, {lost} lost")
 
     def _on_halved(self, event: dict[str, Any]) -> None:
         self._say(
@@ -113,7 +110,7 @@ class TrainingView:
         trained, total = event["numel_trainable"], event["numel_total"]
         self._say(
             f"{format_count(trained)} of {format_count(total)} parameters are trained on {event['num_train']} samples "
-            f"({event['num_held_out']} held out), {event['total_steps']} steps"
+            f"({event['num_held_out']} held out), {_steps(event['total_steps'])}"
         )
         self._progress.update(self._task, total=event["total_steps"], completed=event["step"], doing="training")
 
@@ -156,6 +153,10 @@ class TrainingView:
 
     def _say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'' if count == 1 else 's'}"
 
 
 def step_figures(event: dict[str, Any], predicted_bytes: int, utilisation: Utilisation | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from vramplan.measure.run_dir import RunDir, read_events
 from vramplan.spec.data import HELD_OUT
 from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import LoraMethod
 from vramplan.version import __version__
 
 
@@ -21,15 +23,17 @@ def write_model_card(run: RunSpec, run_dir: RunDir, directory: Path, base_name: 
 
 def model_card(run: RunSpec, events: list[dict[str, Any]], base_name: str, *, merged: bool = False) -> str:
     """The card's text from a run's spec and events; ``merged``: of adapters that are in the weights."""
-    front = {"base_model": base_name, "tags": ["vramplan", run.method.kind], "pipeline_tag": "text-generation"}
+    is_dora = isinstance(run.method, LoraMethod) and run.method.use_dora
+    tags = ["vramplan", run.method.kind, *(["dora"] if is_dora else [])]
+    front = {"base_model": base_name, "tags": tags, "pipeline_tag": "text-generation"}
     if run.method.kind != "full":
         front["library_name"] = "transformers" if merged else "peft"
-    asked = _asked(run)
+    asked, method = _asked(run), f"{run.method.kind} with DoRA" if is_dora else run.method.kind
     steps = [event["step"] for event in events if event["event"] == "step"]
     exported = next((event["step"] for event in reversed(events) if event["event"] == "best"), None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({run.method.kind}{', merged' if merged else ''})",
+        f"# {base_name.rstrip('/').split('/')[-1]}, fine-tuned ({method}{', merged' if merged else ''})",
         _steps(run, steps[-1] if steps else 0, exported),
         _evaluations(events, exported),
         _tasks(events),
@@ -47,7 +51,7 @@ def _asked(run: RunSpec) -> dict[str, Any]:
 
 
 def _steps(run: RunSpec, done: int, exported: int | None) -> str:
-    said = f"Trained with vramplan {__version__} for {done} optimizer steps."
+    said = f"Trained with vramplan {__version__} for {done} optimizer step{'' if done == 1 else 's'}."
     if exported is not None and exported != done:
         said += f" The weights are those after step {exported}, the best on {run.training.best_on}."
     if run.retain.interpolate:
@@ -56,24 +60,26 @@ def _steps(run: RunSpec, done: int, exported: int | None) -> str:
 
 
 def _evaluations(events: list[dict[str, Any]], exported: int | None) -> str:
-    """A table of every held-out set: perplexity at the first evaluation and at that of the weights that are exported
-    (the last, where ``exported`` is None)."""
+    """A table of every held-out set: perplexity before training, where any was evaluated then, and at the evaluation of
+    the weights that are exported (the last, where ``exported`` is None)."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         if event["event"] == "evaluation":
             rows.setdefault(event.get("set", HELD_OUT), []).append(event)
     if not rows:
         return ""
-    lines = [
-        "## Evaluation",
-        "",
-        "| held-out set | first perplexity (at step) | these weights' |",
-        "| --- | --- | --- |",
-    ]
+    before = {name: found[0]["perplexity"] for name, found in rows.items() if found[0]["step"] == 0}
+    columns = ["held-out set", *(["perplexity before training"] if before else []), "these weights' perplexity"]
+    lines = ["## Evaluation", "", _row(columns), _row(["---"] * len(columns))]
     for name, found in rows.items():
-        first, last = found[0], next((each for each in found if each["step"] == exported), found[-1])
-        lines.append(f"| {name} | {first['perplexity']:.3f} ({first['step']}) | {last['perplexity']:.3f} |")
+        last = next((each for each in found if each["step"] == exported), found[-1])
+        base = [f"{before[name]:.3f}" if name in before else "-"] if before else []
+        lines.append(_row([name, *base, f"{last['perplexity']:.3f}"]))
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _tasks(events: list[dict[str, Any]]) -> str:

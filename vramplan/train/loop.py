@@ -172,6 +172,9 @@ class Loop:
         best = self.watch.best_step
         if best is not None:
             self.metrics.event("best", step=best)
+        worse = self.watch.worse_than_before
+        if worse is not None:
+            self.metrics.event("note", text=worse)
         if best is not None and best != self.steps_done:
             path = load_step(self.engine, self.run_dir.checkpoints, best)
             self.metrics.event("note", text=f"the best checkpoint, of step {best}, is exported ({path})")

@@ -37,6 +37,21 @@ class Watch:
         return min(allowed, key=lambda step: (allowed[step], step)) if allowed else None
 
     @property
+    def worse_than_before(self) -> str | None:
+        """What is to be said where the best step has a higher loss than the model had before training; None: it has
+        not, or no evaluation was made then."""
+        name, best = self.run.training.best_on, self.best_step
+        losses = self.losses.get(name or "", {})
+        if best is None or 0 not in losses or losses[best] <= losses[0]:
+            return None
+        compared = (
+            f"is worse on {name} than the model before training: a loss of {losses[best]:.4f} against {losses[0]:.4f}"
+        )
+        if min(loss for step, loss in losses.items() if step) > losses[0]:
+            return f"every checkpoint {compared}"
+        return f"the best checkpoint that retain.early_stop allows, of step {best}, {compared}"
+
+    @property
     def stop_reason(self) -> str | None:
         """The key that asks for the run's end now, and the set that it watches; None: it goes on."""
         early, training = self.run.retain.early_stop, self.run.training

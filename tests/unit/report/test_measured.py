@@ -117,6 +117,15 @@ def test_the_view_prints_lines_where_there_is_no_terminal(small_plan):
     assert lines[4] == "after step 1: replay loss 1.0000, perplexity 2.75 (+10.0%)"
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, "(0 held out), 1 step"), (3, "(0 held out), 3 steps")])
+def test_one_step_is_one_step(small_plan, count, said):
+    console = Console(file=io.StringIO(), width=200)
+    start = {"event": "start", "step": 0, "total_steps": count, "num_train": 9, "num_held_out": 0}
+    with TrainingView(small_plan, console) as view:
+        view.on_event({**start, "numel_trainable": 1, "numel_total": 2})
+    assert console.file.getvalue().rstrip().endswith(said)
+
+
 def test_what_a_resume_takes_is_predicted_of_resumed_runs_only(small_plan):
     phases = tuple(
         PhaseBytes(name, peak * MIB, 0)
