@@ -48,7 +48,13 @@ def select(
         str | None, typer.Option(help="Raw text that the chosen should resemble.", show_default=False)
     ] = None,
     count: Annotated[
-        int | None, typer.Option("-n", "--count", min=1, help="Documents to choose (default: a tenth).")
+        int | None,
+        typer.Option(
+            "-n",
+            "--count",
+            min=1,
+            help="Documents to choose (default: a tenth of those that pass; all of them without --target).",
+        ),
     ] = None,
     assign: Annotated[
         list[str] | None,

@@ -14,9 +14,9 @@ _WIDE = 10_000
 
 def show(report: RenderableType) -> None:
     """Prints a report; nothing in it stretches to the width, so a pipe gets it as it is."""
-    console = Console(highlight=False, emoji=False)
+    console = Console(highlight=False, emoji=False, markup=False)  # brackets, as in a path, are text
     if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=_WIDE)
+        console = Console(highlight=False, emoji=False, markup=False, width=_WIDE)
     console.print(report)
 
 

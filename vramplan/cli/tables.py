@@ -28,9 +28,9 @@ def make_table(*columns: str) -> Table:
 
 def print_table(table: Table) -> None:
     """Print it; where stdout is no terminal, as wide as it needs, so that a pipe gets whole rows."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # brackets, as in vramplan[eval], are text
     if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
+        console = Console(highlight=False, markup=False, width=_WIDE)
     console.print(table)
 
 

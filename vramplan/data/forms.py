@@ -182,3 +182,5 @@ FORMS: dict[Form, FormRule] = {
     "text": FormRule(("text",), _plain_text),
 }
 """In the order in which errors list them."""
+CHAT_FORMS: frozenset[str] = frozenset({"messages", "sharegpt", "alpaca"})
+"""Forms whose rows a chat template renders."""

@@ -132,5 +132,7 @@ class Stream:
 
 
 def counts_text(parts: Sequence[Part]) -> str:
-    """The sources, their sizes and shares, for a note."""
-    return ", ".join(f"{part.name} {part.size:,} sequences, {float(part.share):.1%} of every batch" for part in parts)
+    """The sources, their sizes and shares of the run, for a note."""
+    return ", ".join(
+        f"{part.name} {part.size:,} sequences, {float(part.share):.1%} of all that are drawn" for part in parts
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vramplan.data.dataset import RunData, load_data, with_eval_sets
+from vramplan.data.forms import CHAT_FORMS
 from vramplan.data.sample import Sample
 from vramplan.data.template import DEFAULT_TEMPLATE
 from vramplan.spec.run import RunSpec
@@ -43,10 +44,17 @@ def describe_data(run: RunSpec, tokenizer: PreTrainedTokenizerBase, num_examples
         "eval_sets": {name: len(samples) for name, samples in eval_sets.items()},
         "lengths": {**asdict(lengths), "planned_seq_len": lengths.planned_seq_len},
         "padding_frac": padding_frac(run, data),
-        "template": "stated default" if tokenizer.chat_template == DEFAULT_TEMPLATE else "tokenizer's",
+        "template": _template(data, tokenizer),
         "notes": list(data.notes),
         "examples": [_example(data.train[index], tokenizer) for index in _first_seen(data, num_examples)],
     }
+
+
+def _template(data: RunData, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Whose template renders the turns; None where no row that was read has any."""
+    if CHAT_FORMS.isdisjoint(form for forms in data.forms.values() for form in forms):
+        return None
+    return "stated default" if tokenizer.chat_template == DEFAULT_TEMPLATE else "tokenizer's"
 
 
 def padding_frac(run: RunSpec, data: RunData, most_steps: int = 2000) -> float:

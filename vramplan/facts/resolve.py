@@ -34,7 +34,16 @@ def resolve_architecture(run: ModelRequest) -> Architecture:
         UnknownNameError: nothing known has that name, or its family is unknown.
         ConfigError: its ``config.json`` cannot be read as that of its family.
     """
-    return expand_architecture(architecture_from_config(resolve_config(run)), run.new_blocks)
+    config = resolve_config(run)
+    try:
+        architecture = architecture_from_config(config)
+    except ConfigError as error:
+        if run.model_config_fields is None:
+            raise
+        raise ConfigError(
+            f"model_config_fields replaces config.json as a whole, so it must hold all that is read of one: {error}"
+        ) from error
+    return expand_architecture(architecture, run.new_blocks)
 
 
 def resolve_config(run: ModelRequest) -> Mapping[str, Any]:

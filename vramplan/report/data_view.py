@@ -49,7 +49,7 @@ def _sources(found: dict[str, Any]) -> Table:
     table.add_column("source", overflow="fold")
     table.add_column("form of its rows")
     table.add_column("sequences", justify="right")
-    table.add_column("share of a batch", justify="right")
+    table.add_column("share of all drawn", justify="right")
     for part in found["parts"]:
         name = f"{part['name']} (replay)" if part["is_replay"] else part["name"]
         table.add_row(name, ", ".join(part["forms"]), f"{part['num_sequences']:,}", f"{part['share']:.1%}")
@@ -75,8 +75,10 @@ def _lengths(found: dict[str, Any]) -> RenderableType:
     said = (
         f"{lengths['num_sequences']:,} sequences{packed}, {lengths['num_tokens']:,} tokens, {trained:.1%} of them "
         f"trained; the longest has {lengths['longest']:,} of seq_len {lengths['seq_len']:,}; padding of an epoch's "
-        f"batches: {found['padding_frac']:.1%}; chat template: the {found['template']}"
+        f"batches: {found['padding_frac']:.1%}"
     )
+    if found["template"] is not None:
+        said += f"; chat template: the {found['template']}"
     return Group(table, Text(said))
 
 

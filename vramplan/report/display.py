@@ -38,7 +38,7 @@ def register() -> None:
 
 def to_text(renderable: RenderableType, width: int = _TEXT_WIDTH) -> str:
     """What a terminal of ``width`` columns would show, without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console = Console(file=io.StringIO(), width=width, markup=False, color_system=None, legacy_windows=False)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get().rstrip("\n")

@@ -69,9 +69,9 @@ def close_run(asked: RunSpec, node: Node) -> ClosedRun:
         LegalityError: a run that leaves nothing open is one that DeepSpeed refuses.
         SpecError: what is asked cannot be; the text names the field.
     """
-    asked = asked.model_copy(update={"model_config_fields": dict(resolve_config(asked))})
+    given, asked = asked, asked.model_copy(update={"model_config_fields": dict(resolve_config(asked))})
     try:
-        architecture = resolve_architecture(asked)
+        architecture = resolve_architecture(given)
         check_sequence_length(asked, architecture)
         asked = with_usual_attention(asked, architecture)
         if _is_closed(asked):

@@ -24,7 +24,8 @@ class SourceSpec(UserModel):
     name: str | None = None
     """What it is called in reports. None: its path."""
     weight: float | None = Field(default=None, gt=0)
-    """Its share of every batch, relative to the other sources' weights. None for all: by number of sequences."""
+    """Its share of the sequences that a run draws, relative to the other sources' weights. None for all: by number of
+    sequences."""
     form: Form | None = None
     """``messages`` (role, content), ``sharegpt`` (``conversations`` of from, value), ``alpaca`` (instruction, input,
     output), ``completion`` (prompt, completion) or ``text``. None: recognised by each row's keys."""
@@ -137,7 +138,7 @@ class DataSpec(UserModel):
     into full sequences; other rows are padded to the longest of their global batch (in the first two steps to
     ``seq_len``, so that memory's peak is met at once)."""
     replay: ReplaySpec | None = None
-    """General data in a fixed share of every global batch."""
+    """General data mixed into the global batches in a fixed share."""
     eval: Source | None = None
     """The same for evaluation. None: ``eval_frac`` of the training data is held out."""
     eval_frac: float = Field(default=0.05, ge=0.0, lt=1.0)

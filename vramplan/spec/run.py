@@ -182,7 +182,8 @@ class RunSpec(UserModel):
     model: str
     """A catalogue name, a hub id, or a local directory with a ``config.json``."""
     model_config_fields: dict[str, Any] | None = None
-    """Fields of the model's ``config.json`` given in place; they decide over the name."""
+    """The model's ``config.json`` given in place. It replaces as a whole the one that the name stands for: every field
+    that is read of it must be here."""
     method: Method = FullMethod()
     """full, lora (or dora, lora with use_dora) or qlora."""
     engine: Engine = "deepspeed"

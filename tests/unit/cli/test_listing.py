@@ -57,3 +57,7 @@ def test_doctor_prints_versions_and_findings(capsys):
     report = json.loads(run(capsys, "doctor", "--json"))
     assert {"versions", "gpus", "host", "deepspeed_ops", "findings"} <= set(report)
     assert all(item["level"] in ("ok", "hurts", "blocks") for item in report["findings"])
+
+
+def test_the_help_of_select_says_what_is_chosen_without_a_target(capsys):
+    assert "all of them without --target" in " ".join(run(capsys, "data", "select", "--help").replace("│", " ").split())

@@ -11,6 +11,7 @@ from vramplan.data.dataset import load_data
 from vramplan.data.view import describe_data, padding_frac, pieces
 from vramplan.errors import DataError
 from vramplan.report.data_view import render_data
+from vramplan.report.display import to_text
 from vramplan.spec.load import run_from_mapping
 from vramplan.train import embedded
 
@@ -141,6 +142,25 @@ def test_the_forms_that_rows_were_recognised_by_are_shown(tmp_path):
     console.print(render_data(found))
     line = next(line for line in console.export_text().splitlines() if "mixed.jsonl" in line)
     assert "sharegpt, alpaca" in line
+
+
+def test_a_chat_template_is_named_only_where_one_is_used(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 2)
+    for path, used in ((f"{tmp_path}/pairs.jsonl", False), ("builtin:arithmetic", True)):
+        found = describe_data(run(data={"train": path, "eval_frac": 0}), tiny_tokenizer(), 0)
+        assert found["template"] == ("tokenizer's" if used else None)
+        assert ("chat template: the tokenizer's" in to_text(render_data(found), 500)) is used
+
+
+def test_shares_are_of_the_run_and_brackets_of_names_are_printed(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 9)
+    sources = [{"path": f"{tmp_path}/pairs.jsonl", "name": name, "weight": 1} for name in ("set[a]", "set[b]")]
+    found = describe_data(run(data={"train": sources, "eval_frac": 0}), tiny_tokenizer(), 0)
+    shown = to_text(render_data(found), 500)
+    assert "share of all drawn" in shown
+    assert "note: mixture: set[a] 9 sequences, 50.0% of all that are drawn, set[b] 9 sequences, 50.0%" in shown
+    assert shown.count("set[a]") == 2
+    assert "every batch" not in shown
 
 
 def test_an_eval_set_that_cannot_be_read_is_told(tokenizer, tmp_path):

@@ -25,6 +25,17 @@ def test_fields_in_place_decide_over_the_name():
     assert resolve_architecture(RunSpec(model="gpt2", model_config_fields=FIELDS)).family == "llama"
 
 
+def test_fields_in_place_that_lack_one_are_told_that_they_replace_the_file(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS))
+    with pytest.raises(
+        ConfigError, match=r"^model_config_fields replaces config\.json as a whole.*'hidden_size' is missing"
+    ):
+        resolve_architecture(RunSpec(model=str(tmp_path), model_config_fields={"model_type": "llama"}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"^config\.json of a 'llama' model: field 'hidden_size' is missing"):
+        resolve_architecture(RunSpec(model=str(tmp_path)))
+
+
 def test_a_directory_is_read_and_nothing_in_it_is_run(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(FIELDS))
     (tmp_path / "modeling_custom.py").write_text("raise SystemExit('this ran')")

@@ -55,3 +55,12 @@ def test_a_key_that_is_none_is_answered_with_the_nearest(capsys):
     shown = capsys.readouterr().out
     assert "retain.kl.weight" in shown
     assert "number above 0" in shown
+
+
+def test_brackets_of_a_help_text_are_printed(capsys):
+    """They are no markup: ``vramplan[eval]`` names what to install."""
+    with pytest.raises(SystemExit):
+        main(["fields"])
+    shown = capsys.readouterr().out
+    assert "needs vramplan[eval]." in shown
+    assert [each.key for each in list_fields() if each.text not in shown or each.default not in shown] == []
