@@ -216,3 +216,11 @@ def test_moments_between_steps_of_very_small_models():
             assert predicted["model_load"].end_bytes == pytest.approx(end, rel=0.02), record.id
             compared += 1
     assert compared == 4 * 4 - 2
+
+
+@pytest.mark.parametrize("path", [QUANTIZED, QUANTIZED_ZERO3], ids=["zero012", "zero3"])
+def test_loading_packs_weight_by_weight(path):
+    for record in read_records(path):
+        loading, measured = estimate_record(record).phases[0], record.measured.phases[0]
+        assert loading.phase == measured.phase == "model_load"
+        assert loading.peak_bytes == pytest.approx(measured.allocated_peak_bytes, rel=1e-3), record.id
