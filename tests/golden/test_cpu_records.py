@@ -95,7 +95,7 @@ def test_phases(path, stage):
 @pytest.mark.parametrize(("path", "count"), [(QUANTIZED, 5 * 8), (QUANTIZED_ZERO3, 7 * 8 + 14)])
 def test_quantized_weights(path, count):
     """Within 1% at the peak and 2% in a phase. All but one phase of all are within 1%: the first backward of QLoRA
-    under ZeRO-3 and autocast (QZ2-7) took 786,432 bytes more than simulation and estimate say, which no later step does."""
+    under ZeRO-3 and autocast (QZ2-7) took 786,432 bytes more than was simulated and estimated; no later step did."""
     compared, beyond = 0, []
     for record, found in covered(path):
         peak = record.measured.train_allocated_peak_bytes
