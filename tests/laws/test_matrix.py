@@ -41,6 +41,7 @@ QUICK = (
     "gpt_oss.53x2/lora/1/none/eager/bf16/none/cpu/1/2/1/sgd/none/default/let go",
     "mixtral.17x2/full/2/full/sdpa/bf16-autocast/none/cuda/4/1/2/adamw_torch/none/small/kept",
     "deepseek_v2.49x2/expanded/2/none/flash_attention_2/bf16-autocast/padded/cuda/1/1/1/adamw/optimizer/small/kept",
+    "gpt2.0x2/lora/0/full/eager/bf16-autocast/packed/cuda/1/1/1/adamw_torch/none/small/let go",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 

@@ -184,10 +184,11 @@ def _eager(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Mixer) -> 
         weights = ctx.returned = ops.to(weights, values.dtype, CORE)
         return ops.clone(weighed(ctx, weights, values, wide), CORE)
     low = q.dtype
-    scores = weights  # one expression: the name keeps them until softmax is cast
-    weights = ops.softmax(scores, _softmax_dtype(ctx, scores, block), ctx.device, CORE)
+    named, weights = [weights], ops.softmax(weights, _softmax_dtype(ctx, weights, block), ctx.device, CORE)
+    if not block.softmax_fp32:
+        named.clear()  # softmax and cast are two statements (GPT-2); as one they leave the scores their name
     weights = ops.to(weights, low, CORE) if block.casts_softmax else weights
-    del scores
+    named.clear()
     weights = ops.dropout(weights, block.dropout, ctx.device, CORE)
     ctx.returned = weights
     cast = ctx.low(values, CORE)  # the name keeps what was cast, as keys', until the function returns
