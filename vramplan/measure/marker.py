@@ -43,6 +43,12 @@ def is_out_of_memory(kind: str, message: str) -> bool:
     return kind in _KINDS or any(text in message for text in _TEXTS) or _PRIMITIVE.search(message) is not None
 
 
+def is_of_kernel(message: str) -> bool:
+    """Whether oneDNN had no memory for a kernel. It then fails in the same process with memory to spare too (seen with
+    an eighth of the micro-batch and 600 MiB free), so that only a fresh one helps."""
+    return _PRIMITIVE.search(message) is not None
+
+
 def is_of_host(kind: str, message: str, traceback: str = "") -> bool:
     """Whether an out-of-memory is of the host's memory: of its allocators, or of pages that were to be pinned, which
     the last line of code in the traceback tells."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vramplan.emit.deepspeed import managed_accumulation
-from vramplan.measure.marker import is_out_of_memory
+from vramplan.measure.marker import is_of_kernel, is_out_of_memory
 from vramplan.train.engine import TrainEngine
 
 _FIRST_STEPS = 2
@@ -41,7 +41,9 @@ class InPlace:
 
     def may_retry(self, error: BaseException, micro_batch_size: int) -> bool:
         """Whether ``error`` is one that half the micro-batch may mend here."""
-        return self.is_safe and micro_batch_size > 1 and is_out_of_memory(type(error).__name__, str(error))
+        kind, message = type(error).__name__, str(error)
+        passes = is_out_of_memory(kind, message) and not is_of_kernel(message)
+        return self.is_safe and micro_batch_size > 1 and passes
 
     def clean_up(self) -> int:
         """Drops what the failed pass left; bytes that are alive though they were not before the step.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vramplan.measure.marker import is_out_of_memory
-from vramplan.train.in_place import live_bytes, without_frames
+from vramplan.train.in_place import InPlace, live_bytes, without_frames
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,12 @@ def test_tensors_without_memory_are_alive_and_count_nothing():
     assert live_bytes(torch.device("cpu")) == before
     kept.append(torch.empty(1 << 10))
     assert live_bytes(torch.device("cpu")) == before + 4096
+
+
+def test_what_fails_again_whatever_the_size_is_not_tried_again():
+    retry = object.__new__(InPlace)
+    retry.is_safe = True
+    assert retry.may_retry(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4)
+    assert not retry.may_retry(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1)
+    assert not retry.may_retry(RuntimeError("could not create a primitive"), 4)
+    assert not retry.may_retry(RuntimeError("a fault of the program"), 4)
