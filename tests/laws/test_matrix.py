@@ -42,6 +42,7 @@ QUICK = (
     "mixtral.17x2/full/2/full/sdpa/bf16-autocast/none/cuda/4/1/2/adamw_torch/none/small/kept",
     "deepseek_v2.49x2/expanded/2/none/flash_attention_2/bf16-autocast/padded/cuda/1/1/1/adamw/optimizer/small/kept",
     "gpt2.0x2/lora/0/full/eager/bf16-autocast/packed/cuda/1/1/1/adamw_torch/none/small/let go",
+    "qwen3_moe.24x2/qlora/3/none/flash_attention_2/bf16-autocast/padded/cuda/4/2/1/adamw/both/small/let go",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 

@@ -86,10 +86,17 @@ def hang(ctx: BlockContext, weight: Parameter, factors: tuple[Parameter, Paramet
 
     Their gradients pass these views, nodes made before the fold and whatever uses it, so they come when all that is
     done."""
-    low = tuple(ops.to(ops.view(factor), weight.dtype, LABEL) for factor in factors)
+    low = tuple(ops.to(_view(ctx, factor), weight.dtype, LABEL) for factor in factors)
     tried = ctx.tape.new(weight.numel, weight.dtype, ops.TEMPORARY)
     del tried
     return low[0], low[1]
+
+
+def _view(ctx: BlockContext, factor: Parameter) -> Tensor:
+    """A factor an expert at a time: of a gathered one a view of the whole, which outlives its release if it is saved."""
+    view = ops.view(factor)
+    whole = ctx.hooks.whole(factor.name) if ctx.hooks is not None else None
+    return view if whole is None else Tensor(whole.storage, view.numel, view.dtype, view.node, view.slot)
 
 
 def fold(ctx: BlockContext, weight: Parameter, factors: Factors) -> Tensor:

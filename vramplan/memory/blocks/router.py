@@ -19,6 +19,7 @@ from vramplan.memory.blocks.grouped_router import (
     softmax_of_groups,
 )
 from vramplan.memory.blocks.linear import product
+from vramplan.memory.cast_linear import linear_cast_zero3
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.tape import Tensor
 
@@ -69,6 +70,8 @@ def _with_adapter(
     folded = fold(ctx, weight, hang(ctx, weight, factors))
     if block.scores_in_fp32:
         x, folded = ops.to(x, Dtype.FP32, ROUTER), ops.to(folded, Dtype.FP32, ROUTER)
+    if ctx.own_linears and ctx.autocast is not None:
+        return linear_cast_zero3(x, folded, bias, tokens(block.num_experts), ctx.autocast, ROUTER)
     low, folded = ctx.all_low(ROUTER, x, folded)
     return ops.linear(low, folded, bias, tokens(block.num_experts), ROUTER, ctx.own_linears, flat=ctx.flat)
 
