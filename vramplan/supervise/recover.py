@@ -145,11 +145,12 @@ def _until_finished(
                 patience=terms.patience,
             )
         except TrainingFailed as error:
-            plan = _as_it_ran(plan, run_dir, architecture, progress)
             attempt = _attempt(plan, progress, architecture, error)
             decided: Decision | TrainingFailed
             if not user_resumes and _may_begin_anew(run_dir, error):
                 decided = Anew(plan)
+            elif (halved := _as_it_ran(plan, architecture, progress, error)) is not None:
+                decided = halved
             else:
                 decided = _decide(plan, run_dir, architecture, [*tried, attempt], error, terms)
             if isinstance(decided, Lowered | Offer):
@@ -168,19 +169,16 @@ def _until_finished(
             return plan
 
 
-def _as_it_ran(plan: Plan, run_dir: RunDir, architecture: Architecture, progress: Progress) -> Plan:
-    """The plan, with the micro-batches that were left after those taken anew in the same process: what ran out of
-    memory once is not begun with again."""
-    if progress.halved is None:
-        return plan
-    try:
+def _as_it_ran(plan: Plan, architecture: Architecture, progress: Progress, error: TrainingFailed) -> Lowered | None:
+    """Where steps were taken anew in the same process, and it ended all the same: the plan with the micro-batches that
+    were left. What ran out of memory is not begun with again, and a fresh process holds nothing of what failed."""
+    verdict = error.verdict
+    if progress.halved is None or verdict is None or not (verdict.is_memory or verdict.may_pass):
+        return None
+    with suppress(VramplanError):
         run = with_micro_batches(plan.run, progress.halved["micro_batch_size"])
-        ran = Below(plan, architecture, keep_stage=True).with_run(run).plan
-    except VramplanError:
-        return plan
-    put_record_aside(run_dir, ran)
-    ran.save(run_dir.plan)
-    return ran
+        return Below(plan, architecture, keep_stage=True).with_run(run)
+    return None
 
 
 def _start_from_what_was_learnt(plan: Plan, run_dir: RunDir, architecture: Architecture, listener: Listener) -> Plan:

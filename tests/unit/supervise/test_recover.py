@@ -134,21 +134,23 @@ def test_a_second_time_and_where_a_user_resumes_damage_ends_the_run(acted, tmp_p
     assert said[-1]["error"].exit_code == 2
 
 
-def test_after_a_step_taken_anew_smaller_micro_batches_are_what_the_next_attempt_has(acted, plan, tmp_path):
+@pytest.mark.parametrize("error", [KILLED, OUT_OF_MEMORY])
+def test_after_a_step_taken_anew_smaller_micro_batches_are_what_the_next_attempt_has(acted, plan, tmp_path, error):
     def halves_and_dies(of: Plan, run_dir: RunDir, listen: Callable[[dict[str, Any]], None]) -> None:
         of.save(run_dir.plan)
         run_dir.record.write_text("{}")
         listen({"event": "halved", "step": 1, "micro_batch_size": 2, "reason": "r"})
-        raise KILLED
+        raise error
 
     ran = []
     said, ledger = acted(halves_and_dies, lambda of, *_: ran.append(of))
     assert (ran[0].run.micro_batch_size, ran[0].run.grad_accum_steps) == (2, 4)
     assert Plan.load(tmp_path / "run" / "plan.yaml").run == ran[0].run
-    assert ledger[0].plan == ledger[1].plan == plan_id(ran[0].run) != plan_id(plan.run)
+    assert [each.plan for each in ledger] == [plan_id(plan.run), plan_id(ran[0].run)]
     assert (tmp_path / "run" / f"record-{plan_id(plan.run)}.jsonl").exists()
     assert not (tmp_path / "run" / "record.jsonl").exists()
-    assert [event["changes"] for event in said if event["event"] == "recovery"] == [{}]
+    (recovery,) = (event for event in said if event["event"] == "recovery")
+    assert recovery["changes"] == ledger[0].changes == {"micro_batch_size": 2, "grad_accum_steps": 4}
 
 
 def test_a_record_stays_with_its_own_plan(plan, tmp_path):

@@ -93,7 +93,7 @@ def hang(ctx: BlockContext, weight: Parameter, factors: tuple[Parameter, Paramet
 
 
 def _view(ctx: BlockContext, factor: Parameter) -> Tensor:
-    """A factor an expert at a time: of a gathered one a view of the whole, which outlives its release if it is saved."""
+    """A factor an expert at a time: of a gathered one a view of the whole, which outlives its release where saved."""
     view = ops.view(factor)
     whole = ctx.hooks.whole(factor.name) if ctx.hooks is not None else None
     return view if whole is None else Tensor(whole.storage, view.numel, view.dtype, view.node, view.slot)
