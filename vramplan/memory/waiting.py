@@ -57,14 +57,22 @@ def stretches(
     history: History, waits: Sequence[Wait], profile: Profile
 ) -> Iterator[tuple[int, int, dict[str, int], int]]:
     """Stretches of backward in which large gradients wait: (from instant, until instant, what reductions have left,
-    bytes waiting), each once."""
+    bytes waiting), each once.
+
+    A layer that is not run shares the instants of one that comes earlier in backward, where more activations live: its
+    waits are seen at the layers that are run.
+    """
     instants = [*(each.at.index for each in profile.gradients), len(profile.backward)]
     changes, seen = [0] * len(instants), set[tuple[int, int, int, int]]()
     for wait in waits:
         changes[wait.start] += wait.num_bytes
         changes[wait.stop] -= wait.num_bytes
+    highest = 0
     for place, num_bytes in enumerate(accumulate(changes[:-1])):
         since, end = instants[place], instants[place + 1]
+        if since < highest:
+            continue
+        highest = since
         if num_bytes and since < end:
             left = left_at(history, place)
             if (kind := (since, end, id(left), num_bytes)) not in seen:
