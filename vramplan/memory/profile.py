@@ -89,8 +89,9 @@ class Runner:
         """Whether views of gathered weights live until the graph goes."""
         self.persistent_between: Tensor | None = None
         architecture = run.architecture
+        numbers: dict[Hashable, int] = {}  # what is looked up for every layer is not hashed each time
         self.keys: list[Hashable] = [
-            (layer_kind(run.architecture, run.method, index), run.recomputes(index))
+            numbers.setdefault((layer_kind(architecture, run.method, index), run.recomputes(index)), len(numbers))
             for index in range(architecture.num_layers)
         ]
         packed_width = run.dtype.nbytes if self.views_in_graph else 0
@@ -314,8 +315,7 @@ class Runner:
                 return forward(x)
             if not self.run.reentrant:
                 return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
-            kept = self._kept_by_nodes()
-            kept += tables.tensors()
+            kept = [*self._kept_by_nodes(), *tables.tensors()]
             on_host = self.run.host_checkpoints
             return checkpoint_reentrant(self.tape, forward, x, kept, other_result, on_host=on_host)
 

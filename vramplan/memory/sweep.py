@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vramplan.errors import SpecError
+from vramplan.memory.garbage import uncollected
 from vramplan.memory.job import Job
 from vramplan.memory.partition import ranks_that_differ
 from vramplan.memory.rows import chunk_rows, fused_loss_rows, kl_chunk_tokens, tile_rows
@@ -66,11 +67,12 @@ def allocated_peaks(job: Job, candidates: Candidates) -> Ints:
     order = np.argsort(which.astype(np.min_scalar_type(len(first))), kind="stable")
     bounds = np.searchsorted(which[order], np.arange(len(first) + 1))
     peaks = np.empty(len(candidates), dtype=np.int64)
-    for kind, row in enumerate(first):
-        members = order[bounds[kind] : bounds[kind + 1]]
-        sizes = _peak_sizes(_job_of(job, candidates, chunks, int(row)))
-        basis = basis_at(candidates.micro_batch_size[members], candidates.seq_len[members])  # type: ignore[arg-type]
-        peaks[members] = _highest(sizes, basis)
+    with uncollected():
+        for kind, row in enumerate(first):
+            members = order[bounds[kind] : bounds[kind + 1]]
+            sizes = _peak_sizes(_job_of(job, candidates, chunks, int(row)))
+            columns = [candidates.micro_batch_size[members], candidates.seq_len[members]]
+            peaks[members] = _highest(sizes, basis_at(*columns))  # type: ignore[arg-type]
     return peaks
 
 
