@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -23,6 +22,7 @@ Listener = Callable[[dict[str, Any]], None]
 """Is given each event of ``metrics.jsonl``."""
 _BYTES_TO_START = 1 << 19
 """Of each rank: 64 KiB in reserve (``train/disk.py``), its status, its and the launcher's output."""
+_FILES_TO_START = 8
 
 Source = Annotated[
     Path,
@@ -287,19 +287,19 @@ def _prepare(run_dir: RunDir, plan: Plan, resume: bool) -> None:
 
 def _try_room(path: Path, num_ranks: int) -> None:
     """Takes as much as so many ranks write when they start, and gives it back: what the disk says is free may be more
-    than a quota gives.
+    than a quota gives. In several files, as ranks write: a limit on one file's size (ulimit -f) is no want of room.
 
     Raises:
         OSError: it does not fit.
     """
+    files = [path.with_name(f"{path.name}.{number}") for number in range(_FILES_TO_START)]
     try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_ranks * _BYTES_TO_START)
-    except OSError as error:
-        if error.errno != errno.EFBIG:  # a limit on one file's size (ulimit -f) says nothing of the room
-            raise
+        for each in files:
+            with each.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, num_ranks * _BYTES_TO_START // _FILES_TO_START)
     finally:
-        path.unlink(missing_ok=True)
+        for each in files:
+            each.unlink(missing_ok=True)
 
 
 def _show_measured(plan: Plan, run_dir: RunDir) -> None:

@@ -315,8 +315,8 @@ class Runner:
                 return forward(x)
             if not self.run.reentrant:
                 return self.tape.checkpoint(forward, x, on_host=self.run.host_checkpoints)
-            kept = [*self._kept_by_nodes(), *tables.tensors()]
-            on_host = self.run.host_checkpoints
+            kept, on_host = self._kept_by_nodes(), self.run.host_checkpoints
+            kept += tables.tensors()
             return checkpoint_reentrant(self.tape, forward, x, kept, other_result, on_host=on_host)
 
     def _kept_by_nodes(self) -> list[Tensor]:

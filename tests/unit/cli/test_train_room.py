@@ -18,7 +18,7 @@ TWO_RANKS = SimpleNamespace(save=lambda path: path.touch(), node=SimpleNamespace
 def little_room():
     """Real: the kernel takes no more bytes into a file."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, most))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
