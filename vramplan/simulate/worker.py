@@ -80,7 +80,7 @@ def simulate_here(request: dict[str, Any]) -> SimulationResult:
 
 
 def prepare() -> None:
-    """Does once what every simulation would do again in its own process: half a second of each.
+    """Does once what every simulation would do again in its own process.
 
     The modules' objects are none of a simulation's garbage. Without them Python would look through all that is left far
     more often than a trainer's process does (it waits until a quarter has been added), so it does so only when told.

@@ -85,7 +85,7 @@ def test_a_config_without_a_model_type_says_so():
     "config", [{"model_type": "new", "auto_map": {"AutoModel": "code.Model"}}, {"model_type": "baichuan"}]
 )
 def test_a_model_with_its_own_code_says_that_it_is_not_run(config):
-    with pytest.raises(ConfigError, match="by code in the model's own directory, which is never run"):
+    with pytest.raises(ConfigError, match="never run to read facts: `vramplan simulate"):
         architecture_from_config(config)
 
 

@@ -98,6 +98,7 @@ def _unknown_family(model_type: str, config: Mapping[str, object]) -> ConfigErro
     if "auto_map" in config or model_type in REMOTE_CODE_FAMILIES:
         return ConfigError(
             f"model type {model_type!r} is defined by code in the model's own directory, which is never run to read "
-            "facts: describe it as a model of a known family with model_config_fields"
+            "facts: `vramplan simulate --trust-remote-code` runs it and counts its bytes, or describe it as a model of "
+            "a known family with model_config_fields"
         )
     return UnknownNameError("model family", model_type, FAMILIES, hint="(see vramplan/facts/families/)")
