@@ -13,6 +13,7 @@ from vramplan.memory.estimate import estimate
 from vramplan.memory.from_run import job_from_run
 from vramplan.memory.sweep import Candidates, allocated_peaks
 from vramplan.spec.layout import Layout
+from vramplan.spec.retain import RetainSpec
 from vramplan.spec.run import RunSpec
 
 CONFIGS = {family: {"model_type": family, **fields} for family, fields in SMALL}
@@ -63,3 +64,16 @@ def test_columns_of_different_lengths_are_one_sentence():
     one, two = np.ones(1, dtype=np.int64), np.ones(2, dtype=np.int64)
     with pytest.raises(SpecError, match="one length"):
         Candidates(one, one, one, one, one, two)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_any_number_of_ranks_runs_the_model_alike(stage):
+    """A sweep walks it once for all of them; springs are shared by the ranks, so there each number has its own."""
+    config = CONFIGS["llama"]
+
+    def model_run(dp, **retain):
+        run = run_of(config, (stage, dp, 0, 2, 1, 64), False).model_copy(update={"retain": RetainSpec(**retain)})
+        return job_from_run(run, NODE, architecture_from_config(config)).model_run
+
+    assert model_run(8) == model_run(64)
+    assert model_run(8, l2sp={}) != model_run(64, l2sp={})

@@ -190,7 +190,7 @@ class Engine(ABC):
             stretch.see("built", {labels.HOST_BUILT: (experts if mapped else base) + max(joining, adapters)})
             stretch.close()
             return
-        packed = [param for param in self.job.parameters if self.job.is_quantized(param)]
+        packed = [param for param in self.job.parameters if self.job.is_quantized(param)] if self.job.quantized else []
         whole = base + sum(param.numel * self.width - nf4_bytes(param.numel) for param in packed)
         built_whole = self.job.device == "cpu" and self.job.keep_outputs  # before the first weight is packed
         if packed:

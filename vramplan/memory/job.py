@@ -123,7 +123,7 @@ class Job:
             given_positions=self.given_positions,
             kl_chunk_tokens=self.kl_chunk_tokens,
             springs=self.springs,
-            spring_ranks=self.degree,
+            spring_ranks=self.degree if self.springs else 1,  # else runs on any number of ranks are the same
             springs_on_host=self.keeps_on_host,
             adapted_parameters=self.adapted_parameters,
             own_linears=self.zero.memory_efficient_linear,

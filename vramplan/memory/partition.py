@@ -7,9 +7,10 @@ group, but for ``retain.layer_lr_decay``, which makes one for each rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 from vramplan.facts.architecture import Architecture
@@ -54,10 +55,11 @@ class Flat:
         (start, end), share = self.offsets[name], self.shares[name]
         return range(start // share, -(-end // share))
 
-    def owned(self, rank: int) -> dict[str, int]:
+    @lru_cache(maxsize=1024)  # noqa: B019 - a buffer is compared by identity, and kept by ``_flat_of`` anyway
+    def owned(self, rank: int) -> Mapping[str, int]:
         """The parameters that lie in the rank's partitions at least in part, with the elements that do."""
         cut = {name: self.owned_by(name, rank) for name in self.offsets}
-        return {name: numel for name, numel in cut.items() if numel > 0}
+        return MappingProxyType({name: numel for name, numel in cut.items() if numel > 0})
 
     def owned_by(self, name: str, rank: int) -> int:
         """Elements of the parameter that lie in the rank's partition."""

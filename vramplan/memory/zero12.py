@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from functools import cached_property
 from itertools import accumulate
 
 from vramplan.facts.dtype import Dtype
@@ -62,10 +63,9 @@ class Zero12(Engine):
         see_flattened(stretch, self.job, self.flat, self.frozen_bytes)
         if self.offloads:
             self.resident = merged(frozen, flat, self._offloaded())
-            stretch.close(self.resident)
-            return
-        self.resident = merged(frozen, flat, {labels.MASTER: self.share * self.master_bytes})
-        stretch.see("a gradient partition is tried", self.resident, {labels.INIT: self.share * self.master_bytes})
+        else:
+            self.resident = merged(frozen, flat, {labels.MASTER: self.share * self.master_bytes})
+            stretch.see("a gradient partition is tried", self.resident, {labels.INIT: self.share * self.master_bytes})
         stretch.close(self.resident)
 
     def files(self) -> Files:
@@ -113,23 +113,29 @@ class Zero12(Engine):
                 kept = {labels.GRADIENTS: self.width * point.grad_numel} if micro.first else {}
                 stretch.see(point.where, self.resident, extra, kept, at_point(point))
         rest = self.after_backward()
-        grads = {labels.GRADIENTS: self.width * self.trained_numel}
         self.resident = self.resident.without(labels.BUCKET, labels.GRADIENTS)
         if micro.boundary and self.job.managed:
             self._reduce_all(stretch, rest, bucket)
         else:
-            self.resident = merged(self.resident, grads, bucket)
+            self.resident = merged(self.resident, {labels.GRADIENTS: self.width * self.trained_numel}, bucket)
         self.outputs = rest
         stretch.close(self.resident, rest)
 
     def _reduce_all(self, stretch: Stretch, outputs: Bytes, bucket: Parts) -> None:
         """Stage 1's boundary: gradients move into the bucket in the order of the parameters, a bucket at a time."""
+        name, parts, waiting = self._boundary
+        stretch.see(name, self.resident, outputs, bucket, parts)
+        self.resident = merged(self.resident, self._partition())
+        self._finish(stretch, outputs, bucket, {labels.GRADIENTS: waiting})
+
+    @cached_property
+    def _boundary(self) -> tuple[str, dict[str, int], int]:
+        """Its highest instant, what is alive in that, and the bytes of gradients that are still there at its end."""
         arriving = [each for group in self.job.groups for each in group]
         most, whole = self.job.zero.reduce_bucket_size, self.trained_numel * self.width
         moved_before = list(accumulate((numel if numel <= most else 0 for _, numel in arriving), initial=0))
         instants: list[tuple[int, str, int, int, int]] = [(whole, "before reduction", whole, 0, 0)]
-        partition = sum(self._partition().values())
-        filled = gone = 0
+        partition, filled, gone = sum(self._partition().values()), 0, 0
         for flush in self._flushes(tuple(name for name, _ in arriving)):
             moves = self.contiguous and flush.numel <= most
             # whatever came before, into either bucket, has moved there
@@ -152,10 +158,7 @@ class Zero12(Engine):
         # they differ by plain bytes, so the highest is highest for every batch
         waiting, (_, name, left, filled, copy) = left * self.contiguous, max(instants, key=lambda each: each[0])
         scratch = labels.REDUCTION if copy >= 0 else labels.NORM
-        parts = {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, scratch: abs(copy)}
-        stretch.see(name, self.resident, outputs, bucket, parts)
-        self.resident = merged(self.resident, self._partition())
-        self._finish(stretch, outputs, bucket, {labels.GRADIENTS: waiting})
+        return name, {labels.GRADIENTS: left, labels.GRAD_PARTITION: filled, scratch: abs(copy)}, waiting
 
     def _backward_reducing(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 2, and the boundary of stage 1 where that overlaps: each gradient moves into the bucket; full buckets
@@ -188,15 +191,11 @@ class Zero12(Engine):
 
     def _accumulates(self, micro: Micro) -> bool:
         """Whether the micro-batch's gradients are added up in the host's memory (``copy_grads_in_partition``)."""
-        lone = self.job.managed and micro.boundary and micro.first
-        return self.offloads and self.job.stage == 2 and not lone
+        return self.offloads and self.job.stage == 2 and not (self.job.managed and micro.boundary and micro.first)
 
     def _reduction_instants(self, normed: bool, fresh: bool, left: int) -> list[Instant]:
-        """Instants from the first gradient on that can be highest, without what is resident.
-
-        ``normed``: norms are taken on the way; ``fresh``: the host's sums come to be on the way; ``left``: as
-        ``_left_width`` says.
-        """
+        """Instants from the first gradient on that can be highest, without what is resident. ``normed``: norms are
+        taken on the way; ``fresh``: the host's sums come to be on the way; ``left``: as ``_left_width`` says."""
         found = Stretch("", Phase.BACKWARD, False, host_apart=self.job.device != "cpu")
         _, late = backward_candidates(self.model_run, -left)
         filled_from = self._see_flushes(found, normed, fresh, left)
