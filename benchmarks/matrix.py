@@ -3,8 +3,9 @@
 python benchmarks/matrix.py -o runs/matrix.jsonl                  # a pairwise cover of all factors: some hundred runs,
                                                                   # or what the file still lacks of one
 python benchmarks/matrix.py -o runs/matrix.jsonl --quick          # the same with the models taking turns: about 50
-python benchmarks/matrix.py -o runs/matrix.jsonl --full           # every family x method x stage x checkpointing x
-                                                                  # attention, the other factors drawn
+python benchmarks/matrix.py -o runs/matrix.jsonl --full           # what the file still lacks of every family x method x
+                                                                  # stage x checkpointing x attention x precision, the
+                                                                  # other factors drawn
 python benchmarks/matrix.py -o runs/matrix.jsonl --table benchmarks/matrix.md
 
 Two simulations at a time. The output file keeps what was simulated, which is not run again; ``--table`` compares it
@@ -19,7 +20,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -50,22 +51,27 @@ from support.matrix import (
     why_not,
 )
 
-CROSSED = ("method", "stage", "checkpointing", "attention")
+CROSSED = ("method", "stage", "checkpointing", "attention", "precision")
 
 
-def full_matrix(seed: int = 0, tries: int = 60) -> list[Case]:
-    """The first model of every family, two layers deep, with every combination of ``CROSSED`` that can be run.
+def full_matrix(ran: Iterable[Case] = (), seed: int = 0, tries: int = 60) -> list[Case]:
+    """The first model of every family, two layers deep, with every combination of ``CROSSED`` that can be run and that
+    no case of ``ran`` has in that family.
 
     The other factors are drawn, again and again until the case is legal and covered; a combination for which that
-    never happens is left out (flash attention in a family without it, say). One micro-batch a step is drawn three
+    never happens is left out (flash attention in a family without it, say). One micro-batch a step is drawn seven
     times as often as two: it takes half the time.
     """
     draw = random.Random(seed)
     firsts = {model.partition(".")[0]: model for model in reversed(covered_models())}
     others = {name: values for name, values in FACTORS.items() if name not in (*CROSSED, "model")}
-    others["accum"] = [1, 1, 1, 2]
+    others["accum"] = [1] * 7 + [2]
+    done = {(case.family, *(case[name] for name in CROSSED)) for case in ran}
     cases = []
-    for model, *crossed in itertools.product(firsts.values(), *(FACTORS[name] for name in CROSSED)):
+    for family, *crossed in itertools.product(firsts, *(FACTORS[name] for name in CROSSED)):
+        if (family, *crossed) in done:
+            continue
+        model = firsts[family]
         fixed = {"model": f"{model}{SHALLOW}", **dict(zip(CROSSED, crossed, strict=True))}
         drawn = (Case.of({name: draw.choice(values) for name, values in others.items()} | fixed) for _ in range(tries))
         cases += itertools.islice((case for case in drawn if not why_not(case)), 1)
@@ -217,13 +223,13 @@ def main() -> None:
     if options.table is not None:
         options.table.write_text(table(rows_of(options.output)), encoding="utf-8")
         return
+    ran = [Case.parse(row["case"]) for row in rows_of(options.output).values() if row["error"] is None]
     if options.full:
-        cases = full_matrix()
+        cases = full_matrix(ran)
     elif options.quick:
         cases = cover_in_turns()
     else:
-        ran = [row["case"] for row in rows_of(options.output).values() if row["error"] is None]
-        cases = pairwise({**FACTORS, "model": covered_models()}, taken=map(Case.parse, ran))
+        cases = pairwise({**FACTORS, "model": covered_models()}, taken=ran)
     run(cases[: options.limit], options.output, options.parallel)
 
 
