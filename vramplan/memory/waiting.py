@@ -1,8 +1,9 @@
-"""Gradients that are larger than the reduction bucket and wait beside it (deepspeed 0.19.8, stage_1_and_2.py).
+"""Gradients that are larger than the reduction bucket and wait beside it (deepspeed 0.19.8, runtime/zero).
 
-One bypasses the bucket and stays ``param.grad`` until the bucket's next gradient arrives
-(``extra_large_param_to_reduce``). Gradients of another communication format have a bucket of their own, so that several
-can wait at a time, and reductions of one bucket go on while another's waits.
+One bypasses the bucket and stays ``param.grad`` until the bucket's next gradient arrives (stage_1_and_2.py,
+``extra_large_param_to_reduce``; stage3.py, ``__add_grad_to_ipg_bucket``). Gradients of another communication format
+have a bucket of their own, so that several can wait at a time, and reductions of one bucket go on while another's
+waits.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes, sub_g
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
+from vramplan.memory.waiting import Wait, stretches, waiting_meanwhile
 from vramplan.spec.layout import shard
 from vramplan.spec.trainable import LoraMethod
 
@@ -226,7 +227,11 @@ class Zero3(Engine):
         bucket = Bucket(self.job.zero.reduce_bucket_size, self.job.degree)
         order = tuple((each.name, each.numel) for each in found.gradients)
         start = reduced = 0
-        for flush in bucket_flushes(order, bucket, self.lowered):
+        flushes = bucket_flushes(order, bucket, self.lowered)
+        waits = [self._wait_of(flush, len(order)) for flush in flushes]
+        if self.job.zero.contiguous_gradients:
+            self._see_waiting(stretch, found, waits)
+        for number, (flush, wait) in enumerate(zip(flushes, waits, strict=True)):
             held = None
             if not self.job.zero.contiguous_gradients:
                 arrived = len(order) if flush.before is None else flush.before
@@ -234,23 +239,22 @@ class Zero3(Engine):
                 self._see_held(stretch, found.backward[start:until], reduced)
                 held = sum(numel for _, numel in order[:arrived]) - reduced
                 start, reduced = until, reduced + flush.numel
-            elif flush.oversized:
-                self._see_waiting(stretch, found, flush)
-            self._see_reduction(stretch, found, flush, micro.boundary and self.job.managed, held)
+            others = waiting_meanwhile(waits[number + 1 :], wait.stop)
+            self._see_reduction(stretch, found, flush, micro.boundary and self.job.managed, held, others)
         self.outputs = at_point(found.backward_end)
         stretch.close(self.resident, self.outputs)
 
-    def _see_waiting(self, stretch: Stretch, found: Profile, flush: BucketFlush) -> None:
-        """Instants at which a gradient that is larger than the bucket waits for the next that goes into it."""
-        gradients = found.gradients
-        since = gradients[flush.last].at.index
-        if since < max(each.at.index for each in gradients[: flush.last + 1]):
-            return  # of a layer that is not run: one of its kind stands for it
-        until = len(found.backward) if flush.before is None else gradients[flush.before].at.index
-        between = [point for point in found.backward if since <= point.index < until]
-        waiting = {labels.GRADIENTS: flush.oversized * self.trained_width}
-        for _, point in undominated([(each.total, each) for each in between]):
-            stretch.see(point.where, self.resident, waiting, at_point(point))
+    def _wait_of(self, flush: BucketFlush, num_gradients: int) -> Wait:
+        stop = num_gradients if flush.before is None else flush.before
+        return Wait(flush.last, stop, flush.oversized * self.trained_width)
+
+    def _see_waiting(self, stretch: Stretch, found: Profile, waits: list[Wait]) -> None:
+        """Instants at which gradients that are larger than the bucket wait, each for the next that goes into its
+        bucket."""
+        for since, end, _, num_bytes in stretches([(0, {})], waits, found):
+            between = [point for point in found.backward if since <= point.index < end]
+            for _, point in undominated([(each.total, each) for each in between]):
+                stretch.see(point.where, self.resident, {labels.GRADIENTS: num_bytes}, at_point(point))
 
     def _see_held(self, stretch: Stretch, points: tuple[Point, ...], reduced: int) -> None:
         """Instants at which, without a bucket, all gradients but the first ``reduced`` elements are held."""
@@ -260,16 +264,17 @@ class Zero3(Engine):
             stretch.see(point.where, self.resident, held, at_point(point))
 
     def _see_reduction(
-        self, stretch: Stretch, found: Profile, flush: BucketFlush, normed: bool, held: int | None
+        self, stretch: Stretch, found: Profile, flush: BucketFlush, normed: bool, held: int | None, others: int
     ) -> None:
         """``__avg_scatter_grads``, then ``partition_grads``.
 
-        ``held``: elements of gradients that wait where there is no bucket; None where there is one.
+        ``held``: elements of gradients that wait where there is no bucket; None where there is one, and ``others`` are
+        the bytes of those that wait for the other format's.
         """
         width = self.trained_width
         alive = at_point(found.graph_done if flush.before is None else found.gradients[flush.before].at)
         outside = flush.oversized if held is None else flush.numel
-        waiting = {labels.GRADIENTS: width * (held if held is not None else outside)}
+        waiting = {labels.GRADIENTS: width * held if held is not None else width * outside + others}
         travels = self.job.autocast.nbytes if flush.lowered and self.job.autocast is not None else self.travels
         # what lies in the bucket has its format already; what does not is cast
         cast = outside * travels if travels != width else 0
