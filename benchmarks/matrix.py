@@ -51,6 +51,8 @@ from support.matrix import (
     why_not,
 )
 
+BATCH = 200
+"""Simulations of one server."""
 CROSSED = ("method", "stage", "checkpointing", "attention", "precision")
 
 
@@ -87,39 +89,41 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 def run(cases: list[Case], path: Path, parallel: int) -> None:
     done = rows_of(path)
-    todo = {case.key: prepared for case in cases if case.key not in done and (prepared := _covered(case))}
-    print(f"{len(cases)} cases, {len(todo)} to simulate")
+    todo = [case for case in cases if case.key not in done]
+    print(f"{len(cases)} cases, {len(todo)} to simulate", flush=True)
     with path.open("a", encoding="utf-8") as file:
-        for count, row in enumerate(simulated(list(todo.values()), parallel), 1):
+        for count, (prepared, row) in enumerate(simulated(todo, parallel), 1):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            said = row["error"] or "; ".join(str(each) for each in _beyond(todo[row["case"]], row)[:3])
+            said = row["error"] or "; ".join(str(each) for each in _beyond(prepared, row)[:3])
             if said:
                 print(f"{count}/{len(todo)} {row['case']}: {said}", flush=True)
-
-
-def _covered(case: Case) -> Prepared | None:
-    prepared = prepare(case)
-    return prepared if isinstance(prepared, Prepared) else None
 
 
 def _beyond(prepared: Prepared, row: dict[str, Any]) -> list[Difference]:
     return beyond_the_bar(prepared.estimate, [PhaseBytes(*phase) for phase in row["phases"]])
 
 
-def simulated(todo: list[Prepared], parallel: int) -> Iterator[dict[str, Any]]:
-    """A row a case; a process that dies takes those beside it along, which are begun again without it."""
-    waiting = {prepared.case.key: prepared for prepared in todo}
+def simulated(todo: list[Case], parallel: int) -> Iterator[tuple[Prepared, dict[str, Any]]]:
+    """A row for each case that is covered; a process that dies takes those beside it along, which are begun again
+    without it."""
+    waiting = {case.key: case for case in todo}
     while waiting:
-        batch = list(itertools.islice(waiting.values(), 50))
+        batch = {}
+        for case in list(waiting.values())[:BATCH]:
+            found = prepare(case)
+            if isinstance(found, Prepared):
+                batch[case.key] = found
+            else:
+                del waiting[case.key]
         try:
             with Simulator(parallel) as simulator:
-                for request, result in simulator.run(prepared.request() for prepared in batch):
-                    yield row_of(waiting.pop(request.key).case, result)
+                for request, result in simulator.run(prepared.request() for prepared in batch.values()):
+                    yield batch[request.key], row_of(waiting.pop(request.key), result)
         except SimulationError as error:
             key = next(iter(waiting))
             del waiting[key]
-            yield {"case": key, "error": f"died: {error}", "phases": []}
+            yield batch[key], {"case": key, "error": f"died: {error}", "phases": []}
 
 
 def row_of(case: Case, result: SimulationResult) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class DecoderLayer:
     parts: tuple[Attention | LatentAttention | GatedMLP | PlainMLP | MixtureOfExperts | Norm, ...]
     residual: str = "sequential"
     residual_dropout: float = 0.0
+    dropout_modules: tuple[str, str] = ("", "")
+    """The modules of that dropout on the attention's branch and on the MLP's; empty: the layer calls the function."""
     drops_attention: bool = True
     """Whether that dropout acts on the attention's branch too (StableLM: on the MLP's alone)."""
     residual_scaled: bool = False
@@ -136,6 +138,8 @@ class Architecture:
     """Whether the head's weight is the first embedding's (a head's bias is its own all the same)."""
     layer_prefix: str = "model.layers"
     embedding_dropout: float = 0.0
+    embedding_dropout_module: str = ""
+    """The module of that dropout, if it is one."""
     holds_embedding: bool = True
     """Whether the inner model holds the table's output until it returns, not what dropout made of it (as Phi)."""
     reads_embedding: bool = False

@@ -335,12 +335,14 @@ class GatedMLP:
 
 @dataclass(frozen=True, slots=True)
 class PlainMLP:
-    """``down(act(up(x)))``; ``projections`` = (up, down). ``dropout`` after ``down`` where the family has it."""
+    """``down(act(up(x)))``; ``projections`` = (up, down). ``dropout`` after ``down`` where the family has it, in the
+    module ``dropout_module``."""
 
     intermediate: int
     activation: str
     projections: tuple[Linear, Linear]
     dropout: float = 0.0
+    dropout_module: str = ""
 
     def tensors(self) -> Iterator[ParamTensor]:
         for linear in self.projections:

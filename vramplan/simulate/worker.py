@@ -8,10 +8,12 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 # What every simulation needs is imported before the first fork.
 import deepspeed
@@ -85,6 +87,8 @@ def prepare() -> None:
     The modules' objects are none of a simulation's garbage. Without them Python would look through all that is left far
     more often than a trainer's process does (it waits until a quarter has been added), so it does so only when told.
     """
+    # DeepSpeed's CPU optimizers ask for the processor's maker, to warn: a second of another Python process
+    sys.modules["cpuinfo"] = cast("ModuleType", SimpleNamespace(get_cpu_info=dict))
     with suppress(ImportError, AttributeError):  # PEFT asks for it: 600 patterns are compiled
         transformers.conversion_mapping.get_checkpoint_conversion_mapping("llama")
     gc.collect()

@@ -25,6 +25,7 @@ def build(fields: Fields) -> Architecture:
     layer = DecoderLayer(
         (_norm("ln_1", hidden), _attention(fields, hidden), _norm("ln_2", hidden), _mlp(fields, hidden)),
         residual_dropout=fields.fraction("resid_pdrop", default=0.1),
+        dropout_modules=("attn.resid_dropout", ""),
         names_attention="result",
     )
     return Architecture(
@@ -39,6 +40,7 @@ def build(fields: Fields) -> Architecture:
         tied_embeddings=fields.flag("tie_word_embeddings", default=True),
         layer_prefix="transformer.h",
         embedding_dropout=fields.fraction("embd_pdrop", default=0.1),
+        embedding_dropout_module="transformer.drop",
     )
 
 
@@ -73,4 +75,5 @@ def _mlp(fields: Fields, hidden: int) -> PlainMLP:
             Linear("mlp.c_proj", inner, hidden, bias=True, role=Role.MLP, conv1d=True),
         ),
         dropout=fields.fraction("resid_pdrop", default=0.1),
+        dropout_module="mlp.dropout",
     )

@@ -23,6 +23,7 @@ def build(fields: Fields) -> Architecture:
         (*norm_pair(hidden, "layer", bias=True), _attention(fields, hidden), mlp),
         residual="parallel" if fields.flag("use_parallel_residual", default=True) else "sequential",
         residual_dropout=dropout,
+        dropout_modules=("post_attention_dropout", "post_mlp_dropout"),
     )
     return Architecture(
         family=fields.family,
@@ -36,6 +37,7 @@ def build(fields: Fields) -> Architecture:
         tied_embeddings=fields.flag("tie_word_embeddings", default=False),
         layer_prefix="gpt_neox.layers",
         embedding_dropout=dropout,
+        embedding_dropout_module="gpt_neox.emb_dropout",
     )
 
 

@@ -19,6 +19,7 @@ def build(fields: Fields) -> Architecture:
         (_attention(fields, heads), mlp, Norm("input_layernorm", hidden, "layer", bias=True)),
         residual="parallel",
         residual_dropout=fields.fraction("resid_pdrop", default=0.0),
+        dropout_modules=("resid_dropout", "resid_dropout"),
     )
     frame = decoder(
         fields,
@@ -30,7 +31,8 @@ def build(fields: Fields) -> Architecture:
     )
     head = Linear("lm_head", hidden, frame.vocab_size, bias=True, role=Role.HEAD)
     dropout = fields.fraction("embd_pdrop", default=0.0)
-    return replace(frame, head=head, embedding_dropout=dropout, holds_embedding=False)
+    frame = replace(frame, embedding_dropout=dropout, embedding_dropout_module="model.embed_dropout")
+    return replace(frame, head=head, holds_embedding=False)
 
 
 def _attention(fields: Fields, heads: Heads) -> Attention:

@@ -18,6 +18,7 @@ def build(fields: Fields) -> Architecture:
     layer = DecoderLayer(
         (_attention(fields, heads), mlp, *norm_pair(hidden)),
         residual_dropout=fields.fraction("resid_pdrop", default=0.0),
+        dropout_modules=("resid_attn_dropout", "resid_mlp_dropout"),
     )
     layers = (layer,) * fields.required_size("num_hidden_layers")
     return decoder(fields, layers, hidden=hidden, default_positions=4096, default_tied=False)

@@ -27,6 +27,7 @@ def build(fields: Fields) -> Architecture:
         (_attention(fields, heads), standard_mlp(fields, hidden), *(norms[:1] if parallel else norms)),
         residual="in_turn" if parallel else "sequential",
         residual_dropout=fields.fraction("hidden_dropout", default=0.0),
+        dropout_modules=("", "dropout"),
         drops_attention=False,
         names_attention="input and result",
     )

@@ -22,7 +22,7 @@ def bloom_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Attent
     assert ctx.tables.mask is not None
     weights = ops.masked(scores, ctx.tables.mask, CORE)
     probabilities = ops.to(ops.softmax(weights, Dtype.FP32, ctx.device, CORE), source, CORE)
-    dropped = ops.dropout(probabilities, block.dropout, ctx.device, CORE)
+    dropped = ctx.dropout(probabilities, block.dropout, CORE, "self_attention.attention_dropout")
     ctx.returned = dropped
     out = ops.matmul(*ctx.both_low(CORE, dropped, v), tokens(block.q_width), CORE)
     ctx.frame += [q, k, v, scores, weights]

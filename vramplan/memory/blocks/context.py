@@ -249,6 +249,13 @@ class BlockContext:
         hooks.after_forward(module)
         return identity(out, lambda: hooks.before_backward(module))
 
+    def dropout(self, x: Tensor, probability: float, label: str, module: str) -> Tensor:
+        """``nn.Dropout`` where ``module`` names one, to which ZeRO-3 listens though it has no weights; else the
+        function."""
+        if not module:
+            return ops.dropout(x, probability, self.device, label)
+        return self.call(module, (), lambda x: ops.dropout(x, probability, self.device, label), x)
+
     def reads(self, *params: Parameter | None) -> None:
         """The module that runs reads parameters of others; each was among what ``call`` was told of."""
         if self.hooks is not None and not self.in_leaf:

@@ -29,6 +29,8 @@ def falcon_core(ctx: BlockContext, q: Tensor, k: Tensor, v: Tensor, block: Atten
     biased = ops.masked(scores, ctx.tables.mask, CORE)  # an argument, held until softmax returns
     weights = ops.softmax(ops.to(biased, ctx.dtype, CORE), ctx.dtype, ctx.device, CORE)
     del biased
+    if block.alibi:
+        weights = ctx.dropout(weights, block.dropout, CORE, "self_attention.attention_dropout")
     ctx.returned = weights
     weights, low_v = ctx.all_low(CORE, weights, v)
     out = ops.matmul(weights, _all(ctx, low_v, q), tokens(block.q_width), CORE)

@@ -61,7 +61,7 @@ def embed(
         x = normalise(ctx, x, architecture.embedding_norm)
     elif architecture.holds_embedding and not positions:
         ctx.model_frame.append(x)
-    x = ops.dropout(x, architecture.embedding_dropout, ctx.device, RESIDUAL)
+    x = ctx.dropout(x, architecture.embedding_dropout, RESIDUAL, architecture.embedding_dropout_module)
     if not architecture.holds_embedding:
         ctx.model_frame.append(x)
     return x

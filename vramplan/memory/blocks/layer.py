@@ -74,15 +74,16 @@ def _attention_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tens
     """Attention and what is done to it before it is added: dropout, a constant."""
     x = _attention(ctx, x, layer)
     if layer.drops_attention:
-        x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
+        x = ctx.dropout(x, layer.residual_dropout, RESIDUAL, layer.dropout_modules[0])
     return ops.scaled(x, RESIDUAL) if layer.residual_scaled else x
 
 
 def _mlp_branch(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """The MLP and what is done to it before it is added, if it has no dropout of its own."""
     x = _mlp(ctx, x, layer)
-    if not (isinstance(layer.feed_forward, PlainMLP) and layer.feed_forward.dropout):
-        x = ops.dropout(x, layer.residual_dropout, ctx.device, RESIDUAL)
+    block = layer.feed_forward
+    if not (isinstance(block, PlainMLP) and (block.dropout or block.dropout_module)):
+        x = ctx.dropout(x, layer.residual_dropout, RESIDUAL, layer.dropout_modules[1])
     return ops.scaled(x, RESIDUAL) if layer.residual_scaled else x
 
 

@@ -78,4 +78,4 @@ def plain(ctx: BlockContext, x: Tensor, block: PlainMLP) -> Tensor:
     x = project(ctx, x, block.projections[0], MLP)
     x = activate(ctx, x, block.activation)
     x = project(ctx, x, block.projections[1], MLP)
-    return ops.dropout(x, block.dropout, ctx.device, MLP)
+    return ctx.dropout(x, block.dropout, MLP, block.dropout_module)
