@@ -8,10 +8,10 @@ from __future__ import annotations
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
+from vramplan.memory.tape import TEMPORARY as TEMPORARY
 from vramplan.memory.tape import Node, Tape, Tensor
 from vramplan.memory.views import GRADIENTS, one_gradient
 
-TEMPORARY = "temporary of an operator"
 WEIGHT_GRADIENT = "gradient of the weight in hand"
 
 

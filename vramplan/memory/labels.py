@@ -248,6 +248,7 @@ LABELS: dict[str, Label] = {
     HOST_REFERENCE: Label(Category.PARAMETER, "as on the device, offloaded as the weights are", Basis.EXACT),
     SCRATCH: Label(Category.TEMPORARY, "working memory of kernels"),
     "logits": Label(Category.LOGITS, "tokens x vocabulary x width"),
+    "gradients of the logits": Label(Category.LOGITS, "tokens x vocabulary x width, up to two at a time in the loss"),
     "loss": Label(Category.LOGITS, "fp32 logits and log-softmax: tokens x vocabulary x 4 B each (ForCausalLMLoss)"),
     "scores of routers": Label(
         Category.ACTIVATION, "tokens x experts x width for each router, until the model's output goes"

@@ -34,7 +34,7 @@ from vramplan.memory.micro_batch import Gradient as Gradient
 from vramplan.memory.micro_batch import Profile as Profile
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.reentrant import checkpoint_reentrant, requiring_gradient
-from vramplan.memory.size import ZERO, Size, add
+from vramplan.memory.size import ZERO, Size, add, per_token
 from vramplan.memory.skipped import add_kept, difference, held_by_graph, hold_output_of_skipped, less
 from vramplan.memory.tape import RANDOM_STATE, Node, Point, Tape, Tensor
 from vramplan.spec.trainable import LoraMethod
@@ -49,6 +49,7 @@ class Runner:
     def __init__(self, run: ModelRun) -> None:
         self.run = run
         self.tape = Tape()
+        self.tape.logits_numel = per_token(run.architecture.vocab_size)
         if run.device == "cpu":
             self.tape.widens_operands = self.tape.kernel_buffers = True
             self.tape.random_state_bytes = CPU_RANDOM_STATE_BYTES
@@ -95,8 +96,7 @@ class Runner:
             for index in range(architecture.num_layers)
         ]
         packed_width = run.dtype.nbytes if self.views_in_graph else 0
-        limits = run.gathers
-        near = layers_near_ends(architecture, limits, packed_width) if limits is not None else (0, 0)
+        near = layers_near_ends(architecture, run.gathers, packed_width) if run.gathers is not None else (0, 0)
         self.shown = layers_shown(self.keys, *near)
 
     def _collect(self, param: Parameter, held: list[Tensor]) -> None:

@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from vramplan.facts.dtype import Dtype
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
 
 RANDOM_STATE = "random state"
-LEAF = "AccumulateGrad"
-"""The node of a leaf."""
+LEAF = "AccumulateGrad"  # the node of a leaf
+GRADIENTS = "activation gradients"
+TEMPORARY = "temporary of an operator"
+LOGITS_GRADIENTS = "gradients of the logits"
 
 
 class Storage:
@@ -205,6 +208,7 @@ class Tape:
         self.points: list[Point] = []
         self.where = ""
         self.grad_numel = 0
+        self.logits_numel = ZERO
         self.on_grad: Callable[[Parameter, list[Tensor]], None] = lambda param, held: None
         self.widens_operands = False
         """Whether an addition of two formats first copies the narrower operand (``TensorIterator.cpp``,
@@ -221,7 +225,7 @@ class Tape:
         """Gradients of parameters whose owner takes them together (``Parameter.waits``)."""
         self._rising: str | None = None
         """The stretch of the last allocation, if nothing was freed since."""
-        self._order = 0
+        self._orders = count(1)
         self._hooks: list[Packer | Recorder] = []
         self._grad_enabled = True
 
@@ -235,8 +239,8 @@ class Tape:
         width = dtype.nbytes
         size = (numel[0] * width, numel[1] * width, numel[2] * width, numel[3] * width, numel[4] * width)
         self.total = add(self.total, size)
-        by_label = self.by_label
-        by_label[label] = add(by_label[label], size) if label in by_label else size
+        label = LOGITS_GRADIENTS if numel == self.logits_numel and label in (GRADIENTS, TEMPORARY) else label
+        self.by_label[label] = add(self.by_label[label], size) if label in self.by_label else size
         self._rising = self.where
         return Tensor(Storage(self, size, label), numel, dtype)
 
@@ -268,7 +272,7 @@ class Tape:
 
     def leaf(self, tensor: Tensor, name: str = "input") -> Tensor:
         """Make ``tensor`` require a gradient that nobody collects (the input of a checkpointed region)."""
-        tensor.node = Node(name, self._next_order(), [], lambda node, grads: [], self.where)
+        tensor.node = Node(name, next(self._orders), [], lambda node, grads: [], self.where)
         return tensor
 
     def attach(
@@ -292,17 +296,13 @@ class Tape:
         ]
         if not any(edges):
             return None
-        node = Node(name, self._next_order(), edges, backward, self.where)
+        node = Node(name, next(self._orders), edges, backward, self.where)
         for tensor in saved:
             held: Tensor | Packed = Tensor(tensor.storage, tensor.numel, tensor.dtype)
             if self._hooks:
                 held = self._hooks[-1].pack(held)  # type: ignore[arg-type]
             node.saved.append(held)
         return node
-
-    def _next_order(self) -> int:
-        self._order += 1
-        return self._order
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
@@ -381,7 +381,7 @@ class Tape:
         if held is None:
             buffer[slot] = grad
         elif held.storage.refs != 1 or held.is_view:
-            buffer[slot] = self.new(held.numel, held.dtype, "activation gradients")
+            buffer[slot] = self.new(held.numel, held.dtype, GRADIENTS)
         # else: added in place, nothing is allocated
 
 

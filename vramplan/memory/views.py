@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.size import Size, scale
+from vramplan.memory.tape import GRADIENTS as GRADIENTS
 from vramplan.memory.tape import Backward, Node, Tensor
-
-GRADIENTS = "activation gradients"
 
 
 def resized(numel: Size, times: int, over: int = 1) -> Size:

@@ -11,9 +11,7 @@ from vramplan.memory.blocks.context import BlockContext, tokens
 from vramplan.memory.blocks.liger import liger_rms
 from vramplan.memory.leaf import Parameter
 from vramplan.memory.size import Size
-from vramplan.memory.tape import Tensor
-
-TEMPORARY = "temporary of an operator"
+from vramplan.memory.tape import TEMPORARY, Tensor
 
 
 def normalise(ctx: BlockContext, x: Tensor, norm: Norm, label: str = "norms", rows: Size | None = None) -> Tensor:
