@@ -46,6 +46,7 @@ QUICK = (
     "gemma3_text.29/full/2/none/sdpa/bf16-autocast/padded/cuda/4/1/2/adamw_torch/optimizer/small/kept",
     "deepseek_v2.49x2/frozen/3/none/flash_attention_2/bf16-autocast/padded/cuda/1/1/1/adamw/none/small/let go",
     "gpt2.0x2/expanded/3/none/flash_attention_2/bf16-autocast/packed/cuda/4/1/1/adamw/none/small/let go",
+    "gpt2.0x2/frozen/2/full/eager/bf16-autocast/none/cpu/4/1/1/adamw_torch/none/small/let go",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 

@@ -48,7 +48,7 @@ def _dense(ctx: BlockContext, x: Tensor, linear: Linear, label: str) -> Tensor:
     weight, bias = ctx.linear_parameters(linear)
     if linear.by_matmul:
         return ctx.call(linear.name, (weight, bias), lambda x: _matmul(ctx, x, weight, bias, linear, label), x)
-    if linear.conv1d and ctx.hooks is not None:
+    if linear.conv1d:
         return ctx.call(linear.name, (weight, bias), lambda x: _conv1d(ctx, x, weight, bias, linear, label), x)
     return ctx.call(
         linear.name, (weight, bias), lambda x: product(ctx, x, weight, bias, tokens(linear.out_features), label), x
@@ -115,7 +115,7 @@ def _matmul(
 def _conv1d(
     ctx: BlockContext, x: Tensor, weight: Parameter, bias: Parameter | None, linear: Linear, label: str
 ) -> Tensor:
-    """``Conv1D.forward`` under ZeRO-3: ``torch.addmm``, which DeepSpeed does not replace as it does ``F.linear``."""
+    """``Conv1D.forward``: ``torch.addmm``, which DeepSpeed does not replace under ZeRO-3 as it does ``F.linear``."""
     cast = cast_of_weight(ctx, weight)  # ``addmm(bias, x, weight)``: the last argument is cast first
     low = ctx.low(x, label)
     cast_bias = cast_of_weight(ctx, bias) if bias is not None else None
