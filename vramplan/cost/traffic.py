@@ -10,8 +10,8 @@ from vramplan.facts.architecture import Architecture, Attention
 from vramplan.spec.layout import Layout, shard
 from vramplan.spec.run import RunSpec
 
-_WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bf16-autocast": 4}
-_GRADIENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bf16-autocast": 2}
+_WEIGHT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bf16-autocast": 4, "bf16-weights-autocast": 2}
+_GRADIENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "bf16-autocast": 2, "bf16-weights-autocast": 2}
 """Width on the wire; under autocast linears' gradients travel in bf16 (deepspeed/runtime/torch_autocast.py)."""
 
 

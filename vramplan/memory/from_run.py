@@ -154,6 +154,11 @@ def _check_targets(architecture: Architecture, method: LoraMethod) -> None:
     if any(param.adapter for param in parameters(architecture, method)):
         return
     known = sorted({linear.name.rpartition(".")[2] for linear in architecture.layers[0].linears()})
+    if method.target_modules in known:
+        raise SpecError(
+            f"method.target_modules: the text {method.target_modules!r} is a pattern that whole names of modules would "
+            f"have to match (PEFT), and none does; for modules of that name write [{method.target_modules}]"
+        )
     raise SpecError(
         f"method.target_modules: {method.target_modules!r} matches no projection of the model, so nothing would be "
         f"trained; name some of {', '.join(known)}, or all-linear"

@@ -98,5 +98,5 @@ def optimizer_bytes(kind: str, device: str, momentum: float = 0.0) -> OptimizerB
     if device == "cpu" and kind in _ONLY_ON_CPU:
         return _ONLY_ON_CPU[kind]
     if kind not in _KNOWN:
-        raise UnknownNameError("optimizer", kind, _KNOWN, "whose bytes are known")
+        raise UnknownNameError("optimizer", kind, _KNOWN, "(no bytes are known of it)")
     return _KNOWN[kind]

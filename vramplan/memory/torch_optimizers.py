@@ -93,7 +93,7 @@ def torch_optimizer(kind: str, device: str, momentum: float) -> TorchOptimizer:
         **(_ONLY_ON_CUDA if every else _ONLY_ON_CPU),
     }
     if kind not in known:
-        raise UnknownNameError("optimizer", kind, known, f"whose bytes are known under engine torch on {device}")
+        raise UnknownNameError("optimizer", kind, known, f"(no bytes are known of it under engine torch on {device})")
     return known[kind]
 
 

@@ -94,7 +94,7 @@ def _side_by_side(title: str, what: str, rows: list[tuple[str, int | None, int |
 
 
 def _changes_table(answer: Explained) -> Table:
-    table = _table("What one change would give, each simulated", "change", ("allocated", "used", "saves", "fits"))
+    table = _table("What one change would give, each simulated", "change", ("allocated", "used", "difference", "fits"))
     table.add_column("", overflow="fold")
     for change, found in answer.changes:
         saved = _saved(answer.found, found)

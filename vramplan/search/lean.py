@@ -26,7 +26,7 @@ def fewest_bytes(run: RunSpec, node: Node, architecture: Architecture) -> Estima
     """The estimate with the fewest used bytes of the leanest candidates whose host bytes fit, if any does."""
     best: Estimate | None = None
     for floor, each in sorted(_bounded(run, node, architecture), key=lambda pair: pair[0]):
-        if best is not None and (False, floor) >= shortfall(best):
+        if best is not None and (False, False, 0, floor) >= shortfall(best):
             break  # the bounds of the rest are no lower
         found = estimate_run(each.run, node, architecture)
         best = found if best is None else min(best, found, key=shortfall)

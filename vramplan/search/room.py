@@ -20,9 +20,12 @@ def fits_with_margin(found: Estimate, margin_frac: float) -> bool:
     return found.host_fits and found.used_peak_bytes <= limit_bytes(found.capacity_bytes, margin_frac)
 
 
-def shortfall(found: Estimate) -> tuple[bool, int]:
-    """Orders estimates by how far they are from fitting: a host that is too small is worst."""
-    return (not found.host_fits, found.used_peak_bytes)
+def shortfall(found: Estimate) -> tuple[bool, bool, int, int]:
+    """Orders estimates by how far they are from fitting: a host that is too small is worst; of these, what is too much
+    for the device as well, then what lacks most of the host."""
+    if found.host_fits:
+        return False, False, 0, found.used_peak_bytes
+    return True, found.used_peak_bytes > found.capacity_bytes, found.host_bytes_per_node, found.used_peak_bytes
 
 
 def why_not(found: Estimate, margin_frac: float) -> str:

@@ -44,9 +44,9 @@ class Trials:
 
     def leanest(self, ranked: Sequence[Priced]) -> Priced:
         """The candidate with the fewest bytes; raises UncoveredError where none is covered."""
-        best: tuple[tuple[bool, int], int] | None = None
+        best: tuple[tuple[bool, bool, int, int], int] | None = None
         for position in sorted(range(len(ranked)), key=lambda each: self._floor(ranked[each])):
-            if best is not None and (False, self._floor(ranked[position])) > best[0]:
+            if best is not None and (False, False, 0, self._floor(ranked[position])) > best[0]:
                 break  # the bounds of the rest are no lower
             result = self._try(ranked[position])
             if isinstance(result, Estimate):

@@ -52,7 +52,9 @@ def _describe(model: type[BaseModel], path: list[str], detail: ErrorDetails) -> 
     if kind in _UNKNOWN_KEY:
         return _describe_unknown(model, path)
     if kind == "missing":
-        return f"{key} is missing"
+        return f"{key} has too few values" if isinstance(detail["loc"][-1], int) else f"{key} is missing"
+    if kind == "too_long":
+        return f"{key} is {shown} but must have at most {context['max_length']}"
     if kind == "literal_error":
         return f"{key} is {shown} but must be {context['expected']}{_did_you_mean(value, str(context['expected']))}"
     if kind == "union_tag_not_found":
@@ -84,6 +86,8 @@ def _own_words(key: str, message: str) -> str:
 
 def _describe_unknown(model: type[BaseModel], path: list[str]) -> str:
     known = list(_known_keys(model, path[:-1]))
+    if path[-1] in known:  # of another kind of the section
+        return f"{'.'.join(path)} is no key of the kind that {'.'.join(path[:-1])} is; `vramplan fields` tells whose"
     nearest = nearest_names(path[-1], known)
     near = f"; did you mean {' or '.join(nearest)}?" if nearest else f"; known: {', '.join(sorted(known))}"
     section = f" in {'.'.join(path[:-1])}" if path[:-1] else ""

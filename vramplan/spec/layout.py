@@ -35,3 +35,13 @@ class Layout:
     def zero_degree(self) -> int:
         """Ranks that ZeRO partitions over: data-parallel and sequence-parallel ranks hold the same weights."""
         return self.dp * self.sp
+
+    @property
+    def not_trained(self) -> str:
+        """Why ``vramplan train`` does not run it; empty where it does."""
+        if self.dp * self.sp == self.world_size:
+            return ""
+        return (
+            f"layout: the trainer runs data and sequence parallelism, but this plan has tp {self.tp} and pp {self.pp}: "
+            "set them to 1"
+        )

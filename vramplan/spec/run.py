@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -124,6 +124,9 @@ def engine_refuses(engine: Engine, precision: Precision, zero: ZeroSpec, layout:
     return ""
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(UserModel):
     """The optimizer and its numbers."""
 
@@ -131,11 +134,11 @@ class OptimizerSpec(UserModel):
     """``adamw`` is DeepSpeed's FusedAdam (its CPUAdam where states are offloaded), ``lion`` its FusedLion; paged ones
     are bitsandbytes', whose large states lie in memory that the driver moves to the host when room is short; ``muon``
     is DeepSpeed's, with FusedAdam for what is no matrix and for embeddings and heads."""
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Peak learning rate. None: by method, 1e-5 full, 2e-4 adapters."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
     """Decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: float = Field(default=1e-8, ge=0, allow_inf_nan=False)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""

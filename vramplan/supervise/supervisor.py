@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from vramplan.data.source import check_rows
 from vramplan.emit.launch import launch_command, launch_environment, local_launcher
-from vramplan.errors import DataError, SpecError, UnknownNameError
+from vramplan.errors import DataError, LegalityError, SpecError, UnknownNameError
 from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import has_saved_state, remove_forgotten
 from vramplan.search.plan import Plan
@@ -43,8 +43,11 @@ def check_before_launch(plan: Plan) -> None:
 
     Raises:
         SpecError: a package is missing, or a key names what the run does not have.
+        LegalityError: the layout is not trained.
         DataError: a row is malformed, or a file is not there.
     """
+    if plan.run.layout is not None and plan.run.layout.not_trained:
+        raise LegalityError(plan.run.layout.not_trained)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")

@@ -13,12 +13,8 @@ def check_layout(run: RunSpec) -> None:
     """Raises:
     LegalityError: the layout is more than data and sequence parallel.
     """
-    layout = run.layout
-    if layout is not None and layout.dp * layout.sp != layout.world_size:
-        raise LegalityError(
-            f"layout: the trainer runs data and sequence parallelism, but this plan has tp {layout.tp} and "
-            f"pp {layout.pp}: set them to 1"
-        )
+    if run.layout is not None and run.layout.not_trained:
+        raise LegalityError(run.layout.not_trained)
 
 
 def check_sequence_parallel(plan: Plan) -> None:
