@@ -162,13 +162,13 @@ def _steps(count: int) -> str:
 def step_figures(event: dict[str, Any], predicted_bytes: int, utilisation: Utilisation | None = None) -> str:
     """Loss, rate, speed (with the share of the devices' peak where that is known) and memory of one step."""
     of = "tensors" if event["memory_of"] == "tensors" else "the whole process"
-    peak = format_bytes(event["memory_peak"]) if event["memory_peak"] else "not measured yet"
+    peak_of = "tensors" if event["memory_peak_of"] == "tensors" else "the whole process"
     parts = [
         f"loss {event['loss']:.4f}",
         f"lr {event['lr']:.2e}",
         f"{event['tokens_per_s']:,.0f} tokens/s" + _shown_share(event, utilisation),
-        f"memory now {format_bytes(event['memory_now'])} ({of}), peak of tensors {peak}, "
-        f"{format_bytes(predicted_bytes)} predicted",
+        f"memory now {format_bytes(event['memory_now'])} ({of}), "
+        f"peak {format_bytes(event['memory_peak'])} ({peak_of}), {format_bytes(predicted_bytes)} of tensors predicted",
     ]
     if not event["applied"]:
         parts.append("step skipped (fp16 overflow)")

@@ -49,8 +49,9 @@ class Metrics:
 class Memory:
     """This rank's memory as the progress line shows it, in bytes.
 
-    On CUDA ``now`` and ``peak`` are what tensors hold. The CPU's allocator counts only while a probe runs, so after the
-    measured steps ``now`` is the process's resident set, and ``peak`` stays the highest that the probe saw.
+    On CUDA ``now`` and ``peak`` are what tensors hold. The CPU's allocator counts only while a probe runs, so there
+    ``now`` is the process's resident set, and ``peak`` the highest that the probe saw; the process's own until it has
+    seen any, and throughout a resumed run, whose steps are not measured.
     """
 
     device: torch.device
@@ -62,11 +63,11 @@ class Memory:
     def fields(self) -> dict[str, int | str]:
         if self.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
-            return {"memory_now": torch.cuda.memory_allocated(self.device), "memory_of": "tensors", **self._peak()}
-        return {"memory_now": resident_bytes(), "memory_of": "process", **self._peak()}
-
-    def _peak(self) -> dict[str, int]:
-        return {"memory_peak": self.peak}
+            now, of = torch.cuda.memory_allocated(self.device), "tensors"
+        else:
+            now, of = resident_bytes(), "process"
+        peak, peak_of = (self.peak, "tensors") if self.peak else (peak_resident_bytes(), "process")
+        return {"memory_now": now, "memory_of": of, "memory_peak": peak, "memory_peak_of": peak_of}
 
 
 def resident_bytes() -> int:

@@ -85,6 +85,7 @@ STEP = {
     "memory_now": MIB,
     "memory_of": "tensors",
     "memory_peak": 2 * MIB,
+    "memory_peak_of": "tensors",
     "applied": True,
 }
 
@@ -92,9 +93,12 @@ STEP = {
 def test_a_steps_figures_say_loss_rate_speed_and_memory():
     assert step_figures(STEP, 4 * MIB) == (
         "loss 1.2500  lr 1.00e-04  1,234 tokens/s  memory now 1.0 MiB (tensors), "
-        "peak of tensors 2.0 MiB, 4.0 MiB predicted"
+        "peak 2.0 MiB (tensors), 4.0 MiB of tensors predicted"
     )
-    assert "(the whole process)" in step_figures({**STEP, "memory_of": "process"}, MIB)
+    assert "now 1.0 MiB (the whole process), peak 2.0 MiB (tensors)" in step_figures(
+        {**STEP, "memory_of": "process"}, MIB
+    )
+    assert "peak 2.0 MiB (the whole process)" in step_figures({**STEP, "memory_peak_of": "process"}, MIB)
     assert "step skipped" in step_figures({**STEP, "applied": False}, MIB)
     busy = step_figures(STEP, MIB, Utilisation(flops_per_token=1e9, peak_flops=4e12))
     assert "1,234 tokens/s (30.9% of peak FLOP/s)" in busy
@@ -139,8 +143,8 @@ def test_what_a_resume_takes_is_predicted_of_resumed_runs_only(small_plan):
         view.on_event({"event": "resumed", "step": 1, "path": "p"})
         view.on_event({**STEP, "step": 2})
     first, _, second = console.file.getvalue().splitlines()
-    assert first.endswith("3.0 MiB predicted")
-    assert second.endswith("4.0 MiB predicted")
+    assert first.endswith("3.0 MiB of tensors predicted")
+    assert second.endswith("4.0 MiB of tensors predicted")
 
 
 def test_a_note_about_another_plan_brings_its_prediction(small_plan):
@@ -148,7 +152,7 @@ def test_a_note_about_another_plan_brings_its_prediction(small_plan):
     with TrainingView(small_plan, console) as view:
         view.on_event({"event": "note", "text": "starts with micro_batch_size 2", "predicted_bytes": 7 * MIB})
         view.on_event({**STEP, "step": 1})
-    assert console.file.getvalue().splitlines()[1].endswith("7.0 MiB predicted")
+    assert console.file.getvalue().splitlines()[1].endswith("7.0 MiB of tensors predicted")
 
 
 def test_the_view_is_one_live_line_on_a_terminal(small_plan):
