@@ -89,8 +89,12 @@ def _weight_bytes(run: RunSpec, architecture: Architecture) -> float:
     whole = architecture.num_params * width
     if run.method.kind != "qlora":
         return whole
-    packed = sum(linear.weight_numel for _, linear in architecture.named_linears() if not linear.by_matmul)
-    return whole - packed * (width - 0.5)
+    return whole - _packed_numel(architecture) * (width - 0.5)
+
+
+@lru_cache(maxsize=64)
+def _packed_numel(architecture: Architecture) -> int:
+    return sum(linear.weight_numel for _, linear in architecture.named_linears() if not linear.by_matmul)
 
 
 def _host_bytes(run: RunSpec, architecture: Architecture, layout: Layout, accum: int) -> float:

@@ -89,10 +89,15 @@ def trainable_numel(run: RunSpec, architecture: Architecture) -> int:
     """Elements that the optimizer updates."""
     method = run.method
     if isinstance(method, LoraMethod):
-        whole = saved_modules(method, architecture)
-        saved = sum(each.numel for each in architecture.named_tensors() if each.name.rpartition(".")[0] in whole)
-        return adapter_numel(run, architecture) + _fused_adapter_numel(method, architecture) + saved
+        folded = _fused_adapter_numel(method, architecture)
+        return adapter_numel(run, architecture) + folded + _saved_numel(method, architecture)
     return _trained_numel(method, architecture)
+
+
+@lru_cache(maxsize=64)
+def _saved_numel(method: LoraMethod, architecture: Architecture) -> int:
+    whole = saved_modules(method, architecture)
+    return sum(each.numel for each in architecture.named_tensors() if each.name.rpartition(".")[0] in whole)
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.dtype import Dtype
@@ -24,7 +25,14 @@ _TWO_MOMENTS = ("adamw", "adamw_torch", "adamw_torch_fused")
 
 def floor_bytes(job: Job) -> int:
     """Bytes allocated on any rank at the highest moment, or fewer: what stays from the second step on, and what grows
-    with the batch in its forward, which every stage keeps alike."""
+    with the batch in its forward, which every stage keeps alike; where the engine cuts a model that was loaded whole
+    (weights in 4 bits under ZeRO-3), no less than that model."""
+    if job.quantized and job.stage == 3 and not job.offload_param:
+        return max(_whole_weights(job), _stepping(job))
+    return _stepping(job)
+
+
+def _stepping(job: Job) -> int:
     # where weights are whole and adapters as narrow as they can be, the least is kept for backward
     whole = replace(job, stage=0, offload_optimizer=False, offload_param=False).model_run
     return _states(job) + max(evaluate(size, job.basis) for size in _growing(whole))
@@ -40,9 +48,8 @@ def _growing(run: ModelRun) -> tuple[Size, ...]:
 
 def _states(job: Job) -> int:
     """Weights, and the fp32 master weights and moments of AdamW, of one rank."""
-    trained, frozen = _numels(job.architecture, job.method, job.adapted_parameters)
-    width, ranks = job.dtype.nbytes, job.degree
-    weights = trained * width + (frozen * width if not job.quantized else frozen // 2)
+    trained = _numels(job.architecture, job.method, job.adapted_parameters).trained
+    weights, ranks = _whole_weights(job), job.degree
     if job.stage == 3:
         weights = 0 if job.offload_param else weights // ranks
     if job.offload_optimizer or job.optimizer not in _TWO_MOMENTS or job.engine == "torch":
@@ -51,9 +58,25 @@ def _states(job: Job) -> int:
     return weights + trained * (master + 2 * Dtype.FP32.nbytes) // (ranks if job.stage else 1)
 
 
+def _whole_weights(job: Job) -> int:
+    """Bytes of all weights; those in 4 bits without what undoes it."""
+    numels = _numels(job.architecture, job.method, job.adapted_parameters)
+    packed = numels.packable // 2 if job.quantized else numels.packable * job.dtype.nbytes
+    return (numels.trained + numels.kept) * job.dtype.nbytes + packed
+
+
+class _Numels(NamedTuple):
+    """Elements that are trained; that are frozen and, if bitsandbytes may, packed; and that are frozen all the same."""
+
+    trained: int
+    packable: int
+    kept: int
+
+
 @lru_cache(maxsize=64)
-def _numels(architecture: Architecture, method: Method, adapted: frozenset[str]) -> tuple[int, int]:
-    """Elements that are trained, and that are not."""
+def _numels(architecture: Architecture, method: Method, adapted: frozenset[str]) -> _Numels:
     params = parameters(architecture, method, adapted)
-    trained = sum(param.numel for param in params if param.trained)
-    return trained, sum(param.numel for param in params) - trained
+    frozen = [param for param in params if not param.trained]
+    packable = sum(param.numel for param in frozen if param.packable)
+    total = sum(param.numel for param in frozen)
+    return _Numels(sum(param.numel for param in params) - total, packable, total - packable)

@@ -48,7 +48,12 @@ def verdict(fit: Fit) -> str:
     shortage = f"{_peak(found)}, {format_bytes(excess)} too many" if excess > 0 else why_not(found, 0.0)
     advice = ", or with ".join(remedy_text(way) for way in fit.remedies)
     would = f"; it would fit with {advice}" if advice else "; no single change that was tried makes it fit"
-    return f"DOES NOT FIT: {subject} on {place}: {shortage}{would}."
+    return f"DOES NOT FIT: {subject} on {place}: {shortage}{would}{_untried(fit)}."
+
+
+def _untried(fit: Fit) -> str:
+    """What of the search's own ways was left out, because its bytes are not counted."""
+    return f" (not tried: {'; '.join(fit.uncovered)})" if fit.uncovered else ""
 
 
 def _peak(found: Estimate) -> str:
@@ -66,7 +71,8 @@ def _host_clause(found: Estimate) -> str:
 
 def describe_run(run: RunSpec, num_params: int | None = None, num_trained: int | None = None) -> str:
     """E.g. ``meta-llama/Llama-3.1-8B (8.03 B parameters), full fine-tuning in bf16, sequences of 4,096 tokens``."""
-    trained = f", {format_count(num_trained)} trained" if num_trained and run.method.kind != "full" else ""
+    is_part = num_trained is not None and (num_trained != num_params or run.method.kind != "full")
+    trained = f", {format_count(num_trained)} trained" if num_trained and is_part else ""
     size = f" ({format_count(num_params)} parameters{trained})" if num_params else ""
     return f"{run.model}{size}, {describe_method(run)} in {run.precision}, sequences of {run.seq_len:,} tokens"
 
@@ -74,7 +80,7 @@ def describe_run(run: RunSpec, num_params: int | None = None, num_trained: int |
 def describe_method(run: RunSpec) -> str:
     """E.g. ``LoRA r 16``."""
     if not isinstance(run.method, LoraMethod):
-        return "full fine-tuning"
+        return "fine-tuning of a part" if run.method.freezes else "full fine-tuning"
     name = {"lora": "LoRA", "qlora": "QLoRA"}[run.method.kind]
     return f"{name} r {run.method.r}{' (DoRA)' if run.method.use_dora else ''}"
 
@@ -144,7 +150,13 @@ def remedy_text(way: Remedy) -> str:
 def _option(name: str, value: Any) -> str:
     if name.startswith("zero.offload_"):
         return ""
-    return f"{_FLAGS.get(name, name)} {shlex.quote(str(value))}"
+    flag = _FLAGS.get(name)
+    return f"{flag} {shlex.quote(str(value))}" if flag else f"--set {shlex.quote(f'{name}={_plain(value)}')}"
+
+
+def _plain(value: Any) -> str:
+    """A value as ``--set`` reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _offload_option(changes: dict[str, Any]) -> list[str]:

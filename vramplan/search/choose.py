@@ -32,6 +32,8 @@ class Answer:
     refused: Sequence[Refusal]
     margin_frac: float
     """0 where only a candidate without any margin fits."""
+    uncovered: tuple[str, ...] = ()
+    """Why candidates were passed over whose bytes are not counted, where none fits."""
 
 
 def search(
@@ -64,7 +66,8 @@ def search(
             better = [each for each in ranked if each.looks_better_than(chosen)]
             return Answer(chosen, True, trials.estimate_of(chosen), trials.refusals(better, margin), margin)
     leanest = trials.leanest(ranked)
-    return Answer(leanest, False, trials.estimate_of(leanest), trials.refusals(ranked, margin_frac), margin_frac)
+    refused = trials.refusals(ranked, margin_frac)
+    return Answer(leanest, False, trials.estimate_of(leanest), refused, margin_frac, trials.uncovered())
 
 
 def _choose(ranked: Sequence[Priced], trials: Trials, margin_frac: float) -> Priced | None:

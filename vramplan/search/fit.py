@@ -34,6 +34,8 @@ class Fit:
     num_trained: int
     remedies: tuple[Remedy, ...]
     """What would make it fit; empty where it does."""
+    uncovered: tuple[str, ...] = ()
+    """Why ways that the search has were not tried, where none fits: their bytes are not counted."""
 
     @property
     def fits(self) -> bool:
@@ -55,7 +57,8 @@ def fit_run(run: RunSpec, node: Node, architecture: Architecture, margin_frac: f
     answer = search(run, node, architecture, margin_frac)
     plan = plan_of(answer, node)
     ways = () if answer.fits else _remedies(run, node, architecture)
-    return Fit(run, plan, answer.estimate, architecture.num_params, trainable_numel(run, architecture), ways)
+    num_trained = trainable_numel(run, architecture)
+    return Fit(run, plan, answer.estimate, architecture.num_params, num_trained, ways, answer.uncovered)
 
 
 def _remedies(run: RunSpec, node: Node, architecture: Architecture) -> tuple[Remedy, ...]:

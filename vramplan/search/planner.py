@@ -41,7 +41,8 @@ def plan_of(answer: Answer, node: Node) -> Plan:
 def _nothing_fits(answer: Answer, node: Node, ways: tuple[Remedy, ...]) -> str:
     ways_text = "; or ".join(str(way) for way in ways)
     advice = f"; what would: {ways_text}" if ways_text else ""
+    untried = f" (not tried: {'; '.join(answer.uncovered)})" if answer.uncovered else ""
     return (
         f"no plan fits on {node.world_size} x {node.device.name}: with {answer.best.candidate.label()}, "
-        f"{why_not(answer.estimate, 0.0)}{advice}"
+        f"{why_not(answer.estimate, 0.0)}{advice}{untried}"
     )

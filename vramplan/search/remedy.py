@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 from vramplan.errors import VramplanError
@@ -25,7 +26,7 @@ from vramplan.units import MIB, format_bytes, parse_bytes
 Value = TypeVar("Value")
 Search = Callable[[RunSpec, Node, Architecture], "Remedy | None"]
 
-MAX_REMEDIES = 4
+MAX_REMEDIES = 5
 _MAX_NODES = 128
 _SEQ_STEP = 64
 """Sequence lengths are tried in steps of as many tokens: kernels like multiples of it."""
@@ -47,7 +48,7 @@ class Remedy:
     changes: tuple[tuple[str, Any], ...]
     """Fields of the spec with the values to give them."""
     used_peak_bytes: int
-    """Of one rank, with the changes made."""
+    """Of one rank, with the changes made and what is left open chosen anew."""
     changes_training: bool = False
     """Whether what is learnt changes, not only where the bytes lie."""
 
@@ -61,8 +62,8 @@ def remedies(run: RunSpec, node: Node, architecture: Architecture) -> tuple[Reme
     opened = list(_opened(run, node, architecture))
     if opened:
         return tuple(opened[:MAX_REMEDIES])
-    found = [way for find in _SEARCHES if (way := _found(find, run, node, architecture)) is not None]
-    return tuple(found[:MAX_REMEDIES])
+    ways = (way for find in _SEARCHES if (way := _found(find, run, node, architecture)) is not None)
+    return tuple(_as_chosen(way, run, node, architecture) for way in islice(ways, MAX_REMEDIES))
 
 
 def get_field(run: RunSpec, name: str) -> Any:
@@ -143,6 +144,13 @@ def _found(find: Search, run: RunSpec, node: Node, architecture: Architecture) -
     return replace(way, changes=way.changes + given_up.changes, used_peak_bytes=given_up.used_peak_bytes)
 
 
+def _as_chosen(way: Remedy, run: RunSpec, node: Node, architecture: Architecture) -> Remedy:
+    """``way`` with the bytes of the plan that is made with it; it was found by the leanest."""
+    changed, cured = applied(run, node, way.changes)
+    answer = search(changed, cured, architecture)
+    return replace(way, used_peak_bytes=answer.estimate.used_peak_bytes) if answer.fits else way
+
+
 def _fixed(run: RunSpec) -> list[str]:
     return [name for name in PLANNED_FIELDS if get_field(run, name) is not None]
 
@@ -159,6 +167,31 @@ def _reopen(run: RunSpec, names: Sequence[str], node: Node, architecture: Archit
         (name, get_field(closed, name)) for name in names if get_field(closed, name) != get_field(run, name)
     )
     return Remedy(changed, answer.estimate.used_peak_bytes)
+
+
+def _small_evaluation(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    if (run.training.eval_micro_batch_size or 1) == 1:
+        return None
+    return _by_field(run, "training.eval_micro_batch_size", 1, node, architecture)
+
+
+def _whole_reductions(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """Muon goes under ZeRO-3 only so (``_muon_reduces_whole`` in legality.py)."""
+    if run.optimizer.kind != "muon" or not run.zero.reduce_scatter or run.zero.stage not in (None, 3):
+        return None
+    return _by_field(run, "zero.reduce_scatter", False, node, architecture)
+
+
+def _shared_sequences(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
+    """The fewest ranks of a node that share each sequence."""
+    if run.layout is not None or run.engine == "torch":
+        return None
+    for sp in (degree for degree in range(2, node.gpus_per_node + 1) if node.gpus_per_node % degree == 0):
+        dp = node.world_size // sp
+        found = _try_fit(run.model_copy(update={"layout": Layout(dp=dp, sp=sp)}), node, architecture)
+        if found is not None:
+            return Remedy((("layout.dp", dp), ("layout.sp", sp)), found.used_peak_bytes)
+    return None
 
 
 def _fused_loss(run: RunSpec, node: Node, architecture: Architecture) -> Remedy | None:
@@ -254,7 +287,10 @@ def format_size(num_bytes: int) -> str:
 
 
 _SEARCHES: tuple[Search, ...] = (
+    _small_evaluation,
+    _whole_reductions,
     _fused_loss,
+    _shared_sequences,
     _more_devices,
     _more_memory,
     _larger_device,

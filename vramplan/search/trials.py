@@ -58,6 +58,10 @@ class Trials:
             raise result
         return ranked[best[1]]
 
+    def uncovered(self) -> tuple[str, ...]:
+        """Why candidates that were looked at are not counted, each reason once."""
+        return tuple(dict.fromkeys(str(each) for each in self._results.values() if isinstance(each, UncoveredError)))
+
     def refusals(self, better: Iterable[Priced], margin_frac: float) -> Sequence[Refusal]:
         """Why each of ``better`` was not taken; those that fit were as good as the choice, and are not refused."""
         unfit = [each for each in better if not self.fits(each, margin_frac)]

@@ -128,6 +128,8 @@ def test_host_memory_that_nobody_knows_is_a_condition_of_the_verdict():
         ((("micro_batch_size", 1), ("zero.stage", 1)), "--micro-batch 1 --zero 1 (1.0 GiB)"),
         ((("zero.offload_optimizer", "cpu"),), "--offload optimizer (1.0 GiB)"),
         ((("zero.offload_optimizer", "cpu"), ("zero.offload_param", "cpu")), "--offload all (1.0 GiB)"),
+        ((("layout.dp", 2), ("layout.sp", 4)), "--set layout.dp=2 --set layout.sp=4 (1.0 GiB)"),
+        ((("zero.reduce_scatter", False),), "--set zero.reduce_scatter=false (1.0 GiB)"),
         ((("hardware.gpu", "NVIDIA H200 (SXM)"),), "--gpu 'NVIDIA H200 (SXM)' (1.0 GiB)"),
     ],
     ids=str,

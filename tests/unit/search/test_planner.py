@@ -15,6 +15,7 @@ from vramplan.facts.devices import cpu_node, find_device
 from vramplan.facts.host import Host
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.estimate import UncoveredError, estimate_run
+from vramplan.report.words import verdict
 from vramplan.search.choose import search
 from vramplan.search.fit import fit_run
 from vramplan.search.lean import leanest_fit
@@ -129,8 +130,9 @@ def test_a_margin_is_kept_where_it_can_be_and_given_up_where_it_cannot():
         (ask(LLAMA, seq_len=131072, global_batch_size=8), H100),
         (ask(LLAMA, zero={"offload_optimizer": "cpu"}), replace(H100, host_memory_bytes=16 * GIB)),
         (ask(SMOL, method="full"), capped(LAPTOP, 0.3)),
+        (ask(LLAMA, optimizer="muon"), Node(find_device("a100-40gb"), 4, host_memory_bytes=64 * GIB)),
     ],
-    ids=["ZeRO 0", "large micro-batch", "small cap", "one GPU", "long sequences", "small host", "tiny cap"],
+    ids=["ZeRO 0", "large micro-batch", "small cap", "one GPU", "long sequences", "small host", "tiny cap", "Muon"],
 )
 def test_every_remedy_does_make_it_fit(fields: RunSpec, node: Node):
     architecture = resolve_architecture(fields)
@@ -142,6 +144,44 @@ def test_every_remedy_does_make_it_fit(fields: RunSpec, node: Node):
         found = leanest_fit(run, cured, architecture)
         assert found is not None, way
         assert way.used_peak_bytes <= cured.capacity_bytes
+
+
+def named_changes(run: RunSpec, node: Node) -> list[set[str]]:
+    return [{name for name, _ in way.changes} for way in fit_run(run, node, resolve_architecture(run)).remedies]
+
+
+def test_ranks_that_share_each_sequence_are_offered_for_long_ones():
+    run = ask(LLAMA, seq_len=131072, global_batch_size=8)
+    assert {"layout.dp", "layout.sp"} in named_changes(run, H100)
+    assert {"layout.dp", "layout.sp"} not in named_changes(ask(LLAMA, seq_len=131072, layout={"dp": 8}), H100)
+
+
+def test_muon_is_offered_the_key_that_zero_3_asks_of_it():
+    node = Node(find_device("a100-40gb"), 4, host_memory_bytes=64 * GIB)
+    assert {"zero.reduce_scatter"} in named_changes(ask(LLAMA, optimizer="muon"), node)
+
+
+def test_large_evaluation_batches_are_offered_to_be_small():
+    run = ask(SMOL, seq_len=2048, data={"train": "x", "eval_frac": 0.1}, training={"eval_micro_batch_size": 32})
+    assert {"training.eval_micro_batch_size"} in named_changes(run, capped(LAPTOP, 4))
+
+
+def test_what_was_not_tried_because_it_is_not_counted_is_said():
+    run, node = ask(LLAMA, optimizer="lion", global_batch_size=None), Node(find_device("rtx4090"), 4)
+    fit = fit_run(run, node, resolve_architecture(run))
+    assert not fit.fits
+    assert fit.uncovered == ("the estimator does not count offload with the optimizer lion yet",)
+    assert "(not tried: the estimator does not count offload with the optimizer lion yet)" in verdict(fit)
+    with pytest.raises(NoPlanError, match="not tried: the estimator does not count offload"):
+        make_plan(run, node, resolve_architecture(run))
+
+
+def test_bytes_beside_a_remedy_are_those_of_the_plan_that_it_makes():
+    run = ask(LLAMA, seq_len=131072, global_batch_size=8)
+    architecture = resolve_architecture(run)
+    for way in fit_run(run, H100, architecture).remedies:
+        changed, cured = applied(run, H100, way.changes)
+        assert fit_run(changed, cured, architecture).estimate.used_peak_bytes == way.used_peak_bytes
 
 
 def test_a_longer_sequence_than_the_remedys_does_not_fit():
