@@ -11,9 +11,9 @@ import sys
 import time
 
 from vramplan.memory.birth import Birth
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.replay import replay
 from vramplan.simulate.trace import Trace
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.units import KIB, MIB, format_bytes
 
 CONFS = ("", "expandable_segments:True", "max_split_size_mb:64", "roundup_power2_divisions:8")

@@ -8,7 +8,7 @@ from vramplan.emit.deepspeed import ds_config
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.measure.record import read_jobs
 from vramplan.measure.record_spec import run_from_record_spec
-from vramplan.simulate.alloc_conf import AllocConf
+from vramplan.spec.alloc_conf import AllocConf
 
 CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "campaigns" / "gpu.jsonl"
 JOBS = read_jobs(CAMPAIGN)

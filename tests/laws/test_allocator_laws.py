@@ -6,8 +6,8 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.allocator import MIN_BLOCK, SMALL_SIZE, Block, CachingAllocator, OutOfMemory
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.units import KIB, MIB
 
 CONFS = st.sampled_from(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vramplan.errors import DataError, SpecError, UnknownNameError
+from vramplan.errors import DataError, SpecError, UnknownNameError, VramplanError
 from vramplan.spec.recipes import ADAPTER_RANKS, TASKS, Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from vramplan.spec.run import RunSpec
 
 
 def init(
@@ -46,8 +49,10 @@ def init(
     recipe = recipe.with_values(_values(recipe, model, method, data, general))
     run = run_from_mapping(recipe.fields)
     check_run(run)
+    refused = None
     if model is not None:
         resolve_config(run)  # a name that nothing has is an error here, not in the commands that read the recipe
+        refused = _why_refused(run)
     _check_present({"--data": data, "--general": general})
     if target.exists():
         raise SpecError(f"{target} exists: give another file with -o")
@@ -56,7 +61,27 @@ def init(
         target.write_text(recipe.text, encoding="utf-8")
     except OSError as error:
         raise SpecError(f"{target}: cannot be written ({error.strerror}); choose another -o") from error
+    if refused is not None:
+        show(f"note: as it stands `vramplan plan` refuses it: {refused}")
     show(f"written: {target}\nnext: vramplan data show {target}; vramplan plan {target} -o plan")
+
+
+def _why_refused(run: RunSpec) -> str | None:
+    """Why no plan can be made of a recipe with the model put into it, whatever the planner chooses; None where one
+    may."""
+    from vramplan.facts.devices import resolve_node
+    from vramplan.facts.resolve import resolve_architecture
+    from vramplan.search.choose import check_sequence_length
+    from vramplan.search.legality import with_usual_attention
+    from vramplan.search.price import priced
+
+    try:
+        architecture = resolve_architecture(run)
+        check_sequence_length(run, architecture)
+        priced(with_usual_attention(run, architecture), resolve_node(run.hardware), architecture)
+    except VramplanError as error:
+        return str(error)
+    return None
 
 
 def _check_present(paths: dict[str, str | None]) -> None:

@@ -37,7 +37,7 @@ class RunOptions:
     global_batch: Annotated[int | None, _option("Sequences of one optimizer step over all ranks")] = None
     micro_batch: Annotated[int | None, _option("Sequences of one rank's forward (default: searched)")] = None
     optimizer: Annotated[str | None, _option("adamw, adamw_torch, adamw_8bit, sgd, ... (default: adamw)")] = None
-    attention: Annotated[str | None, _option("sdpa, eager or flash_attention_2 (default: sdpa)")] = None
+    attention: Annotated[str | None, _option("sdpa, eager or flash_attention_2 (default: sdpa, else eager)")] = None
     loss: Annotated[str | None, _option("hf; chunked: DeepSpeed's; liger: fused (default: hf)")] = None
     zero: Annotated[int | None, _option("ZeRO stage, 0 to 3 (default: searched)", panel="Layout")] = None
     offload: Annotated[str | None, _option("none, optimizer or all (default: searched)", panel="Layout")] = None

@@ -174,6 +174,8 @@ class Architecture:
     stored_dtype: Dtype | None = None
     """Format of the checkpoint's weights, where ``config.json`` says it (``dtype``, before transformers 5
     ``torch_dtype``)."""
+    stored_quantization: str = ""
+    """What the checkpoint's weights are packed with (``quant_method`` of ``quantization_config``), if anything."""
     extra: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property

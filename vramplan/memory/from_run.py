@@ -159,7 +159,9 @@ def _check_targets(architecture: Architecture, method: LoraMethod) -> None:
             f"method.target_modules: the text {method.target_modules!r} is a pattern that whole names of modules would "
             f"have to match (PEFT), and none does; for modules of that name write [{method.target_modules}]"
         )
+    targets = method.target_modules
+    shown = repr(targets) if isinstance(targets, str) else f"[{', '.join(targets)}]"
     raise SpecError(
-        f"method.target_modules: {method.target_modules!r} matches no projection of the model, so nothing would be "
-        f"trained; name some of {', '.join(known)}, or all-linear"
+        f"method.target_modules: {shown} matches no projection of the model, so nothing would be trained; name some of "
+        f"{', '.join(known)}, or all-linear"
     )

@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.errors import VramplanError
+from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.term import Basis, Category, Term
 from vramplan.report import words
 from vramplan.report.console import bar_text
@@ -32,7 +34,7 @@ def simulation_to_dict(closed: ClosedRun, found: SimulationResult) -> dict[str, 
         "fits": found.fits,
         "verdict": verdict(closed, found),
         "model": closed.asked.model,
-        "params_total": found.numel_total,
+        "params_total": own_numel(closed, found),
         "params_trainable": found.numel_trainable,
         "peak_phase": found.peak.phase.rsplit(".", 1)[-1],
         "peak_moment": found.peak.phase,
@@ -131,9 +133,25 @@ def terms_of(closed: ClosedRun, found: SimulationResult) -> list[Term]:
     return [*terms, *driver_terms(closed.run, closed.node)]
 
 
+def title_of(closed: ClosedRun, found: SimulationResult) -> str:
+    """E.g. ``Qwen/Qwen3-0.6B (596.05 M parameters), full fine-tuning in bf16, ..., on 1 x RTX 4090, simulated``."""
+    run = words.describe_run(closed.run, own_numel(closed, found), found.numel_trainable)
+    return f"{run} on {words.describe_node(closed.node)}, simulated"
+
+
+def own_numel(closed: ClosedRun, found: SimulationResult) -> int:
+    """Parameters of the model, adapters aside, as ``fit`` says them; of one that it does not know, those that were
+    simulated (weights in 4 bits count as what they are packed into)."""
+    try:
+        return resolve_architecture(closed.asked).num_params
+    except VramplanError:
+        adapters = found.numel_trainable if closed.run.method.kind != "full" else 0
+        return found.numel_total - adapters
+
+
 def verdict(closed: ClosedRun, found: SimulationResult) -> str:
     """One sentence: fits or not, where the peak or the first failing allocation is."""
-    subject = f"{words.describe_run(closed.run, found.numel_total)} on {words.describe_node(closed.node)}, simulated"
+    subject = title_of(closed, found)
     if found.error is not None:
         return f"NOT KNOWN: {subject}: {found.error}."
     peak = (

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vramplan.errors import SpecError
-from vramplan.report import words
+from vramplan.report.simulated import title_of
 from vramplan.report.timeline_html import write_timeline_page
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.asked import ClosedRun
 from vramplan.simulate.result import SimulationResult
 from vramplan.simulate.snapshot import write_snapshot
 from vramplan.simulate.trace_file import load_trace
+from vramplan.spec.alloc_conf import AllocConf
 
 
 def write_simulation_dir(closed: ClosedRun, found: SimulationResult, trace: Path, directory: Path) -> list[Path]:
@@ -27,9 +27,8 @@ def write_simulation_dir(closed: ClosedRun, found: SimulationResult, trace: Path
     """
     page, snapshot = directory / "timeline.html", directory / "snapshot.pickle"
     limit = None if found.capacity_bytes is None else found.capacity_bytes - found.overhead_bytes
-    title = f"{words.describe_run(closed.run, found.numel_total)} on {words.describe_node(closed.node)}, simulated"
     try:
-        write_timeline_page(found, page, title)
+        write_timeline_page(found, page, title_of(closed, found))
         write_snapshot(
             load_trace(trace),
             snapshot,

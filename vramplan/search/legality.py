@@ -177,6 +177,21 @@ def _liger_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str
     return "kernels liger are Triton's, which need a GPU: use kernels hf"
 
 
+_WRITTEN_OUT = ("fp8", "mxfp8", "mxfp4")
+"""Packings that transformers undoes as it reads a file, where it is asked to (``dequantize=True``)."""
+
+
+def _stored_in_few_bits(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    packing, is_qlora = architecture.stored_quantization, run.method.kind == "qlora"
+    if not packing or (packing in _WRITTEN_OUT and not is_qlora) or (packing == "bitsandbytes" and is_qlora):
+        return None
+    if packing == "bitsandbytes":
+        return f"{run.model} is stored in 4 or 8 bits (bitsandbytes): set method qlora, or name the model it is made of"
+    if packing in _WRITTEN_OUT:
+        return f"{run.model} is stored in {packing}, which is not packed anew in 4 bits: set method lora or full"
+    return f"{run.model} is stored packed ({packing}), which is not trained: name the model that it was made of"
+
+
 def _offloaded_activations(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.offload_activations == "none" or run.activation_checkpointing == "full":
         return None
@@ -330,6 +345,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_dora_keeps_4_bit_weights, "peft/utils/integrations.py, dequantize_module_weight"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_liger_hardware, "liger_kernel/ops/rms_norm.py"),
+    (_stored_in_few_bits, "transformers/quantizers/auto.py, AutoHfQuantizer.merge_quantization_configs"),
     (_offloaded_activations, "torch/utils/checkpoint.py, _CheckpointFrame.save_inputs"),
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),

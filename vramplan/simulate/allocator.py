@@ -10,8 +10,8 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 
-from vramplan.simulate.alloc_conf import UNLIMITED, AllocConf
 from vramplan.simulate.block import Block, Pool, expandable_size, room_from
+from vramplan.spec.alloc_conf import UNLIMITED, AllocConf
 from vramplan.units import MIB
 
 MIN_BLOCK = 512

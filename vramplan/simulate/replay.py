@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.allocator import CachingAllocator, OutOfMemory
 from vramplan.simulate.block import Block
 from vramplan.simulate.result import Failure
 from vramplan.simulate.trace import Trace
+from vramplan.spec.alloc_conf import AllocConf
 
 
 @dataclass(frozen=True, slots=True)

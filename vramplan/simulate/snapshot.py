@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.memory.birth import Birth
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.allocator import CachingAllocator, OutOfMemory
 from vramplan.simulate.block import Block
 from vramplan.simulate.trace import Trace
+from vramplan.spec.alloc_conf import AllocConf
 
 
 def write_snapshot(

@@ -23,7 +23,6 @@ import transformers
 import transformers.conversion_mapping
 
 from vramplan.forkserver import serve
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.black_box import BlackBox, Death
 from vramplan.simulate.extend import trace_run
 from vramplan.simulate.no_disk import elsewhere
@@ -32,6 +31,7 @@ from vramplan.simulate.request import Conditions, black_box_of
 from vramplan.simulate.result import SimulationResult
 from vramplan.simulate.summary import Curves, largest_live, make_timeline, summarise_phases
 from vramplan.simulate.trace_file import save_trace
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.spec.layout import Layout
 from vramplan.spec.run import RunSpec
 

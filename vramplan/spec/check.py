@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vramplan.errors import LegalityError, SpecError, nearest_names
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -10,9 +11,12 @@ from vramplan.spec.trainable import LoraMethod
 def check_run(run: RunSpec) -> None:
     """Raises:
     LegalityError: methods that do not go together.
-    SpecError: a held-out set is named that the run does not have, or evaluations are watched that it does not make.
+    SpecError: a held-out set is named that the run does not have, evaluations are watched that it does not make, or
+        the allocator has no such setting.
     """
     retain = run.retain
+    if run.alloc_conf:
+        AllocConf.parse(run.alloc_conf)
     if retain.kl is not None and run.loss == "liger":
         raise LegalityError("retain.kl needs the logits, which loss liger never makes: use loss hf, or l2sp or ewc")
     if run.loss != "hf" and (key := _needs_token_losses(run)) is not None:

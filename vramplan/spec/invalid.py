@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from vramplan.errors import nearest_names
@@ -38,6 +38,30 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     texts = list(problems.values())
     more = f"; and {len(texts) - _MAX_PROBLEMS} more" if len(texts) > _MAX_PROBLEMS else ""
     return "; ".join(texts[:_MAX_PROBLEMS]) + more
+
+
+def flags_for_numbers(model: type[BaseModel], fields: Mapping[str, Any]) -> str:
+    """One sentence for every true or false that stands where another value belongs and that pydantic took for 1 or 0;
+    empty where there is none. YAML reads ``yes``, ``no``, ``on`` and ``off`` so."""
+    return "; ".join(_misplaced_flags([model], fields, ""))
+
+
+def _misplaced_flags(kinds: list[Any], fields: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in fields.items():
+        taken = [annotation for kind in kinds if (annotation := _annotation(kind, name)) is not None]
+        if isinstance(value, bool) and taken and not any(_takes_flag(annotation) for annotation in taken):
+            from vramplan.spec.fields import list_fields
+
+            key = f"{prefix}{name}"
+            takes = next((each.takes for each in list_fields(key) if each.key == key), "another value")
+            yield f"{key} is {str(value).lower()} but takes {takes}"
+        elif isinstance(value, Mapping):
+            members = [member for annotation in taken for member in _members(annotation)]
+            yield from _misplaced_flags(members, value, f"{prefix}{name}.")
+
+
+def _takes_flag(annotation: Any) -> bool:
+    return annotation in (bool, Any, object) or any(_takes_flag(each) for each in get_args(annotation))
 
 
 def _is_below(loc: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import SpecError
-from vramplan.spec.invalid import describe_errors
+from vramplan.spec.invalid import describe_errors, flags_for_numbers
 from vramplan.spec.run import RunSpec
+from vramplan.spec.trainable import FullMethod
 
 if TYPE_CHECKING:
     import yaml
@@ -56,11 +57,23 @@ def run_from_mapping(fields: Mapping[str, Any], source: str = "") -> RunSpec:
     """
     from pydantic import ValidationError
 
+    expanded = _with_default_method(expand_kinds(fields))
     try:
-        return RunSpec.model_validate(expand_kinds(fields))
+        run = RunSpec.model_validate(expanded)
     except ValidationError as error:
         problems = describe_errors(RunSpec, error)
         raise SpecError(f"{source}: {problems}" if source else problems) from error
+    if problems := flags_for_numbers(RunSpec, expanded):
+        raise SpecError(f"{source}: {problems}" if source else problems)
+    return run
+
+
+def _with_default_method(fields: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` where a ``method`` without a kind is full fine-tuning, if it has no key of adapters."""
+    method = fields.get("method")
+    if not isinstance(method, Mapping) or "kind" in method or not method.keys() <= FullMethod.model_fields.keys():
+        return fields
+    return {**fields, "method": {"kind": "full", **method}}
 
 
 def expand_kinds(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class RunSpec(UserModel):
     grad_accum_steps: int | None = Field(default=None, ge=1)
     """Micro-batches of one optimizer step. None: follows from the global batch."""
     attention: Attention = "sdpa"
-    """transformers' attention implementation."""
+    """transformers' attention implementation; where none is named and the family has no sdpa, eager is taken."""
     attention_mask: bool = False
     """Whether a padding mask is passed (batches padded on the right)."""
     activation_checkpointing: Checkpointing | None = None

@@ -72,6 +72,11 @@ def _named_parameter(target: str, architecture: Architecture) -> str:
         for name, short in names.items():
             if name == target or name.endswith(f".{target}"):
                 return short
+    if not architecture.mixtures:
+        raise SpecError(
+            f"method.target_parameters: {architecture.family} has no routed experts, whose weights these would be; "
+            "name projections in method.target_modules instead"
+        )
     raise SpecError(
         f"method.target_parameters: {target!r} is the ending of no router's or routed experts' weight in every layer "
         f"of {architecture.family}; name some of experts.gate_up_proj, experts.down_proj"

@@ -38,11 +38,39 @@ def test_a_missing_size_is_named_with_the_family_file(field):
         ("mlp_bias", 1, "true or false"),
         ("hidden_act", 3, "must be a string"),
         ("tie_word_embeddings", "yes", "true or false"),
+        ("head_dim", 33, "33 rotated elements, which do not pair up"),
+        ("pad_token_id", 128, "is 128, but the vocabulary ends at 127"),
+        ("rope_scaling", {"type": "spiral", "factor": 2.0}, "has the type 'spiral', which is none of default, linear"),
+        ("rope_parameters", {"full_attention": {"rope_type": "spiral"}}, "'rope_parameters' has the type 'spiral'"),
+        ("quantization_config", "gptq", "must be an object"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_wrong(field, value, said):
     with pytest.raises(ConfigError, match=said):
         architecture_from_config({**LLAMA, field: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pad_token_id": -1},
+        {"pad_token_id": None},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 50257},
+    ],
+    ids=str,
+)
+def test_what_transformers_builds_is_not_refused(fields):
+    architecture_from_config({**LLAMA, **fields})
+
+
+def test_what_the_weights_are_packed_with_is_read():
+    assert architecture_from_config(LLAMA).stored_quantization == ""
+    packed = {**LLAMA, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    assert architecture_from_config(packed).stored_quantization == "awq"
+    older = {**LLAMA, "quantization_config": {"load_in_4bit": True}}
+    assert architecture_from_config(older).stored_quantization == "bitsandbytes"
 
 
 def test_a_token_has_no_more_experts_than_a_layer():

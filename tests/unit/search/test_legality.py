@@ -50,7 +50,24 @@ FALCON_RW = {
     "new_decoder_architecture": False,
 }
 """As of falcon-rw-1b."""
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+}
+
+
+def packed(method: str) -> dict[str, object]:
+    return {"model_config_fields": {**LLAMA, "quantization_config": {"quant_method": method, "bits": 4}}}
+
+
 REFUSED = [
+    (packed("gptq"), NODE, "is stored packed (gptq), which is not trained: name the model that it was made of"),
+    (packed("bitsandbytes"), NODE, "set method qlora, or name the model it is made of"),
+    ({"method": "qlora", **packed("fp8")}, NODE, "is stored in fp8, which is not packed anew in 4 bits"),
     ({"zero": {"offload_param": "cpu"}}, NODE, "offload_param needs ZeRO stage 3"),
     ({"zero": {"stage": 0, "offload_optimizer": "cpu"}}, NODE, "offload_optimizer needs ZeRO stage 1"),
     ({"zero": {"offload_param": "nvme"}}, NODE, "offload_param needs ZeRO stage 3"),
@@ -122,6 +139,8 @@ def test_a_refused_combination_gives_its_reason(fields, node, said):
         ({"layout": {"dp": 2, "sp": 4}}, NODE),
         ({"layout": {"dp": 4, "tp": 2}}, NODE),
         ({"precision": "bf16"}, CPU_NODE),
+        (packed("mxfp4"), NODE),
+        ({"method": "qlora", **packed("bitsandbytes")}, NODE),
     ],
     ids=str,
 )

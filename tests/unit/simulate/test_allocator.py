@@ -2,8 +2,8 @@
 
 import pytest
 
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.allocator import CachingAllocator, OutOfMemory
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.units import KIB, MIB
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from vramplan.memory.birth import Birth
 from vramplan.memory.term import Place
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.replay import replay
 from vramplan.simulate.trace import PhaseSpan, Trace
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.units import MIB
 
 

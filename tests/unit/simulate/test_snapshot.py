@@ -7,10 +7,10 @@ import pytest
 from torch.cuda import _memory_viz
 
 from vramplan.memory.birth import Birth
-from vramplan.simulate.alloc_conf import AllocConf
 from vramplan.simulate.replay import replay
 from vramplan.simulate.snapshot import write_snapshot
 from vramplan.simulate.trace import Trace
+from vramplan.spec.alloc_conf import AllocConf
 from vramplan.units import MIB
 
 BIRTHS = [

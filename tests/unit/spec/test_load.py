@@ -36,6 +36,17 @@ def test_a_method_may_be_written_as_its_bare_name():
     assert run_from_mapping({"model": "m", "optimizer": "sgd"}).optimizer.kind == "sgd"
 
 
+def test_a_method_without_a_kind_is_full_training_if_it_has_no_key_of_adapters():
+    method = run_from_mapping({"model": "m", "method": {"train_last_blocks": 2}}).method
+    assert (method.kind, method.train_last_blocks) == ("full", 2)
+
+
+def test_true_and_false_stay_where_they_belong():
+    fields = {"model_config_fields": {"tie_word_embeddings": True}, "zero": {"overlap_comm": True}, "tiled_mlp": False}
+    run = run_from_mapping({"model": "m", **fields})
+    assert (run.model_config_fields, run.zero.overlap_comm) == ({"tie_word_embeddings": True}, True)
+
+
 def test_scientific_notation_without_a_dot_is_a_number():
     assert run_from_mapping({"model": "m", "optimizer": {"lr": "1e-5"}}).optimizer.lr == 1e-5
 
@@ -58,6 +69,10 @@ def test_scientific_notation_without_a_dot_is_a_number():
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr is 'fast' but must be a valid number"),
         ({"zero": 3}, "zero is 3 but must be a mapping"),
         ({"seq_len": "many"}, "seq_len is 'many' but must be a valid integer"),
+        ({"zero": {"stage": True}}, "zero.stage is true but takes 0, 1, 2, 3 or null"),
+        ({"micro_batch_size": True}, "micro_batch_size is true but takes whole number at least 1, or null"),
+        ({"method": {"kind": "lora", "r": True}}, "method.r is true but takes"),
+        ({"layout": {"dp": True}}, "layout.dp is true but takes whole number"),
     ],
     ids=str,
 )

@@ -123,6 +123,16 @@ def test_what_init_cannot_do_is_one_sentence(arguments, said, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["there.yaml"]
 
 
+def test_init_says_where_no_plan_can_be_made_of_the_recipe(tmp_path, capsys):
+    given = ["--task", "sft-chat", "--method", "lora", "--model", "meta-llama/Llama-4-Scout-17B-16E-Instruct"]
+    assert init(*given, "-o", tmp_path / "run.yaml") == 0
+    assert (
+        "note: as it stands `vramplan plan` refuses it: method.target_modules 'all-linear'" in capsys.readouterr().out
+    )
+    assert init("--task", "sft-chat", "--model", "Qwen/Qwen2.5-7B-Instruct", "-o", tmp_path / "other.yaml") == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("task", ADAPTER_RANKS)
 def test_adapters_in_place_of_full_training_have_the_rank_that_the_recipe_asks_for(task, tmp_path):
     rank = ADAPTER_RANKS[task]

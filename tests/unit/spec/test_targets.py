@@ -108,3 +108,9 @@ def test_a_matrix_that_head_and_table_share_is_saved_once_whichever_is_named():
 def test_other_modules_are_not_saved_whole(config, method, said):
     with pytest.raises(SpecError, match=said):
         saved_modules(LoraMethod(**method), architecture_from_config(config))
+
+
+def test_a_model_without_experts_has_none_to_adapt():
+    method = LoraMethod(target_parameters=("experts.gate_up_proj",))
+    with pytest.raises(SpecError, match="llama has no routed experts"):
+        resolve_targets(method, architecture_from_config({"model_type": "llama", **SMALL}))

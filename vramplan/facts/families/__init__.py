@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import cast
 
 from vramplan.errors import ConfigError, UnknownNameError
-from vramplan.facts.architecture import Architecture, MixtureOfExperts
+from vramplan.facts.architecture import Architecture
 from vramplan.facts.dtype import Dtype
+from vramplan.facts.families.consistent import check_config
 from vramplan.facts.families.fields import Fields
 
 FAMILIES: dict[str, str] = {
@@ -71,17 +72,24 @@ def architecture_from_config(config: Mapping[str, object]) -> Architecture:
     build = cast(Callable[[Fields], Architecture], module.build)
     fields = Fields(_text_config(config, module_name), module_name)
     architecture = build(fields)
-    for layer in architecture.layers:
-        mixture = layer.feed_forward
-        if isinstance(mixture, MixtureOfExperts) and mixture.experts_per_token > mixture.router.num_experts:
-            problem = f"is {mixture.experts_per_token}, more than the {mixture.router.num_experts} experts of a layer"
-            raise fields.error("num_experts_per_tok", problem)
-    return replace(architecture, stored_dtype=_stored_dtype(config))
+    check_config(fields, architecture)
+    return replace(
+        architecture, stored_dtype=_stored_dtype(config), stored_quantization=_stored_quantization(config, module_name)
+    )
 
 
 def _stored_dtype(config: Mapping[str, object]) -> Dtype | None:
     name = config.get("dtype") or config.get("torch_dtype")
     return {"float32": Dtype.FP32, "bfloat16": Dtype.BF16, "float16": Dtype.FP16}.get(str(name).removeprefix("torch."))
+
+
+def _stored_quantization(config: Mapping[str, object], module_name: str) -> str:
+    section = Fields(config, module_name).section("quantization_config")
+    if section is None:
+        return ""
+    if "load_in_4bit" in section and "quant_method" not in section:  # as bitsandbytes' older files have it
+        return "bitsandbytes"
+    return Fields(section, module_name).text("quant_method", default="an unnamed method")
 
 
 def _text_config(config: Mapping[str, object], module_name: str) -> Mapping[str, object]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vramplan.errors import SpecError
-from vramplan.simulate.alloc_conf import UNLIMITED, AllocConf
+from vramplan.spec.alloc_conf import UNLIMITED, AllocConf
 from vramplan.units import MIB
 
 GOOD = [
