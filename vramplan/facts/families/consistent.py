@@ -48,5 +48,7 @@ def _check_rotary(fields: Fields, architecture: Architecture) -> None:
 
 def _rope_sections(section: Mapping[str, object]) -> list[Mapping[str, object]]:
     """The section, or those of each kind of layer in it (Gemma-3's newer files)."""
-    nested = [part for part in section.values() if isinstance(part, dict) and ({"rope_type", "type"} & part.keys())]
+    nested: list[Mapping[str, object]] = [
+        part for part in section.values() if isinstance(part, dict) and ({"rope_type", "type"} & part.keys())
+    ]
     return nested or [section]
