@@ -17,6 +17,8 @@ from vramplan.simulate.trace import ALIVE, CATEGORIES, Trace
 from vramplan.simulate.tracker import RECOMPUTATION, Tracker
 
 _GATHER_FILES = ("deepspeed/runtime/zero/partition_parameters.py", "deepspeed/runtime/zero/partitioned_param")
+_GATHER_BUFFER = "_all_gather_dtype"
+"""Where tensors that are gathered together are received, to be copied out of it one by one."""
 _REDUCE_WORDS = ("bucket", "ipg", "reduce", "average", "coalesc")
 _NUMBER = {category: number for number, category in enumerate(CATEGORIES)}
 
@@ -42,9 +44,11 @@ def _category(birth: Birth, survives: bool, param_shaped: bool, is_logits: bool)
     if phase == Phase.MODEL_LOAD.value:
         return Category.PARAMETER
     if birth.frame.startswith(_GATHER_FILES) and phase != Phase.ENGINE_INIT.value:
-        return Category.PARAMETER
-    if "deepspeed/" in birth.frame and any(word in birth.frame for word in _REDUCE_WORDS):
+        return Category.COMMUNICATION if birth.frame.endswith(_GATHER_BUFFER) else Category.PARAMETER
+    if _reduces(birth):
         return Category.COMMUNICATION
+    if phase == Phase.OPTIMIZER_STEP.value and not survives and _casts_gradients(birth):
+        return Category.GRADIENT
     if phase == Phase.ENGINE_INIT.value or phase == Phase.OPTIMIZER_STEP.value:
         return Category.OPTIMIZER if survives else Category.TEMPORARY
     if is_logits:
@@ -54,6 +58,25 @@ def _category(birth: Birth, survives: bool, param_shaped: bool, is_logits: bool)
     if birth.node == RECOMPUTATION:
         return Category.ACTIVATION
     return Category.GRADIENT if survives or param_shaped else Category.TEMPORARY
+
+
+def _reduces(birth: Birth) -> bool:
+    """Whether DeepSpeed's line is one of a reduction; torch's own flattening stands within it."""
+    line = _line_of_deepspeed(birth)
+    return any(word in line for word in _REDUCE_WORDS)
+
+
+def _casts_gradients(birth: Birth) -> bool:
+    """Whether DeepSpeed's optimizers made it in a step themselves, from gradients: what Adam makes stands in
+    ``deepspeed/ops`` or in torch, and norms are of a function of that name."""
+    line = _line_of_deepspeed(birth)
+    return line.startswith("deepspeed/runtime/") and "norm" not in line
+
+
+def _line_of_deepspeed(birth: Birth) -> str:
+    """The innermost of the lines that are kept, if it is DeepSpeed's; else empty."""
+    frame = birth.frame if "deepspeed/" in birth.frame else birth.outer_frame
+    return frame if "deepspeed/" in frame else ""
 
 
 def _survives(trace: Trace, block: int, end: int) -> bool:
