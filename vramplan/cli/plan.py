@@ -58,6 +58,6 @@ def plan(
         show(f"\n{verified.text}")
     if sentence is not None:
         show(sentence)
-    not_trained = chosen.run.layout.not_trained if chosen.run.layout is not None else ""
+    not_trained = chosen.run.not_trained
     show(f"\nwritten: {', '.join(str(path) for path in files)}")
     show(f"not for vramplan train: {not_trained}" if not_trained else f"next: vramplan train {files[0]}")

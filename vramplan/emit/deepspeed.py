@@ -54,7 +54,7 @@ def ds_config(run: RunSpec, world_size: int) -> dict[str, Any]:
         "managed_gradient_accumulation": managed_accumulation(run),
         "gradient_clipping": run.training.max_grad_norm,
         "zero_optimization": _zero_section(run.zero),
-        **_precision_section(run.precision),
+        **_precision_section(run),
         **_parallel_section(run),
     }
     if run.optimizer.kind not in CLIENT_OPTIMIZERS:
@@ -89,12 +89,16 @@ def _check_closed(run: RunSpec, world_size: int) -> None:
         raise SpecError(f"layout makes {run.layout.world_size} ranks, but {world_size} are to run: change layout.dp")
 
 
-def _precision_section(precision: str) -> dict[str, Any]:
-    if precision in ("bf16", "fp16"):
-        return {precision: {"enabled": True}}
-    if precision == "bf16-autocast":
-        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    return {}
+def _precision_section(run: RunSpec) -> dict[str, Any]:
+    section: dict[str, Any] = {}
+    if run.precision in ("bf16", "fp16"):
+        asked = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+        section[run.precision] = {"enabled": True} | {name: True for name in asked if getattr(run, name)}
+    if run.precision == "bf16-autocast":
+        section["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if run.grad_accum_dtype is not None:
+        section["data_types"] = {"grad_accum_dtype": run.grad_accum_dtype}
+    return section
 
 
 def _zero_section(zero: ZeroSpec) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import forward_candidates
 from vramplan.memory.between import Files, Standing, Written
@@ -14,7 +13,7 @@ from vramplan.memory.job import Job
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, joined, merged
 from vramplan.memory.muon import MuonSteps
-from vramplan.memory.optimizers import OptimizerBytes
+from vramplan.memory.optimizers import OptimizerBytes, optimizer_bytes
 from vramplan.memory.parameters import ADAPTER_DTYPE, Parameter
 from vramplan.memory.profile import Profile, profile
 from vramplan.memory.quantized import BLOCK, nf4_bytes, quantizing_bytes
@@ -306,6 +305,11 @@ class Engine(ABC):
         """The micro-batch where weights stay whole."""
         return profile(self.model_run)
 
+    def optimizer_on(self, device: str) -> OptimizerBytes:
+        """What the optimizer keeps and makes an element, where its states lie on ``device``."""
+        found = optimizer_bytes(self.job.optimizer, device, self.job.momentum)
+        return found.in_formats(self.job.moment_dtype, self.job.master_dtype)
+
     @property
     def master_bytes(self) -> int:
-        return Dtype.FP32.nbytes
+        return self.job.master_dtype.nbytes

@@ -6,6 +6,7 @@ from vramplan.errors import SpecError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
+from vramplan.facts.dtype import Dtype
 from vramplan.memory.between import Passed, moments_between
 from vramplan.memory.blocks.fused_loss import FAMILIES as FUSED_LOSS_FAMILIES
 from vramplan.memory.blocks.liger import FAMILIES as LIGER_FAMILIES
@@ -209,6 +210,24 @@ def _of_optimizer(job: Job) -> dict[str, bool]:
         and not job.zero.contiguous_gradients,
         "the optimizer muon under tensor or sequence parallelism": muon and max(job.layout.tp, job.layout.sp) > 1,
         "zero.hpz_partition_size with offload of weights": job.hpz > 0 and job.offload_param,
+        **_of_formats(job),
+    }
+
+
+def _of_formats(job: Job) -> dict[str, bool]:
+    halves, sums = job.master_dtype is not Dtype.FP32, job.sums_in_fp32
+    kind = job.optimizer
+    return {
+        f"bf16_master_weights_and_grads with the optimizer {kind}": halves
+        and kind not in ("adamw", "adamw_torch", "adamw_torch_fused", "lion", "sgd"),
+        "bf16_master_weights_and_grads with offload to NVMe": halves and on_disk(job),
+        "bf16_master_weights_and_grads with grad_accum_dtype": halves and sums,
+        "grad_accum_dtype under ZeRO-1": sums and job.stage == 1,
+        "grad_accum_dtype under ZeRO-2 with offload": sums and job.stage == 2 and job.offload_optimizer,
+        "grad_accum_dtype under ZeRO-2 without zero.contiguous_gradients or zero.reduce_scatter": sums
+        and job.stage == 2
+        and not (job.zero.contiguous_gradients and job.zero.reduce_scatter),
+        "grad_accum_dtype with the optimizer muon": sums and kind == "muon",
     }
 
 

@@ -54,8 +54,8 @@ def _states(job: Job) -> int:
         weights = 0 if job.offload_param else weights // ranks
     if job.offload_optimizer or job.optimizer not in _TWO_MOMENTS or job.engine == "torch":
         return weights
-    master = Dtype.FP32.nbytes if job.stage or job.dtype is not Dtype.FP32 else 0
-    return weights + trained * (master + 2 * Dtype.FP32.nbytes) // (ranks if job.stage else 1)
+    master = job.master_dtype.nbytes if job.stage or job.dtype is not Dtype.FP32 else 0
+    return weights + trained * (master + 2 * job.moment_dtype.nbytes) // (ranks if job.stage else 1)
 
 
 def _whole_weights(job: Job) -> int:

@@ -52,6 +52,8 @@ def job_from_run(
         grad_dtype=formats.grads,
         # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"
         communicates=Dtype.FP32 if layout.sp > 1 else formats.communicates,
+        master_dtype=Dtype.BF16 if run.bf16_master_weights_and_grads else Dtype.FP32,
+        moment_dtype=Dtype.BF16 if run.bf16_optimizer_states else Dtype.FP32,
         layout=layout,
         split_refused=why_not(architecture, layout.tp),
         unsplit_numel=architecture.num_params - split(architecture, layout.tp).num_params if layout.tp > 1 else 0,
@@ -105,6 +107,8 @@ def _formats(run: RunSpec, weights_halved: bool) -> _Formats:
         "bf16-autocast": (Dtype.FP32, Dtype.BF16),
         "bf16-weights-autocast": (Dtype.BF16, Dtype.BF16),
     }[run.precision]
+    if not weights_halved and run.grad_accum_dtype == "fp32" and dtype is not Dtype.FP32:
+        return _Formats(dtype, autocast, Dtype.FP32, dtype)  # reduced as it is (engine.py, communication_data_type)
     if not weights_halved:
         return _Formats(dtype, autocast, dtype, None)
     # of the products autocast changes those of adapters alone, which are made in fp32 after ``zero.Init``

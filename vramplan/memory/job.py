@@ -40,9 +40,13 @@ class Job:
     """Format of the weights in the engine."""
     autocast: Dtype | None
     grad_dtype: Dtype
-    """Format that ZeRO-3 accumulates gradients in."""
+    """Format that ZeRO accumulates gradients in."""
     communicates: Dtype | None
     """Format that ZeRO-3 reduces gradients in, or None: that of accumulation."""
+    master_dtype: Dtype
+    """Format of the master weights, and of gradients in the optimizer's step."""
+    moment_dtype: Dtype
+    """Format of the optimizer's moments."""
     layout: Layout
     split_refused: str
     """What of tensor parallelism is not counted; empty where all is, or there is none."""
@@ -129,6 +133,11 @@ class Job:
             own_linears=self.zero.memory_efficient_linear,
             gathers=self.gather_limits if self.stage == 3 else None,
         )
+
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether gradients are added up in fp32 beside weights of a lower format (``grad_accum_dtype``)."""
+        return self.grad_dtype is not self.dtype and self.communicates is self.dtype
 
     @property
     def springs(self) -> frozenset[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vramplan.errors import UnknownNameError
+from vramplan.facts.dtype import Dtype
 
 PAGED_NUMEL = 100_000
 """Tensors of at least as many elements keep their states in paged memory (bitsandbytes/optim/optimizer.py,
@@ -21,6 +22,13 @@ class OptimizerBytes:
     """Elements that share one scale a moment, where moments are kept in 8 bits; 0: they are not."""
     paged: bool = False
     """Whether the moments of large tensors lie in memory that the driver may keep on the host."""
+
+    def in_formats(self, moment: Dtype, master: Dtype) -> OptimizerBytes:
+        """The same with moments and master weights of other formats than fp32; temporaries have the master's."""
+        if self.block or moment is master is Dtype.FP32:
+            return self
+        wide = Dtype.FP32.nbytes
+        return replace(self, state=self.state * moment.nbytes // wide, scratch=self.scratch * master.nbytes // wide)
 
     def state_bytes(self, *tensors: int) -> int:
         """What is kept on the device for tensors of these numbers of elements."""

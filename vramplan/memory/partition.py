@@ -102,7 +102,7 @@ def flat_groups(groups: Groups, degree: int, alignment: int = 1, round_robin: bo
 def see_flattened(stretch: Stretch, job: Job, flat: Flat, frozen_bytes: int) -> None:
     """Instants of ``__init__``: each group is flattened beside its weights, then the rank's part is cloned and cast."""
     frozen, width, share = {labels.FROZEN: frozen_bytes}, job.dtype.nbytes, 0
-    master_width = 0 if job.offload_optimizer else Dtype.FP32.nbytes
+    master_width = 0 if job.offload_optimizer else job.master_dtype.nbytes
     left = sum(numel for group in job.groups for _, numel in group)
     stretch.see("adapters cast", frozen, {labels.INIT: _cast_bytes(job)})
     for group, partition in zip(job.groups, flat.partitions, strict=True):
@@ -171,10 +171,12 @@ def flushes(
     bucket_numel: int,
     lowered: frozenset[str] = frozenset(),
     reduces: Reduces = "slices",
+    apart: int | None = None,
 ) -> tuple[Flush, ...]:
     """When gradients that arrive in ``order`` fill buckets of ``bucket_numel`` elements.
 
     ``lowered``: those that are reduced in autocast's format, which have a bucket of their own (``ipg_buckets``).
+    ``apart``: a rank whose slices are reduced each by itself, since each is added to a place of its own (fp32 sums).
 
     Source: ``reduce_independent_p_g_buckets_and_remove_grads`` and ``average_tensor``.
     """
@@ -185,20 +187,28 @@ def flushes(
         start, end = flat.offsets[name]
         low = name in lowered
         if elements[low] + end - start > bucket_numel and buckets[low]:
-            done.append(_flush(flat, buckets[low], bucket_numel, position, low, reduces))
+            done.append(_flush(flat, buckets[low], bucket_numel, position, low, reduces, apart))
             buckets[low], elements[low] = [], 0
         buckets[low].append(name)
         elements[low] += end - start
-    done += [_flush(flat, held, bucket_numel, None, low, reduces) for low, held in buckets.items() if held]
+    done += [_flush(flat, held, bucket_numel, None, low, reduces, apart) for low, held in buckets.items() if held]
     return tuple(done)
 
 
-def _flush(flat: Flat, held: list[str], bucket_numel: int, before: int | None, low: bool, reduces: Reduces) -> Flush:
+def _flush(
+    flat: Flat,
+    held: list[str],
+    bucket_numel: int,
+    before: int | None,
+    low: bool,
+    reduces: Reduces,
+    apart: int | None,
+) -> Flush:
     slices: list[tuple[int, int]] = []
     for name in held:
         for rank in flat.ranks_of(name):
             numel = flat.owned_by(name, rank)
-            if slices and slices[-1][0] == rank:
+            if slices and slices[-1][0] == rank != apart:
                 numel += slices.pop()[1]
             slices.append((rank, numel))
     total = sum(numel for _, numel in slices)
@@ -232,6 +242,17 @@ def _sent_together(slices: list[int], bucket_numel: int) -> Iterator[tuple[int, 
             count = numel = 0
     if count:
         yield count, numel
+
+
+def copied_bytes(flush: Flush, job: Job, reduces: Reduces) -> int:
+    """A flat copy of a reduction's slices, and one in the format that they travel in (``allreduce_bucket``): fp32 under
+    sequence parallelism, autocast's where it is made in that."""
+    travels = width = job.dtype.nbytes
+    if job.layout.sp > 1 and reduces != "bucket":
+        travels = Dtype.FP32.nbytes
+    elif flush.lowered and job.autocast is not None:
+        travels = job.autocast.nbytes
+    return flush.copied * width + (flush.sent * travels if travels != width else 0)
 
 
 def ranks_that_differ(job: Job) -> list[int]:

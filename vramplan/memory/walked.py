@@ -18,6 +18,7 @@ from vramplan.memory.nvme import Zero3Nvme, on_disk
 from vramplan.memory.plain_torch import PlainTorch
 from vramplan.memory.size import Size, evaluate, undominated
 from vramplan.memory.term import Moment
+from vramplan.memory.wide_sums import WideSums
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero3 import Zero3
 from vramplan.memory.zero12 import Zero12
@@ -53,6 +54,8 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
         return Muon12Offloaded(job, rank)
     if job.optimizer == "muon":
         return Muon12(job, rank) if job.stage < 3 else Muon3(job, rank, steps_skipped)
+    if job.stage == 2 and job.sums_in_fp32:
+        return WideSums(job, rank)
     if job.stage in (1, 2):
         return Zero12(job, rank)
     return (Zero3Nvme if on_disk(job) else Zero3)(job, rank, steps_skipped)

@@ -6,15 +6,13 @@ from collections.abc import Hashable, Iterable
 from functools import cached_property
 from itertools import accumulate
 
-from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, undominated
 from vramplan.memory.between import Files
 from vramplan.memory.engine import Engine, Micro
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Instant, Parts, Stretch, at_point, merged
-from vramplan.memory.optimizers import optimizer_bytes
-from vramplan.memory.partition import Flush, flat_of, flushes, reduces_of, see_flattened
+from vramplan.memory.partition import Flush, copied_bytes, flat_of, flushes, reduces_of, see_flattened
 from vramplan.memory.size import ZERO, add, const
 from vramplan.memory.tape import Point
 from vramplan.memory.term import Phase
@@ -35,7 +33,7 @@ class Zero12(Engine):
         self.sizes = dict(self.trained)
         self.partition_bytes = self._whole_bytes(self.owned)
         self.largest_owned = max(self.owned.values(), default=0)
-        self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
+        self.optimizer = self.optimizer_on("cpu" if job.offload_optimizer else job.device)
         self.largest = max((numel for _, numel in self.trained), default=0)
         self.offloads = job.offload_optimizer
         self._reducing: dict[Hashable, list[Instant]] = {}
@@ -259,7 +257,7 @@ class Zero12(Engine):
             others = waiting_meanwhile(waits[number + 1 :], wait.stop)
             after = merged(self._alive(at, left), {labels.GRADIENTS: others})
             alive, oversized = merged(after, {labels.GRADIENTS: wait.num_bytes}), wait.num_bytes > 0
-            before = {**filled, labels.REDUCTION: self._copy_bytes(flush)}
+            before = {**filled, **self._made_first(flush), labels.REDUCTION: self._copy_bytes(flush)}
             if self.rank in flush.ranks and self.offloads:  # large ones stay while the boundary is not known yet
                 stays = oversized and not normed and flush.before is not None
                 filled = self._sent_away(filled, flush, fresh, stays=stays)
@@ -267,12 +265,13 @@ class Zero12(Engine):
                 norm = {labels.NORM: self._norm_bytes(flush.held) if normed else 0}
                 stretch.see("gradient norm" if normed else "gradients sent to the host", filled, norm, after)
                 self._see_until_next(stretch, flush, filled, left)
-            elif self.rank in flush.ranks and filled_from is None:
-                filled, filled_from, after = {**filled, **self._partition()}, at.index, alive
-            elif oversized and job.stage == 1 and self.rank not in flush.ranks:  # nobody lets go of it before the end
-                filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + wait.num_bytes}
             else:
-                after = alive
+                if self.rank in flush.ranks and filled_from is None:
+                    filled, filled_from = {**filled, **self._partition()}, at.index
+                if oversized and self._stays_whole(flush):  # nobody lets go of it before the end
+                    filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + wait.num_bytes}
+                else:
+                    after = alive
             if not self.offloads and labels.GRADIENTS in filled:
                 self._see_until_next(stretch, flush, filled, left)
             if sum(before.values()) >= sum(filled.values()):
@@ -282,6 +281,14 @@ class Zero12(Engine):
             history.append((wait.stop, filled))
         self._see_waiting(stretch, history, waits, left)
         return filled_from
+
+    def _made_first(self, flush: Flush) -> dict[str, int]:
+        """What a reduction makes for the rank before it reduces: nothing."""
+        return {}
+
+    def _stays_whole(self, flush: Flush) -> bool:
+        """Whether a gradient that is larger than the bucket stays after its reduction."""
+        return self.job.stage == 1 and self.rank not in flush.ranks
 
     def _sent_away(self, filled: dict[str, int], flush: Flush, fresh: bool, stays: bool) -> dict[str, int]:
         """What a reduction leaves with offload: sums in the host's memory, and a large gradient that ``stays``."""
@@ -311,14 +318,7 @@ class Zero12(Engine):
         return flushes(order, self.flat, self.job.zero.reduce_bucket_size, self.lowered, self.reduces)
 
     def _copy_bytes(self, flush: Flush) -> int:
-        """A flat copy of the slices, and one in the format that they travel in (``allreduce_bucket``): fp32 under
-        sequence parallelism."""
-        travels = self.width
-        if self.job.layout.sp > 1 and self.reduces != "bucket":
-            travels = Dtype.FP32.nbytes
-        elif flush.lowered and self.job.autocast is not None:
-            travels = self.job.autocast.nbytes
-        return flush.copied * self.width + (flush.sent * travels if travels != self.width else 0)
+        return copied_bytes(flush, self.job, self.reduces)
 
     def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
         rest, partition = self.after_backward(), self.partition_bytes

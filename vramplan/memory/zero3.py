@@ -20,7 +20,6 @@ from vramplan.memory.gathered import MICROS, GatheredProfiles, gathered_profiles
 from vramplan.memory.gathers import second_part
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Bytes, Parts, Stretch, at_point, merged
-from vramplan.memory.optimizers import optimizer_bytes
 from vramplan.memory.profile import Profile
 from vramplan.memory.quantized import nf4_state_bytes
 from vramplan.memory.reduction import Bucket, BucketFlush, bucket_flushes, sub_groups
@@ -55,7 +54,7 @@ class Zero3(Engine):
         self.sub_group = max(self.sub_groups, default=0)
         self.lone = [len(each) == 1 for each in together]
         """Whether a sub-group is one parameter: flattening a single tensor copies nothing (torch/_utils.py)."""
-        self.optimizer = optimizer_bytes(job.optimizer, "cpu" if job.offload_optimizer else job.device, job.momentum)
+        self.optimizer = self.optimizer_on("cpu" if job.offload_optimizer else job.device)
         self.profiles: GatheredProfiles = gathered_profiles(
             job.model_run, min(job.grad_accum_steps, MICROS), steps_skipped, job.sampling_run
         )

@@ -67,6 +67,28 @@ def _nvme_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) ->
     return f"offload_optimizer nvme needs ZeRO stage 3: stage {run.zero.stage} keeps its states in the host's memory"
 
 
+def _sums_in_fp32(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if run.grad_accum_dtype is None or run.precision not in ("bf16", "fp16") or run.zero.stage != 0:
+        return None
+    return f"grad_accum_dtype fp32 beside {run.precision} weights needs ZeRO stage 1, 2 or 3"
+
+
+def _bf16_master_weights(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
+    if not run.bf16_master_weights_and_grads:
+        return None
+    if run.zero.stage == 0:
+        return "bf16_master_weights_and_grads needs ZeRO stage 1, 2 or 3: stage 0 keeps fp32 master weights"
+    offloads = run.zero.offload_optimizer in ("cpu", "nvme")
+    if not run.bf16_optimizer_states and not offloads:
+        return (
+            "bf16_master_weights_and_grads with fp32 moments needs offload_optimizer cpu: set bf16_optimizer_states "
+            "true, or offload"
+        )
+    if offloads and run.optimizer.kind not in ("adamw", "muon"):
+        return "bf16_master_weights_and_grads with offload needs DeepSpeed's CPUAdam: set optimizer adamw"
+    return None
+
+
 def _muon_reduces_whole(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
     if run.optimizer.kind != "muon" or run.zero.stage != 3 or not run.zero.reduce_scatter:
         return None
@@ -332,6 +354,8 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
     (_nvme_needs_stage_3, "deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__"),
+    (_sums_in_fp32, "deepspeed/runtime/engine.py, _do_optimizer_sanity_check"),
+    (_bf16_master_weights, "deepspeed/runtime/base_optimizer.py, _configure_master_weights; config.py, _do_error_check"),
     (_muon_reduces_whole, "deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3.__init__"),
     (_all_reduced_fetches, "deepspeed/runtime/zero/partition_parameters.py, _all_gather_coalesced"),
     (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),

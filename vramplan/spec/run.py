@@ -195,6 +195,14 @@ class RunSpec(UserModel):
     precision: Precision = "bf16"
     """Format of weights and compute: bf16 or fp16 (DeepSpeed's engines; with engine torch bf16 weights and states),
     fp32, or bf16 autocast over fp32 weights, or (engine torch) over bf16 ones."""
+    grad_accum_dtype: Literal["fp32"] | None = None
+    """Format in which ZeRO keeps and adds up gradients (DeepSpeed's ``data_types.grad_accum_dtype``). None: that of the
+    weights."""
+    bf16_master_weights_and_grads: bool = False
+    """Whether ZeRO's master weights, and the gradients that it steps with, are bf16 (DeepSpeed's key in ``bf16``);
+    without ``bf16_optimizer_states`` only with offload of the optimizer."""
+    bf16_optimizer_states: bool = False
+    """Whether the optimizer's moments are bf16 too (DeepSpeed's key in ``bf16``)."""
     seq_len: int = Field(default=2048, ge=1)
     """Tokens of one sequence, padding included."""
     global_batch_size: int | None = Field(default=None, ge=1)
@@ -252,6 +260,17 @@ class RunSpec(UserModel):
             raise ValueError(reason)
         return self
 
+    @model_validator(mode="after")
+    def _formats_go_together(self) -> Self:
+        asked = [name for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states") if getattr(self, name)]
+        if asked and self.precision != "bf16":
+            raise ValueError(f"{asked[0]} needs precision bf16, not {self.precision}")
+        if asked == ["bf16_optimizer_states"]:
+            raise ValueError("bf16_optimizer_states needs bf16_master_weights_and_grads: set it true")
+        if self.engine == "torch" and (asked or self.grad_accum_dtype):
+            raise ValueError(f"{(*asked, 'grad_accum_dtype')[0]} is DeepSpeed's: leave it out of engine torch")
+        return self
+
     @property
     def masked(self) -> bool:
         """Whether attention is given a mask of its own: for padding, or so that packed documents do not see each
@@ -264,6 +283,18 @@ class RunSpec(UserModel):
         if self.optimizer.lr is not None:
             return self.optimizer.lr
         return 1e-5 if self.method.kind == "full" else 2e-4
+
+    @property
+    def not_trained(self) -> str:
+        """Why ``vramplan train`` does not run it, though its bytes are counted; empty where it does."""
+        formats = ("grad_accum_dtype", "bf16_master_weights_and_grads")
+        asked = [name for name in formats if getattr(self, name)]
+        if asked:
+            return (
+                f"{asked[0]}: the trainer's checkpoints hold fp32 master weights and DeepSpeed's own accumulation: "
+                "leave it out"
+            )
+        return self.layout.not_trained if self.layout is not None else ""
 
     @property
     def new_blocks(self) -> int:

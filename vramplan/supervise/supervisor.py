@@ -46,8 +46,8 @@ def check_before_launch(plan: Plan) -> None:
         LegalityError: the layout is not trained.
         DataError: a row is malformed, or a file is not there.
     """
-    if plan.run.layout is not None and plan.run.layout.not_trained:
-        raise LegalityError(plan.run.layout.not_trained)
+    if plan.run.not_trained:
+        raise LegalityError(plan.run.not_trained)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")

@@ -13,8 +13,8 @@ def check_layout(run: RunSpec) -> None:
     """Raises:
     LegalityError: the layout is more than data and sequence parallel.
     """
-    if run.layout is not None and run.layout.not_trained:
-        raise LegalityError(run.layout.not_trained)
+    if run.not_trained:
+        raise LegalityError(run.not_trained)
 
 
 def check_sequence_parallel(plan: Plan) -> None:
