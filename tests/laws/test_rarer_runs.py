@@ -144,6 +144,36 @@ IN_BLOCKS: Runs = (
 """DeepSpeed's chunked loss on the CPU, which takes the logarithm of sums of exponents in fp32."""
 
 
+SUMS = {"grad_accum_dtype": "fp32"}
+HALVES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+HALF_MASTER = {"bf16_master_weights_and_grads": True}
+FORMATS: Runs = (
+    ("llama.13x2/full/1/none/sdpa/bf16/none/cuda/4/1/2/adamw_torch/none/small/let go", {**SUMS, **BY_LAYER}),
+    ("gpt2.0x2/full/1/none/sdpa/bf16/none/cuda/1/1/2/sgd/none/small/let go", SUMS),
+    (
+        "llama.13x2/full/1/none/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go",
+        {**SUMS, "layout": {"dp": 2, "sp": 2}},
+    ),
+    ("qwen2_moe.20x2/full/2/full/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go", SUMS),
+    ("mistral.15x2/full/2/none/sdpa/bf16/none/cuda/4/1/1/adamw/none/default/let go", {**SUMS, **BY_LAYER}),
+    (
+        "llama.13x2/full/2/none/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go",
+        {**SUMS, "layout": {"dp": 2, "sp": 2}},
+    ),
+    ("llama.13x2/full/2/none/sdpa/bf16/none/cuda/4/1/2/adamw/optimizer/small/let go", SUMS),
+    ("llama.13x2/lora/2/full/sdpa/fp16/none/cuda/4/1/1/adamw/none/small/let go", SUMS),
+    ("llama.13x2/full/3/none/sdpa/bf16/none/cuda/4/1/2/adamw/both/small/let go", SUMS),
+    ("llama.13x2/lora/3/none/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go", SUMS),
+    ("deepseek_v3.51x2/full/3/none/sdpa/bf16/none/cuda/4/1/1/adamw/none/small/let go", HALVES),
+    ("mistral.15x2/lora/3/none/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go", HALVES),
+    ("llama.13x2/full/2/none/sdpa/bf16/none/cuda/4/1/2/adamw_torch/none/small/let go", {**HALVES, **BY_LAYER}),
+    ("llama.13x2/full/1/none/sdpa/bf16/none/cuda/4/1/2/sgd/none/small/let go", HALVES),
+    ("llama.13x2/full/2/none/sdpa/bf16/none/cuda/4/1/2/adamw/optimizer/small/let go", HALF_MASTER),
+    ("llama.13x2/full/3/none/sdpa/bf16/none/cuda/4/1/2/adamw/optimizer/small/let go", HALVES),
+)
+"""DeepSpeed's bf16 variants: gradients summed in fp32, master weights and moments in bf16."""
+
+
 def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
     fields = Case.parse(key).run().model_dump()
     for name, change in changes.items():
@@ -164,6 +194,7 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
         WITH_FILES,
         ACCUMULATING,
         IN_BLOCKS,
+        FORMATS,
     ],
     ids=[
         "muon",
@@ -175,6 +206,7 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
         "files",
         "accumulating",
         "blocks",
+        "formats",
     ],
 )
 def test_estimate_and_simulation_agree(runs):

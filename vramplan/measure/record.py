@@ -90,10 +90,13 @@ class JobSpec(UserModel):
     id: str = ""
     """Names the job within its file; a run is resumed by it."""
     model: JobModel
-    engine: Engine = "deepspeed"
-    """deepspeed, or torch: plain PyTorch on one device or under DDP."""
+    engine: Engine = "deepspeed"  # or torch: plain PyTorch on one device or under DDP
     precision: Precision = "bf16"
     """bf16 and fp16: DeepSpeed's engines; bf16-autocast: fp32 weights under DeepSpeed's ``torch_autocast``."""
+    grad_accum_dtype: Literal["fp32"] | None = None
+    bf16_master_weights_and_grads: bool = False
+    bf16_optimizer_states: bool = False
+    """DeepSpeed's keys of these names (``data_types``, ``bf16``)."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences per data-parallel rank per forward."""
     seq_len: int = Field(ge=1)
@@ -102,16 +105,14 @@ class JobSpec(UserModel):
     """Micro-batches of one optimizer step."""
     attention: Attention = "sdpa"
     """transformers' attention implementation."""
-    attention_mask: bool = False
-    """Whether an all-ones mask is passed."""
+    attention_mask: bool = False  # all ones
     masked: bool = False
     """Whether the masks hid something (padding, or other documents of a pack), as in a real run."""
     activation_checkpointing: Checkpointing = "none"
     """full: ``gradient_checkpointing_enable`` with ``use_reentrant=False``."""
     checkpoint_every: int = Field(default=1, ge=1)
-    """Its ``every_n_layers``."""
     checkpoint_reentrant: bool = False
-    """Its ``use_reentrant``."""
+    """Its ``every_n_layers`` and ``use_reentrant``."""
     loss: Loss = "hf"
     """hf: the model's own; chunked: DeepSpeed's; liger: fused linear cross-entropy."""
     kernels: Literal["hf", "liger"] = "hf"
@@ -126,13 +127,11 @@ class JobSpec(UserModel):
     """full, lora or qlora."""
     optimizer: Optimizer = "adamw"
     """adamw is DeepSpeed's FusedAdam."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of sgd."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)  # of sgd
     zero: ZeroSpec = ZeroSpec(stage=0)
     """``zero_optimization`` keys; DeepSpeed's default where absent."""
     world: World = World()
-    alloc_conf: str = ""
-    """Value of ``PYTORCH_CUDA_ALLOC_CONF``."""
+    alloc_conf: str = ""  # value of PYTORCH_CUDA_ALLOC_CONF
     cap_bytes: int | None = Field(default=None, ge=1)
     """The job ran under a device memory cap of that many bytes."""
     steps: int = Field(default=2, ge=1)
@@ -272,10 +271,11 @@ def steps_were_skipped(record: Record) -> bool:
         return False
     ends = {phase.phase: phase.allocated_end_bytes for phase in measured.phases}
     last = f"step1.micro{spec.grad_accum_steps}"
-    if not {f"{last}.backward", f"{last}.optimizer_step"} <= ends.keys():
+    if not {before := f"{last}.backward", after := f"{last}.optimizer_step"} <= ends.keys():
         return False
-    grew = ends[f"{last}.optimizer_step"] - ends[f"{last}.backward"]
-    return 2 * grew < _STATE_BYTES[spec.optimizer] * shard(measured.numel_trainable, spec.layout.zero_degree)
+    grew = ends[after] - ends[before]
+    states = _STATE_BYTES[spec.optimizer] // (2 if spec.bf16_optimizer_states else 1)
+    return 2 * grew < states * shard(measured.numel_trainable, spec.layout.zero_degree)
 
 
 def weights_were_halved(record: Record) -> bool:

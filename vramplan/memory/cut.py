@@ -55,7 +55,7 @@ def highest_as_built(job: Job, built: list[tuple[str, int]], stays: Callable[[in
         numels = [numel for _, numel in group]
         whole = 0
         for numel in numels:
-            if job.grad_dtype is not job.dtype:  # built in the asked format, then cast (weights_halved)
+            if job.weights_halved:  # built in the asked format, then cast
                 both = whole * width + numel * (job.grad_dtype.nbytes + width)
                 highest = _higher(highest, "a tensor cast", cut * width, both)
             whole += numel

@@ -215,19 +215,19 @@ def _of_optimizer(job: Job) -> dict[str, bool]:
 
 
 def _of_formats(job: Job) -> dict[str, bool]:
-    halves, sums = job.master_dtype is not Dtype.FP32, job.sums_in_fp32
-    kind = job.optimizer
+    halves, sums, kind = job.master_dtype is not Dtype.FP32, job.sums_in_fp32, job.optimizer
+    widens = job.grad_dtype is not job.dtype and not job.weights_halved
     return {
         f"bf16_master_weights_and_grads with the optimizer {kind}": halves
         and kind not in ("adamw", "adamw_torch", "adamw_torch_fused", "lion", "sgd"),
         "bf16_master_weights_and_grads with offload to NVMe": halves and on_disk(job),
-        "bf16_master_weights_and_grads with grad_accum_dtype": halves and sums,
-        "grad_accum_dtype under ZeRO-1": sums and job.stage == 1,
-        "grad_accum_dtype under ZeRO-2 with offload": sums and job.stage == 2 and job.offload_optimizer,
+        "bf16_master_weights_and_grads with grad_accum_dtype": halves and widens,
+        "grad_accum_dtype under ZeRO-1 with fp16 weights": sums and job.stage == 1 and job.dtype is Dtype.FP16,
+        "grad_accum_dtype under ZeRO-1 with offload": sums and job.stage == 1 and job.offload_optimizer,
         "grad_accum_dtype under ZeRO-2 without zero.contiguous_gradients or zero.reduce_scatter": sums
         and job.stage == 2
         and not (job.zero.contiguous_gradients and job.zero.reduce_scatter),
-        "grad_accum_dtype with the optimizer muon": sums and kind == "muon",
+        "grad_accum_dtype with the optimizer muon": widens and kind == "muon",
     }
 
 

@@ -52,6 +52,7 @@ def job_from_run(
         grad_dtype=formats.grads,
         # runtime/engine.py, _configure_distributed_model: seq_parallel_communication_data_type, "fp32"
         communicates=Dtype.FP32 if layout.sp > 1 else formats.communicates,
+        weights_halved=weights_halved,
         master_dtype=Dtype.BF16 if run.bf16_master_weights_and_grads else Dtype.FP32,
         moment_dtype=Dtype.BF16 if run.bf16_optimizer_states else Dtype.FP32,
         layout=layout,

@@ -43,6 +43,8 @@ class Job:
     """Format that ZeRO accumulates gradients in."""
     communicates: Dtype | None
     """Format that ZeRO-3 reduces gradients in, or None: that of accumulation."""
+    weights_halved: bool
+    """Whether ``zero.Init`` made weights of the asked format first and cast them (``job_from_run``)."""
     master_dtype: Dtype
     """Format of the master weights, and of gradients in the optimizer's step."""
     moment_dtype: Dtype
@@ -136,8 +138,8 @@ class Job:
 
     @property
     def sums_in_fp32(self) -> bool:
-        """Whether gradients are added up in fp32 beside weights of a lower format (``grad_accum_dtype``)."""
-        return self.grad_dtype is not self.dtype and self.communicates is self.dtype
+        """Whether ZeRO-1 or 2 adds gradients up in fp32 beside weights of a lower format (``grad_accum_dtype``)."""
+        return self.stage < 3 and self.grad_dtype is not self.dtype
 
     @property
     def springs(self) -> frozenset[str]:

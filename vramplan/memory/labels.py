@@ -24,6 +24,7 @@ GRADIENTS = "gradients"
 GRAD_PARTITION = "gradient partition"
 ACCUMULATED = "accumulated gradients"
 BUCKET = "reduce bucket"
+WIDE_GRADIENTS = "fp32 gradients"
 REDUCTION = "reduction copy"
 DDP_BUCKETS = "DDP buckets"
 INIT = "copies during initialisation"
@@ -190,6 +191,9 @@ LABELS: dict[str, Label] = {
         Category.GRADIENT, "width x elements of every parameter that touches the rank's partition (grads_in_partition)"
     ),
     ACCUMULATED: Label(Category.GRADIENT, "the gradient partition of earlier micro-batches (all_grad_tensors)"),
+    WIDE_GRADIENTS: Label(
+        Category.GRADIENT, "4 B x trained elements, from the engine's start on (bf16_optimizer.py)", Basis.EXACT
+    ),
     BUCKET: Label(
         Category.COMMUNICATION,
         "reduce_bucket_size x width, whatever the model's size (stage_1_and_2.py, setup_buckets)",

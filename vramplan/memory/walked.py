@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import overload
 
 from vramplan.memory.between import Passed, Standing
+from vramplan.memory.bf16_optimizer import Bf16Optimizer
 from vramplan.memory.engine import Engine
 from vramplan.memory.job import Job
 from vramplan.memory.moments import Stretch
@@ -54,6 +55,8 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
         return Muon12Offloaded(job, rank)
     if job.optimizer == "muon":
         return Muon12(job, rank) if job.stage < 3 else Muon3(job, rank, steps_skipped)
+    if job.stage == 1 and job.sums_in_fp32:
+        return Bf16Optimizer(job, rank)
     if job.stage == 2 and job.sums_in_fp32:
         return WideSums(job, rank)
     if job.stage in (1, 2):

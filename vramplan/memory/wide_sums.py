@@ -16,6 +16,7 @@ from vramplan.memory.job import Job
 from vramplan.memory.moments import Instant, Stretch, merged
 from vramplan.memory.partition import Flush, flushes
 from vramplan.memory.size import ZERO
+from vramplan.memory.term import Phase
 from vramplan.memory.zero12 import Zero12
 
 _WIDE = Dtype.FP32.nbytes
@@ -31,7 +32,9 @@ class WideSums(Zero12):
 
     def backward(self, micro: Micro) -> None:
         self._reducing = self._of_sums[self._are_there]
+        self.offloads = False  # sums are on the device all the same
         super().backward(micro)
+        self.offloads = self.job.offload_optimizer
 
     @property
     def _are_there(self) -> bool:
@@ -39,15 +42,16 @@ class WideSums(Zero12):
         return self.resident.get(labels.GRAD_PARTITION, ZERO)[0] > 0
 
     def _partition(self) -> dict[str, int]:
-        return {} if self._are_there else super()._partition()
+        return {} if self._are_there else {labels.GRAD_PARTITION: self.partition_bytes}
 
     def _flushes(self, order: tuple[str, ...]) -> tuple[Flush, ...]:
         bucket = self.job.zero.reduce_bucket_size
         return flushes(order, self.flat, bucket, self.lowered, self.reduces, apart=self.rank)
 
     def _copy_bytes(self, flush: Flush) -> int:
-        """Each slice of the rank's is widened to be added (``_add_to_grad_partition_buffer``)."""
-        widened = max((self.owned.get(name, 0) for name in flush.held), default=0)
+        """Each slice of the rank's is widened to be added (``_add_to_grad_partition_buffer``), unless it travels so."""
+        travels_wide = self.job.layout.sp > 1
+        widened = 0 if travels_wide else max((self.owned.get(name, 0) for name in flush.held), default=0)
         return super()._copy_bytes(flush) + widened * _WIDE
 
     def _made_first(self, flush: Flush) -> dict[str, int]:
@@ -61,6 +65,16 @@ class WideSums(Zero12):
         self.outputs = self.after_backward()
         sums = {labels.GRAD_PARTITION: self.partition_bytes}
         self.resident = merged(self.resident.without(labels.GRAD_PARTITION), sums)
+        stretch.close(self.resident, self.outputs)
+
+    def step(self, micro: Micro) -> None:
+        if not self.offloads or not micro.boundary:
+            super().step(micro)
+            return
+        stretch = self.open(micro.phase("optimizer_step"), Phase.OPTIMIZER_STEP, micro.step)
+        stretch.see("gradient norm", self.resident, self.outputs, {labels.NORM: 8 * self.largest_owned})
+        self._step_on_host(stretch, micro.step == 1)
+        self.resident = self.resident.without(labels.GRAD_PARTITION)
         stretch.close(self.resident, self.outputs)
 
     def _update(self, stretch: Stretch, index: int, first: bool) -> None:

@@ -99,9 +99,13 @@ class Zero0(Engine):
         self.outputs = self.after_backward()
         if micro.first:
             self.resident = merged(self.resident, {labels.GRADIENTS: self.width * self.trained_numel})
+        self.after_gradients(stretch)
         if micro.boundary and self.job.managed:
             self._reduce(stretch)
         stretch.close(self.resident, self.outputs)
+
+    def after_gradients(self, stretch: Stretch) -> None:
+        """What is made of a micro-batch's gradients before any reduction: nothing."""
 
     def _reduce(self, stretch: Stretch) -> None:
         """``buffered_allreduce_fallback``: gradients are flattened, at least ``REDUCE_NUMEL`` elements at a time."""

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable
 from functools import cached_property
 from itertools import accumulate
 
+from vramplan.facts.dtype import Dtype
 from vramplan.memory import labels
 from vramplan.memory.activations import backward_candidates, undominated
 from vramplan.memory.between import Files
@@ -35,7 +36,7 @@ class Zero12(Engine):
         self.largest_owned = max(self.owned.values(), default=0)
         self.optimizer = self.optimizer_on("cpu" if job.offload_optimizer else job.device)
         self.largest = max((numel for _, numel in self.trained), default=0)
-        self.offloads = job.offload_optimizer
+        self.offloads = self.clones = job.offload_optimizer
         self._reducing: dict[Hashable, list[Instant]] = {}
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
@@ -188,8 +189,11 @@ class Zero12(Engine):
         return merged(at_point(point), {labels.GRADIENTS: left * (self.trained_numel - point.grad_numel)})
 
     def _accumulates(self, micro: Micro) -> bool:
-        """Whether the micro-batch's gradients are added up in the host's memory (``copy_grads_in_partition``)."""
-        return self.offloads and self.job.stage == 2 and not (self.job.managed and micro.boundary and micro.first)
+        """Whether gradients are added up in the host's memory (``copy_grads_in_partition``), but in a bf16 master's."""
+        wide = self.job.master_dtype is Dtype.FP32
+        return (
+            self.offloads and self.job.stage == 2 and wide and not (self.job.managed and micro.boundary and micro.first)
+        )
 
     def _reduction_instants(self, normed: bool, fresh: bool, left: int) -> list[Instant]:
         """Instants from the first gradient on that can be highest, without what is resident. ``normed``: norms are
@@ -274,7 +278,7 @@ class Zero12(Engine):
                     after = alive
             if not self.offloads and labels.GRADIENTS in filled:
                 self._see_until_next(stretch, flush, filled, left)
-            if sum(before.values()) >= sum(filled.values()):
+            if sum(before.values()) >= sum(filled.values()) - wait.num_bytes * (after is not alive):
                 stretch.see("gradient reduction", before, alive)
             else:
                 stretch.see("gradient partition filled", filled, after)
@@ -283,8 +287,7 @@ class Zero12(Engine):
         return filled_from
 
     def _made_first(self, flush: Flush) -> dict[str, int]:
-        """What a reduction makes for the rank before it reduces: nothing."""
-        return {}
+        return {}  # before it reduces (``wide_sums.py``)
 
     def _stays_whole(self, flush: Flush) -> bool:
         """Whether a gradient that is larger than the bucket stays after its reduction."""
@@ -304,7 +307,7 @@ class Zero12(Engine):
     def _see_waiting(self, stretch: Stretch, history: History, waits: list[Wait], left: int) -> None:
         """Instants of backward while large gradients wait; with offload each is cloned as it arrives."""
         for wait in waits:
-            if self.offloads and wait.num_bytes:
+            if self.clones and wait.num_bytes:
                 beside = sum(other.num_bytes for other in waits if other.start < wait.start < other.stop)
                 parts = {labels.REDUCTION: wait.num_bytes, labels.GRADIENTS: beside}
                 alive = self._alive(self.profile.gradients[wait.start].at, left)

@@ -355,7 +355,10 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
     (_nvme_needs_stage_3, "deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__"),
     (_sums_in_fp32, "deepspeed/runtime/engine.py, _do_optimizer_sanity_check"),
-    (_bf16_master_weights, "deepspeed/runtime/base_optimizer.py, _configure_master_weights; config.py, _do_error_check"),
+    (
+        _bf16_master_weights,
+        "deepspeed/runtime/base_optimizer.py, _configure_master_weights; config.py, _do_error_check",
+    ),
     (_muon_reduces_whole, "deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3.__init__"),
     (_all_reduced_fetches, "deepspeed/runtime/zero/partition_parameters.py, _all_gather_coalesced"),
     (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),

@@ -69,6 +69,15 @@ def test_deepspeed_reads_what_was_meant(deepspeed_config, stage, precision):
     assert read.optimizer_name == "adamw"
 
 
+def test_formats_of_sums_and_states_reach_deepspeed(deepspeed_config):
+    halves = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    read = deepspeed_config(ds_config(run(precision="bf16", zero={"stage": 2}, **halves), 2)).bfloat16_config
+    assert (read.bf16_master_weights_and_grads, read.bf16_optimizer_states) == (True, True)
+    summed = deepspeed_config(ds_config(run(precision="bf16", zero={"stage": 2}, grad_accum_dtype="fp32"), 2))
+    assert summed.grad_accum_dtype == "fp32"
+    assert not summed.bfloat16_config.bf16_master_weights_and_grads
+
+
 def test_what_the_spec_leaves_alone_is_deepspeeds_default(deepspeed_config):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

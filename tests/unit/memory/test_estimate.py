@@ -24,10 +24,11 @@ def ask(model=SMALL, zero=None, gpus=8, rank=None, **fields) -> Estimate:
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bucket", [5_000_000, 50_000_000])
-def test_no_rank_holds_more_than_the_answer(stage, bucket):
+@pytest.mark.parametrize("formats", [{}, {"grad_accum_dtype": "fp32"}], ids=["bf16", "fp32 sums"])
+def test_no_rank_holds_more_than_the_answer(stage, bucket, formats):
     zero = {"stage": stage, "reduce_bucket_size": bucket}
-    worst = max(ask("Qwen/Qwen2.5-0.5B", zero, rank=rank).allocated_peak_bytes for rank in range(8))
-    assert ask("Qwen/Qwen2.5-0.5B", zero).allocated_peak_bytes == worst
+    worst = max(ask("Qwen/Qwen2.5-0.5B", zero, rank=rank, **formats).allocated_peak_bytes for rank in range(8))
+    assert ask("Qwen/Qwen2.5-0.5B", zero, **formats).allocated_peak_bytes == worst
 
 
 def test_ranks_do_differ():
@@ -95,6 +96,9 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
     assert peaks[-1] < none
 
 
+HALVES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -104,6 +108,11 @@ def test_the_more_layers_are_recomputed_the_fewer_bytes(stage):
         ({"optimizer": {"kind": "muon"}, "zero": {"stage": 3, "offload_optimizer": "cpu"}}, "muon under ZeRO-3"),
         ({"optimizer": {"kind": "muon"}, "layout": {"dp": 2, "sp": 2}}, "muon under tensor or sequence parallelism"),
         ({"optimizer": {"kind": "muon"}, "zero": {"contiguous_gradients": False}}, "muon with zero.contiguous_grad"),
+        ({**HALVES, "optimizer": {"kind": "adafactor"}}, "bf16_master_weights_and_grads with the optimizer adafactor"),
+        ({**HALVES, "grad_accum_dtype": "fp32"}, "bf16_master_weights_and_grads with grad_accum_dtype"),
+        ({"grad_accum_dtype": "fp32", "precision": "fp16", "zero": {"stage": 1}}, "under ZeRO-1 with fp16 weights"),
+        ({"grad_accum_dtype": "fp32", "zero": {"stage": 2, "reduce_scatter": False}}, "under ZeRO-2 without"),
+        ({"grad_accum_dtype": "fp32", "optimizer": {"kind": "muon"}}, "grad_accum_dtype with the optimizer muon"),
         ({"layout": {"dp": 4, "tp": 2}}, "head tied to the embedding"),
         ({"layout": {"dp": 4, "tp": 2}, "zero": {"stage": 3}}, "tensor parallelism under ZeRO-3"),
         ({"layout": {"dp": 4, "tp": 2}, "method": {"kind": "lora"}}, "tensor parallelism with adapters"),

@@ -64,6 +64,7 @@ def packed(method: str) -> dict[str, object]:
     return {"model_config_fields": {**LLAMA, "quantization_config": {"quant_method": method, "bits": 4}}}
 
 
+HALVES = {"bf16_master_weights_and_grads": True}
 REFUSED = [
     (packed("gptq"), NODE, "is stored packed (gptq), which is not trained: name the model that it was made of"),
     (packed("bitsandbytes"), NODE, "set method qlora, or name the model it is made of"),
@@ -78,6 +79,10 @@ REFUSED = [
         NODE,
         "tensors of one format together",
     ),
+    ({"grad_accum_dtype": "fp32", "zero": {"stage": 0}}, NODE, "grad_accum_dtype fp32 beside bf16 weights needs ZeRO"),
+    ({**HALVES, "bf16_optimizer_states": True, "zero": {"stage": 0}}, NODE, "stage 0 keeps fp32 master weights"),
+    (HALVES, NODE, "set bf16_optimizer_states true, or offload"),
+    ({**HALVES, "zero": {"offload_optimizer": "cpu"}, "optimizer": "adamw_torch"}, NODE, "set optimizer adamw"),
     ({"zero": {"hpz_partition_size": 4}}, NODE, "hpz_partition_size needs ZeRO stage 3"),
     ({"zero": {"stage": 3, "hpz_partition_size": 3}}, NODE, "3 does not divide the 8 ranks"),
     ({"precision": "fp16"}, CPU_NODE, "precision fp16 needs a CPU"),
@@ -140,6 +145,10 @@ def test_a_refused_combination_gives_its_reason(fields, node, said):
         ({"layout": {"dp": 4, "tp": 2}}, NODE),
         ({"precision": "bf16"}, CPU_NODE),
         (packed("mxfp4"), NODE),
+        ({"grad_accum_dtype": "fp32", "zero": {"stage": 1}}, NODE),
+        ({"grad_accum_dtype": "fp32", "precision": "bf16-autocast", "zero": {"stage": 0}}, NODE),
+        ({**HALVES, "bf16_optimizer_states": True}, NODE),
+        ({**HALVES, "zero": {"offload_optimizer": "cpu"}}, NODE),
         ({"method": "qlora", **packed("bitsandbytes")}, NODE),
     ],
     ids=str,

@@ -68,6 +68,16 @@ def test_a_layout_that_is_not_trained_is_refused_before_anything_starts():
         check_before_launch(plan)
 
 
+def test_formats_that_are_not_trained_are_refused_before_anything_starts():
+    hardware = {"gpu": "h100-80gb", "gpus_per_node": 2}
+    run = run_from_mapping(
+        {**MODEL, "precision": "bf16", "grad_accum_dtype": "fp32", "seq_len": 64, "hardware": hardware}
+    )
+    plan = make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+    with pytest.raises(LegalityError, match="grad_accum_dtype: the trainer's checkpoints hold fp32 master weights"):
+        check_before_launch(plan)
+
+
 def test_every_precision_has_its_traffic():
     for precision in get_args(Precision):
         engine = "torch" if precision == "bf16-weights-autocast" else "deepspeed"
