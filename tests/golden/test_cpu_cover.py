@@ -14,6 +14,7 @@ FILES = {
     "cpu_reentrant.jsonl": 5,  # reentrant checkpointing, every layer or one of two
     "cpu_chunked_loss.jsonl": 7,  # DeepSpeed's, its logits in one block and in several
     "cpu_bf16_variants.jsonl": 32,  # fp32 sums beside bf16 weights, bf16 master weights and moments; ZeRO 1 to 3
+    "cpu_layers_whole.jsonl": 5,  # stage3_module_granularity_threshold, five families
     "cpu_checkpoint_every.jsonl": 8,  # one layer of 2, 3 or 4 is recomputed
 }
 """Files and how many records of each the estimator covers; taken with torch 2.13.0, transformers 5.17.0, deepspeed

@@ -144,6 +144,26 @@ IN_BLOCKS: Runs = (
 """DeepSpeed's chunked loss on the CPU, which takes the logarithm of sums of exponents in fp32."""
 
 
+LAYERS_WHOLE: Runs = (
+    (
+        "opt.5x2/full/3/none/sdpa/bf16/none/cuda/4/1/1/adamw/none/small/let go",
+        {"zero": {"stage3_module_granularity_threshold": 740_000}},
+    ),
+    (
+        "qwen2.18x2/full/3/full/sdpa/bf16/none/cuda/4/1/2/adamw/none/small/let go",
+        {"zero": {"stage3_module_granularity_threshold": 656_000}},
+    ),
+    (
+        "qwen2.18x2/full/3/none/sdpa/bf16-autocast/none/cuda/4/2/1/adamw/both/default/let go",
+        {"zero": {"stage3_module_granularity_threshold": 656_000}},
+    ),
+    (
+        "qwen2.18x2/full/3/none/sdpa/bf16/none/cuda/4/2/1/adamw/none/small/let go",
+        {"zero": {"stage3_module_granularity_threshold": 1_000}},
+    ),
+)
+"""Decoder layers that ZeRO-3 gathers whole, and a threshold that is below every module's granularity."""
+
 SUMS = {"grad_accum_dtype": "fp32"}
 HALVES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 HALF_MASTER = {"bf16_master_weights_and_grads": True}
@@ -195,6 +215,7 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
         ACCUMULATING,
         IN_BLOCKS,
         FORMATS,
+        LAYERS_WHOLE,
     ],
     ids=[
         "muon",
@@ -207,6 +228,7 @@ def _run(key: str, changes: Mapping[str, Any]) -> RunSpec:
         "accumulating",
         "blocks",
         "formats",
+        "layers whole",
     ],
 )
 def test_estimate_and_simulation_agree(runs):

@@ -193,7 +193,7 @@ def _of_model(job: Job) -> dict[str, bool]:
         "method.modules_to_save with retain.kl under ZeRO-3": _saves(job)
         and job.stage == 3
         and job.kl_chunk_tokens > 0,
-        "zero.stage3_module_granularity_threshold": job.stage == 3 and job.zero.stage3_module_granularity_threshold > 0,
+        "zero.stage3_module_granularity_threshold with adapters, or of layers with experts": job.leaves == "other",
     }
 
 

@@ -47,10 +47,10 @@ class GatherLimits:
     """Ranks that keep whole weights among them in second parts (hpZ); 0: none do."""
     ranks: int = 0
     """Those that a second part's padding is for."""
-    one_by_one: bool = False
-    """Whether each weight has a buffer of its own (``stage3_allgather_sequential``)."""
+    one_by_one: bool = False  # each weight has a buffer of its own (``stage3_allgather_sequential``)
     by_all_reduce: bool = False
     """Whether weights gathered together stay views of one buffer (``stage3_use_all_reduce_for_fetch_params``)."""
+    leaf_layers: bool = False  # whether decoder layers are gathered whole
     from_host: bool = False
     """Whether every part lies in the host's memory and is copied to the device to be gathered."""
 

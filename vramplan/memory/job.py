@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.dtype import Dtype
 from vramplan.memory.blocks.against_forgetting import FISHER
-from vramplan.memory.gathers import GatherLimits
+from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits
+from vramplan.memory.granularity import Leaves, leaves
 from vramplan.memory.model_run import ModelRun
 from vramplan.memory.parameters import (
     ADAPTER_DTYPE,
@@ -227,6 +228,18 @@ class Job:
         return self.zero.hpz_partition_size if self.stage == 3 and self.zero.hpz_partition_size > 1 else 0
 
     @property
+    def leaves(self) -> Leaves:
+        """What ``stage3_module_granularity_threshold`` has ZeRO-3 gather whole; "other" what is not counted: adapters,
+        layers with mixtures that are taken whole themselves."""
+        threshold = self.zero.stage3_module_granularity_threshold
+        if self.stage < 3 or not threshold:
+            return "none"
+        if self.method.kind != "full":
+            return "other"
+        found = leaves(self.architecture, threshold)
+        return "other" if found == "layers" and self.architecture.family in LEAF_FAMILIES else found
+
+    @property
     def gather_limits(self) -> GatherLimits:
         zero = self.zero
         from_host = self.offload_param and self.device != "cpu"
@@ -245,6 +258,7 @@ class Job:
             secondary=self.hpz,
             ranks=self.degree if self.hpz else 0,
             from_host=from_host,
+            leaf_layers=self.leaves == "layers",
         )
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.dtype import Dtype
-from vramplan.memory.gathers import GatherLimits
+from vramplan.memory.gathers import LEAF_FAMILIES, GatherLimits
 from vramplan.spec.trainable import Method
 
 
@@ -67,6 +67,15 @@ class ModelRun:
     """Whether linears are DeepSpeed's own under ZeRO-3 (``memory_efficient_linear``)."""
     gathers: GatherLimits | None = None
     """Thresholds of ZeRO-3's gathering, or None where weights stay whole."""
+
+    @property
+    def leaves(self) -> str:
+        """What ZeRO-3 takes as one module (``BlockContext.leaves``)."""
+        if self.gathers is None:
+            return "none"
+        if self.gathers.leaf_layers:
+            return "layers"
+        return "mixtures" if self.architecture.family in LEAF_FAMILIES else "none"
 
     def recomputes(self, index: int) -> bool:
         """Whether a layer keeps its input alone (transformers/modeling_utils.py, ``_set_gradient_checkpointing``)."""

@@ -21,12 +21,12 @@ from vramplan.memory.blocks.context import BlockContext, Module, Tables, identit
 from vramplan.memory.blocks.core import masks
 from vramplan.memory.blocks.fused_loss import fused_loss
 from vramplan.memory.blocks.head import TOKENS, embed, logits, loss
-from vramplan.memory.blocks.layer import RESIDUAL, run_layer
+from vramplan.memory.blocks.layer import RESIDUAL, call_layer
 from vramplan.memory.blocks.linear import project
 from vramplan.memory.blocks.norm import normalise
 from vramplan.memory.blocks.rotary import rotary_tables
 from vramplan.memory.garbage import uncollected
-from vramplan.memory.gathers import LEAF_FAMILIES, Gathers
+from vramplan.memory.gathers import Gathers
 from vramplan.memory.kinds import layer_kind, layers_near_ends, layers_shown
 from vramplan.memory.labels import AUTOCAST_COPIES, GATHERED, VIEWED
 from vramplan.memory.leaf import Parameter
@@ -70,7 +70,7 @@ class Runner:
             hooks=self.gathers,
             own_linears=run.gathers is not None and run.own_linears,
             adapted_parameters=run.adapted_parameters,
-            leaf_mixtures=run.gathers is not None and run.architecture.family in LEAF_FAMILIES,
+            leaves=run.leaves,
             num_layers=run.architecture.num_layers,
             last_parameter=list(run.architecture.named_tensors())[-1].name,
             liger_kernels=run.liger_kernels,
@@ -297,7 +297,7 @@ class Runner:
             if again:
                 ctx.casts = {}  # recomputing has an autocast of its own, whose cache ends with it
             try:
-                return ctx.call("layer", (), lambda x: run_layer(ctx, x, layer), hidden)
+                return call_layer(ctx, hidden, layer)
             finally:
                 ctx.prefix, ctx.tables = before
                 ctx.casts = casts

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from vramplan.facts.architecture import Architecture, Attention
 from vramplan.facts.attention import has_attention
 from vramplan.facts.device import Node
+from vramplan.search.legal_formats import bf16_master_weights, other_leaves, stored_in_few_bits, sums_in_fp32
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 
@@ -65,28 +66,6 @@ def _nvme_needs_stage_3(run: RunSpec, node: Node, architecture: Architecture) ->
     if run.zero.offload_optimizer != "nvme" or run.zero.stage == 3:
         return None
     return f"offload_optimizer nvme needs ZeRO stage 3: stage {run.zero.stage} keeps its states in the host's memory"
-
-
-def _sums_in_fp32(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
-    if run.grad_accum_dtype is None or run.precision not in ("bf16", "fp16") or run.zero.stage != 0:
-        return None
-    return f"grad_accum_dtype fp32 beside {run.precision} weights needs ZeRO stage 1, 2 or 3"
-
-
-def _bf16_master_weights(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
-    if not run.bf16_master_weights_and_grads:
-        return None
-    if run.zero.stage == 0:
-        return "bf16_master_weights_and_grads needs ZeRO stage 1, 2 or 3: stage 0 keeps fp32 master weights"
-    offloads = run.zero.offload_optimizer in ("cpu", "nvme")
-    if not run.bf16_optimizer_states and not offloads:
-        return (
-            "bf16_master_weights_and_grads with fp32 moments needs offload_optimizer cpu: set bf16_optimizer_states "
-            "true, or offload"
-        )
-    if offloads and run.optimizer.kind not in ("adamw", "muon"):
-        return "bf16_master_weights_and_grads with offload needs DeepSpeed's CPUAdam: set optimizer adamw"
-    return None
 
 
 def _muon_reduces_whole(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
@@ -197,21 +176,6 @@ def _liger_hardware(run: RunSpec, node: Node, architecture: Architecture) -> str
     if run.kernels != "liger" or node.device.kind != "cpu":
         return None
     return "kernels liger are Triton's, which need a GPU: use kernels hf"
-
-
-_WRITTEN_OUT = ("fp8", "mxfp8", "mxfp4")
-"""Packings that transformers undoes as it reads a file, where it is asked to (``dequantize=True``)."""
-
-
-def _stored_in_few_bits(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
-    packing, is_qlora = architecture.stored_quantization, run.method.kind == "qlora"
-    if not packing or (packing in _WRITTEN_OUT and not is_qlora) or (packing == "bitsandbytes" and is_qlora):
-        return None
-    if packing == "bitsandbytes":
-        return f"{run.model} is stored in 4 or 8 bits (bitsandbytes): set method qlora, or name the model it is made of"
-    if packing in _WRITTEN_OUT:
-        return f"{run.model} is stored in {packing}, which is not packed anew in 4 bits: set method lora or full"
-    return f"{run.model} is stored packed ({packing}), which is not trained: name the model that it was made of"
 
 
 def _offloaded_activations(run: RunSpec, node: Node, architecture: Architecture) -> str | None:
@@ -354,11 +318,12 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_param_offload_needs_stage_3, "deepspeed/runtime/zero/offload_config.py, DeepSpeedZeroOffloadParamConfig"),
     (_optimizer_offload_needs_zero, "deepspeed/ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step"),
     (_nvme_needs_stage_3, "deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__"),
-    (_sums_in_fp32, "deepspeed/runtime/engine.py, _do_optimizer_sanity_check"),
+    (sums_in_fp32, "deepspeed/runtime/engine.py, _do_optimizer_sanity_check"),
     (
-        _bf16_master_weights,
+        bf16_master_weights,
         "deepspeed/runtime/base_optimizer.py, _configure_master_weights; config.py, _do_error_check",
     ),
+    (other_leaves, "deepspeed/runtime/zero/parameter_offload.py, _set_leaf_by_threshold_preorder"),
     (_muon_reduces_whole, "deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3.__init__"),
     (_all_reduced_fetches, "deepspeed/runtime/zero/partition_parameters.py, _all_gather_coalesced"),
     (_hpz_group, "deepspeed/utils/groups.py, _create_zero_param_parallel_group"),
@@ -372,7 +337,7 @@ _RULES: tuple[tuple[Rule, str], ...] = (
     (_dora_keeps_4_bit_weights, "peft/utils/integrations.py, dequantize_module_weight"),
     (_fused_loss_hardware, "liger_kernel/ops/fused_linear_cross_entropy.py"),
     (_liger_hardware, "liger_kernel/ops/rms_norm.py"),
-    (_stored_in_few_bits, "transformers/quantizers/auto.py, AutoHfQuantizer.merge_quantization_configs"),
+    (stored_in_few_bits, "transformers/quantizers/auto.py, AutoHfQuantizer.merge_quantization_configs"),
     (_offloaded_activations, "torch/utils/checkpoint.py, _CheckpointFrame.save_inputs"),
     (_pipeline, "deepspeed/runtime/pipe/engine.py, PipelineEngine.__init__"),
     (_sequence_parallel_heads, "deepspeed/runtime/sequence_parallel/ulysses_sp.py, UlyssesSPAttentionHF.__init__"),

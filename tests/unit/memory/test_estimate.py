@@ -102,7 +102,7 @@ HALVES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
+        ({"method": {"kind": "lora"}, "zero": {"stage": 3, "stage3_module_granularity_threshold": 100}}, "granularity"),
         ({"zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "hpz_partition_size": 4}}, "hpz"),
         ({"optimizer": {"kind": "paged_adamw"}, "zero": {"offload_optimizer": "cpu"}}, "paged_adamw"),
         ({"optimizer": {"kind": "muon"}, "zero": {"stage": 3, "offload_optimizer": "cpu"}}, "muon under ZeRO-3"),

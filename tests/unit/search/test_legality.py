@@ -83,6 +83,11 @@ REFUSED = [
     ({**HALVES, "bf16_optimizer_states": True, "zero": {"stage": 0}}, NODE, "stage 0 keeps fp32 master weights"),
     (HALVES, NODE, "set bf16_optimizer_states true, or offload"),
     ({**HALVES, "zero": {"offload_optimizer": "cpu"}, "optimizer": "adamw_torch"}, NODE, "set optimizer adamw"),
+    (
+        {"zero": {"stage": 3, "stage3_module_granularity_threshold": 10_000_000}},
+        NODE,
+        "threshold 10000000 takes other modules whole than decoder layers",
+    ),
     ({"zero": {"hpz_partition_size": 4}}, NODE, "hpz_partition_size needs ZeRO stage 3"),
     ({"zero": {"stage": 3, "hpz_partition_size": 3}}, NODE, "3 does not divide the 8 ranks"),
     ({"precision": "fp16"}, CPU_NODE, "precision fp16 needs a CPU"),
@@ -145,6 +150,8 @@ def test_a_refused_combination_gives_its_reason(fields, node, said):
         ({"layout": {"dp": 4, "tp": 2}}, NODE),
         ({"precision": "bf16"}, CPU_NODE),
         (packed("mxfp4"), NODE),
+        ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 1000}}, NODE),
+        ({"zero": {"stage": 3, "stage3_module_granularity_threshold": 20_000_000}}, NODE),  # its layers
         ({"grad_accum_dtype": "fp32", "zero": {"stage": 1}}, NODE),
         ({"grad_accum_dtype": "fp32", "precision": "bf16-autocast", "zero": {"stage": 0}}, NODE),
         ({**HALVES, "bf16_optimizer_states": True}, NODE),

@@ -115,8 +115,8 @@ class BlockContext:
     """Who listens to modules: ZeRO-3's gathers, or nobody."""
     adapted_parameters: frozenset[str] = frozenset()
     """Parameters of experts and routers that get adapters as they are."""
-    leaf_mixtures: bool = False
-    """Whether ZeRO-3 takes each block with experts as one module (``gathers.LEAF_FAMILIES``)."""
+    leaves: str = "none"
+    """What ZeRO-3 takes as one module: ``layers``, ``mixtures`` (``gathers.LEAF_FAMILIES``), ``none``."""
     own_linears: bool = False
     """Whether linears are DeepSpeed's own, as ZeRO-3 replaces them."""
     in_leaf: bool = False

@@ -27,6 +27,14 @@ from vramplan.memory.tape import Tensor
 RESIDUAL = "residual stream"
 
 
+def call_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
+    """The layer as a module of the model; as one that is gathered whole where the threshold says so."""
+    if ctx.leaves == "layers":
+        params = tuple(ctx.parameter(tensor.name, tensor.numel) for tensor in layer.tensors())
+        return ctx.call_leaf("layer", params, lambda x: run_layer(ctx, x, layer), x)
+    return ctx.call("layer", (), lambda x: run_layer(ctx, x, layer), x)
+
+
 def run_layer(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     """``decoder_layer(x)`` in the layer's arrangement (``DecoderLayer.residual``)."""
     x = _ARRANGEMENTS[layer.residual](ctx, x, layer)
@@ -54,7 +62,7 @@ def _attention(
 
 def _mlp(ctx: BlockContext, x: Tensor, layer: DecoderLayer) -> Tensor:
     block = layer.feed_forward
-    if isinstance(block, MixtureOfExperts) and ctx.leaf_mixtures:
+    if isinstance(block, MixtureOfExperts) and ctx.leaves == "mixtures":
         return ctx.call_leaf(
             layer.feed_forward_name, mixture_parameters(ctx, block), lambda x: mixture(ctx, x, block), x
         )
