@@ -10,7 +10,7 @@ from vramplan.facts.dtype import Dtype
 from vramplan.memory import ops, routed
 from vramplan.memory.blocks.balance import collect
 from vramplan.memory.blocks.context import BlockContext, tokens
-from vramplan.memory.blocks.folded import factor_parameters, fold, hang
+from vramplan.memory.blocks.folded import Factors, factor_parameters, fold, hang
 from vramplan.memory.blocks.grouped_router import (
     ROUTER,
     scores_fp32,
@@ -40,9 +40,9 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
     bias = ctx.parameter(f"{router.name}.bias", router.num_experts) if router.bias else None
     found: list[Routing] = []
 
-    factors = factor_parameters(ctx, block).get(weight.name.removeprefix(ctx.prefix))
+    pair = factor_parameters(ctx, block).get(weight.name.removeprefix(ctx.prefix))
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, factors: Factors | None = None) -> Tensor:
         x = x if block.scoring == "best" else ops.view(x)  # hidden_states.reshape(-1, hidden_dim), not in GPT-OSS
         if factors is not None:
             scores = _with_adapter(ctx, x, weight, bias, factors, block)
@@ -53,7 +53,16 @@ def route(ctx: BlockContext, x: Tensor, block: MixtureOfExperts) -> Routing:
         found.append(Routing(scores, *_SCORINGS[block.scoring](ctx, scores, block)))
         return found[0].weights
 
-    found[0].weights = ctx.call(router.name, (weight, bias), run, x)
+    def in_wrapper(x: Tensor) -> Tensor:
+        assert pair is not None
+        ctx.reads(*pair, weight)
+        factors = hang(ctx, weight, pair)
+        return ctx.call(f"{router.name}.base_layer", (weight, bias), lambda x: run(x, factors), x)
+
+    if pair is None:
+        found[0].weights = ctx.call(router.name, (weight, bias), run, x)
+    else:  # as ``folded.in_wrappers``
+        found[0].weights = ctx.call(router.name, (), in_wrapper, x, read=(*pair, weight))
     collect(ctx, found[0].scores)
     return found[0]
 
@@ -63,11 +72,11 @@ def _with_adapter(
     x: Tensor,
     weight: Parameter,
     bias: Parameter | None,
-    factors: tuple[Parameter, Parameter],
+    factors: Factors,
     block: MixtureOfExperts,
 ) -> Tensor:
     """``F.linear(x, weight + scaling * lora_B @ lora_A)``, both in fp32 first where the router says so."""
-    folded = fold(ctx, weight, hang(ctx, weight, factors))
+    folded = fold(ctx, weight, factors)
     if block.scores_in_fp32:
         x, folded = ops.to(x, Dtype.FP32, ROUTER), ops.to(folded, Dtype.FP32, ROUTER)
     if ctx.own_linears and ctx.autocast is not None:
