@@ -47,6 +47,7 @@ QUICK = (
     "deepseek_v2.49x2/frozen/3/none/flash_attention_2/bf16-autocast/padded/cuda/1/1/1/adamw/none/small/let go",
     "gpt2.0x2/expanded/3/none/flash_attention_2/bf16-autocast/packed/cuda/4/1/1/adamw/none/small/let go",
     "gpt2.0x2/frozen/2/full/eager/bf16-autocast/none/cpu/4/1/1/adamw_torch/none/small/let go",
+    "deepseek_v2.49x2/lora/3/full/flash_attention_2/fp16/packed/cuda/4/2/1/adamw_torch/both/small/let go",
 )
 """All stages, methods that freeze, masks, kernels and precisions (the words of ``Case.key``)."""
 
