@@ -63,7 +63,8 @@ def init(
         raise SpecError(f"{target}: cannot be written ({error.strerror}); choose another -o") from error
     if refused is not None:
         show(f"note: as it stands `vramplan plan` refuses it: {refused}")
-    show(f"written: {target}\nnext: vramplan data show {target}; vramplan plan {target} -o plan")
+    planned = "" if refused else f"; vramplan plan {target} -o plan"
+    show(f"written: {target}\nnext: vramplan data show {target}{planned}")
 
 
 def _why_refused(run: RunSpec) -> str | None:

@@ -13,6 +13,7 @@ from vramplan.facts.devices import resolve_node
 from vramplan.facts.resolve import resolve_architecture
 from vramplan.report.console import render_plan
 from vramplan.report.plan_dir import installed_versions, write_plan_dir
+from vramplan.search.legal_formats import why_not_trained
 from vramplan.search.planner import make_plan
 
 
@@ -58,6 +59,6 @@ def plan(
         show(f"\n{verified.text}")
     if sentence is not None:
         show(sentence)
-    not_trained = chosen.run.not_trained
+    not_trained = why_not_trained(chosen.run)
     show(f"\nwritten: {', '.join(str(path) for path in files)}")
     show(f"not for vramplan train: {not_trained}" if not_trained else f"next: vramplan train {files[0]}")

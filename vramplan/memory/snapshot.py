@@ -27,5 +27,6 @@ def snapshot_bytes(job: Job, ranks_per_node: int) -> int:
     degree = job.degree if job.stage else ranks_per_node  # without ZeRO one rank writes for all
     has_master = job.stage > 0 or job.dtype is not Dtype.FP32
     shares = [shard(numel, degree) for numel in trained]
-    master = sum(shares) * Dtype.FP32.nbytes if has_master else 0
-    return weights + master + optimizer_bytes(job.optimizer, job.device).state_bytes(*shares)
+    master = sum(shares) * job.master_dtype.nbytes if has_master else 0
+    optimizer = optimizer_bytes(job.optimizer, job.device).in_formats(job.moment_dtype, job.master_dtype)
+    return weights + master + optimizer.state_bytes(*shares)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from vramplan.errors import VramplanError
 from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
+from vramplan.facts.resolve import resolve_architecture
 from vramplan.memory.granularity import leaves
 from vramplan.spec.run import RunSpec
 
@@ -55,7 +57,23 @@ def stored_in_few_bits(run: RunSpec, node: Node, architecture: Architecture) -> 
     if not packing or (packing in _WRITTEN_OUT and not is_qlora) or (packing == "bitsandbytes" and is_qlora):
         return None
     if packing == "bitsandbytes":
-        return f"{run.model} is stored in 4 or 8 bits (bitsandbytes): set method qlora, or name the model it is made of"
+        return f"{run.model} is stored in 4 bits (bitsandbytes): set method qlora, or name the model it is made of"
     if packing in _WRITTEN_OUT:
-        return f"{run.model} is stored in {packing}, which is not packed anew in 4 bits: set method lora or full"
+        return f"{run.model} is stored in {packing}, which is not packed anew: name a copy written out in bf16"
     return f"{run.model} is stored packed ({packing}), which is not trained: name the model that it was made of"
+
+
+def why_not_trained(run: RunSpec) -> str:
+    """Why ``vramplan train`` does not run it, though its bytes are counted; empty where it does."""
+    if run.not_trained:
+        return run.not_trained
+    try:
+        packing = resolve_architecture(run).stored_quantization
+    except VramplanError:  # what it is does not matter here
+        return ""
+    if packing not in _WRITTEN_OUT:
+        return ""
+    return (
+        f"model: {run.model} is stored in {packing}; its bytes are those of weights that are written out, which the "
+        "trainer does not do: write them out in bf16 (transformers' dequantize=True) and name that directory"
+    )

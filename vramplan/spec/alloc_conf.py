@@ -46,6 +46,8 @@ class AllocConf:
             key, _, value = item.partition(":")
             if key in _IGNORED or key.startswith("pinned_"):
                 continue
+            if key == "per_process_memory_fraction":
+                raise SpecError(f"alloc_conf: {key} lowers what a rank may use: give that as hardware.memory_cap")
             if key not in _SETTINGS:
                 raise SpecError(f"alloc_conf: {key!r} is not known here; known are {', '.join(sorted(_SETTINGS))}")
             name, read = _SETTINGS[key]

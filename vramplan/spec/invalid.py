@@ -53,11 +53,19 @@ def _misplaced_flags(kinds: list[Any], fields: Mapping[str, Any], prefix: str) -
             from vramplan.spec.fields import list_fields
 
             key = f"{prefix}{name}"
-            takes = next((each.takes for each in list_fields(key) if each.key == key), "another value")
+            bare = re.sub(r"\.\d+\.", ".", key)  # as fields are listed: of a list's members, without their number
+            takes = next((each.takes for each in list_fields() if each.key == bare), "another value")
             yield f"{key} is {str(value).lower()} but takes {takes}"
-        elif isinstance(value, Mapping):
-            members = [member for annotation in taken for member in _members(annotation)]
-            yield from _misplaced_flags(members, value, f"{prefix}{name}.")
+            continue
+        members = [member for annotation in taken for member in _members(annotation)]
+        items = [("", value)] if isinstance(value, Mapping) else _numbered(value)
+        for number, item in items:
+            if isinstance(item, Mapping):
+                yield from _misplaced_flags(members, item, f"{prefix}{name}{number}.")
+
+
+def _numbered(value: object) -> list[tuple[str, object]]:
+    return [(f".{number}", item) for number, item in enumerate(value)] if isinstance(value, list | tuple) else []
 
 
 def _takes_flag(annotation: Any) -> bool:

@@ -15,6 +15,7 @@ from vramplan.emit.launch import launch_command, launch_environment, local_launc
 from vramplan.errors import DataError, LegalityError, SpecError, UnknownNameError
 from vramplan.measure.run_dir import RunDir
 from vramplan.measure.snapshots import has_saved_state, remove_forgotten
+from vramplan.search.legal_formats import why_not_trained
 from vramplan.search.plan import Plan
 from vramplan.spec.check import check_run
 from vramplan.spec.data import SourceSpec, as_source
@@ -46,8 +47,8 @@ def check_before_launch(plan: Plan) -> None:
         LegalityError: the layout is not trained.
         DataError: a row is malformed, or a file is not there.
     """
-    if plan.run.not_trained:
-        raise LegalityError(plan.run.not_trained)
+    if refused := why_not_trained(plan.run):
+        raise LegalityError(refused)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise SpecError(f"training needs {', '.join(missing)}: pip install 'vramplan[train]'")

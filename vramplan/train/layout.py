@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vramplan.errors import LegalityError
 from vramplan.facts.resolve import resolve_architecture
+from vramplan.search.legal_formats import why_not_trained
 from vramplan.search.legality import illegality
 from vramplan.search.plan import Plan
 from vramplan.spec.run import RunSpec
@@ -11,10 +12,10 @@ from vramplan.spec.run import RunSpec
 
 def check_layout(run: RunSpec) -> None:
     """Raises:
-    LegalityError: the layout is more than data and sequence parallel.
+    LegalityError: the layout is more than data and sequence parallel, or formats are not the trainer's.
     """
-    if run.not_trained:
-        raise LegalityError(run.not_trained)
+    if refused := why_not_trained(run):
+        raise LegalityError(refused)
 
 
 def check_sequence_parallel(plan: Plan) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from vramplan.errors import ConfigError, SpecError
-from vramplan.facts.resolve import read_config
 from vramplan.measure.run_dir import RunDir
 from vramplan.rank.model import add_adapters, apply_kernels, checkpoint_layers, weight_dtype
 from vramplan.retain.expand import expand_model_directory
@@ -104,7 +103,7 @@ def pretrained(run: RunSpec, directory: Path) -> Any:
             attn_implementation=run.attention,
             use_safetensors=None if run.training.allow_pickle else True,
             trust_remote_code=run.training.trust_remote_code,
-            **(_quantized(run) or written_out(directory)),
+            **_quantized(run),
         )
         _keep_packing(model)
         return model
@@ -141,16 +140,6 @@ def _quantized(run: RunSpec) -> dict[str, Any]:
         bnb_4bit_quant_storage=weight_dtype(run) if run.zero.stage == 3 else None,
     )
     return {"quantization_config": config}
-
-
-def written_out(directory: Path) -> dict[str, Any]:
-    """What makes transformers write out weights that a directory holds in 8 or 4 bits: they are trained in the asked
-    precision (``legality.py`` refuses other packings)."""
-    from transformers import FineGrainedFP8Config, Mxfp4Config
-
-    packing = (read_config(directory / "config.json").get("quantization_config") or {}).get("quant_method")
-    known = {"fp8": FineGrainedFP8Config, "mxfp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-    return {"quantization_config": known[packing](dequantize=True)} if packing in known else {}
 
 
 def _announce_zero3(run: RunSpec, config: dict[str, Any]) -> object | None:

@@ -56,6 +56,8 @@ def test_a_wrong_value_is_named_with_what_is_wrong(field, value, said):
         {"pad_token_id": -1},
         {"pad_token_id": None},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": False},
+        {"model_type": "gpt_neox", "hidden_size": 384, "rotary_pct": 0.2},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 50257},
     ],
@@ -69,6 +71,15 @@ def test_what_the_weights_are_packed_with_is_read():
     assert architecture_from_config(LLAMA).stored_quantization == ""
     packed = {**LLAMA, "quantization_config": {"quant_method": "awq", "bits": 4}}
     assert architecture_from_config(packed).stored_quantization == "awq"
+    nested = {
+        "model_type": "gemma3",
+        "text_config": {**LLAMA, "head_dim": 16, "quantization_config": packed["quantization_config"]},
+    }
+    assert architecture_from_config(nested).stored_quantization == "awq"
+    eight = {**LLAMA, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    assert architecture_from_config(eight).stored_quantization == "bitsandbytes, 8 bits"
+    for nothing in ({}, {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}):
+        assert architecture_from_config({**LLAMA, "quantization_config": nothing}).stored_quantization == ""
     older = {**LLAMA, "quantization_config": {"load_in_4bit": True}}
     assert architecture_from_config(older).stored_quantization == "bitsandbytes"
 

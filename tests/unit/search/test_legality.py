@@ -60,15 +60,17 @@ LLAMA = {
 }
 
 
-def packed(method: str) -> dict[str, object]:
-    return {"model_config_fields": {**LLAMA, "quantization_config": {"quant_method": method, "bits": 4}}}
+def packed(method: str, flag: str = "load_in_4bit") -> dict[str, object]:
+    flags = {flag: True} if method == "bitsandbytes" else {}
+    return {"model_config_fields": {**LLAMA, "quantization_config": {"quant_method": method, **flags}}}
 
 
 HALVES = {"bf16_master_weights_and_grads": True}
 REFUSED = [
     (packed("gptq"), NODE, "is stored packed (gptq), which is not trained: name the model that it was made of"),
     (packed("bitsandbytes"), NODE, "set method qlora, or name the model it is made of"),
-    ({"method": "qlora", **packed("fp8")}, NODE, "is stored in fp8, which is not packed anew in 4 bits"),
+    ({"method": "qlora", **packed("bitsandbytes", "load_in_8bit")}, NODE, "is stored packed (bitsandbytes, 8 bits)"),
+    ({"method": "qlora", **packed("fp8")}, NODE, "is stored in fp8, which is not packed anew: name a copy"),
     ({"zero": {"offload_param": "cpu"}}, NODE, "offload_param needs ZeRO stage 3"),
     ({"zero": {"stage": 0, "offload_optimizer": "cpu"}}, NODE, "offload_optimizer needs ZeRO stage 1"),
     ({"zero": {"offload_param": "nvme"}}, NODE, "offload_param needs ZeRO stage 3"),

@@ -75,6 +75,7 @@ def test_scientific_notation_without_a_dot_is_a_number():
         ({"zero": {"stage": True}}, "zero.stage is true but takes 0, 1, 2, 3 or null"),
         ({"micro_batch_size": True}, "micro_batch_size is true but takes whole number at least 1, or null"),
         ({"method": {"kind": "lora", "r": True}}, "method.r is true but takes"),
+        ({"data": {"train": [{"path": "x", "weight": True}]}}, "data.train.0.weight is true but takes"),
         ({"layout": {"dp": True}}, "layout.dp is true but takes whole number"),
     ],
     ids=str,

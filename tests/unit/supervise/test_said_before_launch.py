@@ -78,6 +78,15 @@ def test_formats_that_are_not_trained_are_refused_before_anything_starts():
         check_before_launch(plan)
 
 
+def test_weights_that_are_stored_in_8_bits_are_not_trained():
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"intermediate_size": 96, "vocab_size": 128, "quantization_config": {"quant_method": "fp8"}}
+    run = run_from_mapping({**MODEL, "model_config_fields": config, "seq_len": 64, "hardware": {"gpu": "h100-80gb"}})
+    plan = make_plan(run, resolve_node(run.hardware), resolve_architecture(run))
+    with pytest.raises(LegalityError, match="is stored in fp8; its bytes are those of weights that are written out"):
+        check_before_launch(plan)
+
+
 def test_every_precision_has_its_traffic():
     for precision in get_args(Precision):
         engine = "torch" if precision == "bf16-weights-autocast" else "deepspeed"

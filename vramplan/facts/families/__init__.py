@@ -84,12 +84,19 @@ def _stored_dtype(config: Mapping[str, object]) -> Dtype | None:
 
 
 def _stored_quantization(config: Mapping[str, object], module_name: str) -> str:
+    """transformers/quantizers/auto.py, ``get_hf_quantizer`` and ``supports_quant_method``: that of the language model's
+    part stands in for none; bitsandbytes' flags decide, and without either it packs nothing."""
     section = Fields(config, module_name).section("quantization_config")
     if section is None:
+        section = Fields(_text_config(config, module_name), module_name).section("quantization_config")
+    if not section:
         return ""
-    if "load_in_4bit" in section and "quant_method" not in section:  # as bitsandbytes' older files have it
+    if section.get("load_in_8bit"):
+        return "bitsandbytes, 8 bits"
+    if section.get("load_in_4bit"):
         return "bitsandbytes"
-    return Fields(section, module_name).text("quant_method", default="an unnamed method")
+    method = Fields(section, module_name).text("quant_method", default="an unnamed method")
+    return "" if method == "bitsandbytes" else method
 
 
 def _text_config(config: Mapping[str, object], module_name: str) -> Mapping[str, object]:

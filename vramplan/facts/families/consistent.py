@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vramplan.facts.architecture import Architecture
+from vramplan.facts.architecture import Architecture, LatentAttention
 from vramplan.facts.families.fields import Fields
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -36,8 +36,12 @@ def _check_experts(fields: Fields, architecture: Architecture) -> None:
 
 def _check_rotary(fields: Fields, architecture: Architecture) -> None:
     for layer in architecture.layers:
-        if layer.mixer.rotary_dim % 2:
-            raise fields.error("head_dim", f"makes {layer.mixer.rotary_dim} rotated elements, which do not pair up")
+        mixer = layer.mixer
+        whole = isinstance(mixer, LatentAttention) or mixer.rotary_dim == mixer.head_dim
+        if whole and mixer.rotary_dim % 2:  # of a part of a head some families rotate one element more
+            name = "qk_rope_head_dim" if isinstance(mixer, LatentAttention) else "head_dim"
+            name = name if fields.has_value(name) else "num_attention_heads"
+            raise fields.error(name, f"makes {mixer.rotary_dim} rotated elements, which do not pair up")
     for name in ("rope_parameters", "rope_scaling"):
         section = fields.section(name)
         for part in () if section is None else _rope_sections(section):

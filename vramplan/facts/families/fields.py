@@ -132,9 +132,9 @@ class Fields:
         return tuple(value)
 
     def section(self, name: str) -> Mapping[str, object] | None:
-        """A nested object, or None where it is absent or ``null``."""
+        """A nested object, or None where it is absent, ``null`` or ``false``."""
         value = self._get((name,))
-        if value is _MISSING or value is None:
+        if value is _MISSING or value is None or value is False:
             return None
         if not isinstance(value, dict):
             raise self.error(name, f"must be an object, not {value!r}")
