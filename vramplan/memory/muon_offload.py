@@ -4,6 +4,7 @@ of a few matrices at a time to the device to orthogonalise them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
@@ -92,7 +93,10 @@ class Muon12Offloaded(Zero12):
         degree = self.flat.degree
         if degree == 1:
             return
-        longest = max(sum(self.flat.owned_by(name, rank) for name in names) for rank in range(degree))
+        held = Counter[int]()
+        for name in names:
+            held.update({rank: self.flat.owned_by(name, rank) for rank in self.flat.ranks_of(name)})
+        longest = max(held.values())
         chunk = min(longest, max(1, GATHER_BYTES // ((degree + 1) * count * WIDTH)))
         key, num_bytes = (index, chunk, count), chunk * count * (degree + 1) * WIDTH
         self.buffers.pop(key, None)
