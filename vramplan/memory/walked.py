@@ -23,6 +23,7 @@ from vramplan.memory.wide_sums import WideSums
 from vramplan.memory.zero0 import Zero0
 from vramplan.memory.zero3 import Zero3
 from vramplan.memory.zero12 import Zero12
+from vramplan.memory.zero12_holding import Zero12Holding
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ def _engine(job: Job, rank: int, steps_skipped: bool) -> Engine:
     if job.stage == 2 and job.sums_in_fp32:
         return WideSums(job, rank)
     if job.stage in (1, 2):
-        return Zero12(job, rank)
+        holds = not job.zero.contiguous_gradients and not job.offload_optimizer
+        return (Zero12Holding if holds else Zero12)(job, rank)
     return (Zero3Nvme if on_disk(job) else Zero3)(job, rank, steps_skipped)
 
 

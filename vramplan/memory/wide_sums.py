@@ -27,14 +27,13 @@ class WideSums(Zero12):
 
     def __init__(self, job: Job, rank: int) -> None:
         super().__init__(job, rank)
+        self.sends = False  # sums are on the device, wherever states lie
         self.partition_bytes = self.share * _WIDE
         self._of_sums: dict[bool, dict[Hashable, list[Instant]]] = {False: {}, True: {}}
 
     def backward(self, micro: Micro) -> None:
         self._reducing = self._of_sums[self._are_there]
-        self.offloads = False  # sums are on the device all the same
         super().backward(micro)
-        self.offloads = self.job.offload_optimizer
 
     @property
     def _are_there(self) -> bool:

@@ -36,7 +36,8 @@ class Zero12(Engine):
         self.largest_owned = max(self.owned.values(), default=0)
         self.optimizer = self.optimizer_on("cpu" if job.offload_optimizer else job.device)
         self.largest = max((numel for _, numel in self.trained), default=0)
-        self.offloads = self.clones = job.offload_optimizer
+        self.offloads = self.sends = job.offload_optimizer
+        """Whether states lie in the host's memory, and whether gradients go there as they are reduced."""
         self._reducing: dict[Hashable, list[Instant]] = {}
 
     def _whole_bytes(self, names: Iterable[str]) -> int:
@@ -92,16 +93,14 @@ class Zero12(Engine):
 
     def _partition(self) -> dict[str, int]:
         """The rank's reduced gradients on the device; with offload they go to the host at once."""
-        return {} if self.offloads else {labels.GRAD_PARTITION: self.partition_bytes}
+        return {} if self.sends else {labels.GRAD_PARTITION: self.partition_bytes}
 
     def backward(self, micro: Micro) -> None:
         stretch = self.open(micro.phase("backward"), Phase.BACKWARD, micro.step)
         if self.job.stage == 1 and not (self.job.zero.overlap_comm and micro.boundary):
             self._backward_keeping(stretch, micro)
-        elif self.contiguous:
-            self._backward_reducing(stretch, micro)
         else:
-            self._backward_holding(stretch, micro)
+            self._backward_reducing(stretch, micro)
 
     def _backward_keeping(self, stretch: Stretch, micro: Micro) -> None:
         """Stage 1: ``param.grad`` stays; the bucket is there from the first gradient until the boundary's end."""
@@ -151,7 +150,7 @@ class Zero12(Engine):
             if self.contiguous and self.rank in flush.ranks and not moves:
                 # a gradient that bypassed the bucket is let go of after it is in the partition, else at the end
                 gone, left = gone + flush.numel * self.width, left - flush.numel * self.width
-            if self.offloads and self.rank in flush.ranks:
+            if self.sends and self.rank in flush.ranks:
                 own = left if moves else left + flush.numel * self.width
                 instants.append((own + (norm := self._norm_bytes(flush.held)), "gradient norm", own, 0, -norm))
         # they differ by plain bytes, so the highest is highest for every batch
@@ -168,7 +167,7 @@ class Zero12(Engine):
         early, _ = backward_candidates(self.model_run, -left)
         for _, point in early:
             stretch.see(point.where, self.resident, bucket if left else {}, self._alive(point, left))
-        normed = self.offloads and micro.boundary and self.job.managed
+        normed = self.sends and micro.boundary and self.job.managed
         fresh = self._accumulates(micro) and labels.HOST_ACCUMULATED not in self.resident
         if (kind := (self.model_run, normed, fresh, left)) not in self._reducing:
             self._reducing[kind] = self._reduction_instants(normed, fresh, left)
@@ -191,9 +190,7 @@ class Zero12(Engine):
     def _accumulates(self, micro: Micro) -> bool:
         """Whether gradients are added up in the host's memory (``copy_grads_in_partition``), but in a bf16 master's."""
         wide = self.job.master_dtype is Dtype.FP32
-        return (
-            self.offloads and self.job.stage == 2 and wide and not (self.job.managed and micro.boundary and micro.first)
-        )
+        return self.sends and self.job.stage == 2 and wide and not (self.job.managed and micro.boundary and micro.first)
 
     def _reduction_instants(self, normed: bool, fresh: bool, left: int) -> list[Instant]:
         """Instants from the first gradient on that can be highest, without what is resident. ``normed``: norms are
@@ -213,42 +210,6 @@ class Zero12(Engine):
         for _, point in undominated([(add(each.total, const(-left * each.grad_numel)), each) for each in after]):
             stretch.see(point.where, extra, self._alive(point, left))
 
-    def _backward_holding(self, stretch: Stretch, micro: Micro) -> None:
-        """Without a contiguous bucket gradients stay ``param.grad`` until as many as a bucket holds are reduced
-        (``reduce_ipg_grads``, ``buffered_reduce_fallback``); then stage 2 lets go of those of other ranks, or, where it
-        overlaps, before it reduces next (``_clear_previous_reduced_grads``). Stage 1 keeps all, and those of earlier
-        micro-batches until the end."""
-        found, keeps, left = self.profile, self.job.stage == 1, self._left_width(micro)
-        self.resident = self.resident.without(*([labels.GRADIENTS] if keeps else []))
-        gradients, owned = found.gradients, 0
-        start = held_from = lingering = 0
-        order = tuple(gradient.name for gradient in gradients)
-        for flush in self._flushes(order):
-            until = len(found.backward) if flush.before is None else gradients[flush.before].at.index
-            self._see_held(stretch, start, until, owned + lingering - held_from, left)
-            kept = owned + flush.numel
-            alive = at_point(found.graph_done if flush.before is None else gradients[flush.before].at)
-            held = self.trained_numel if left else kept
-            parts = {labels.GRADIENTS: held * self.width, labels.REDUCTION: self._copy_bytes(flush)}
-            stretch.see("gradient reduction", self.resident, alive, parts)
-            end = len(order) if flush.before is None else flush.before
-            done = gradients[:end]
-            owned = sum(each.numel for each in done if keeps or self.flat.owned_by(each.name, self.rank))
-            lingering = kept - owned if self.job.zero.overlap_comm else 0
-            held_from, start = sum(each.numel for each in done), until
-        self._end_of_reduction(stretch, micro)
-
-    def _see_held(self, stretch: Stretch, start: int, until: int, offset_numel: int, left: int) -> None:
-        """Instants ``start`` to ``until`` of backward with the gradients held then: those delivered and an offset, or
-        all where they are ``left`` of earlier micro-batches."""
-        points = [point for point in self.profile.backward if start <= point.index < until]
-        if not points:
-            return
-        width = self.width * (not left)
-        for _, point in undominated([(add(each.total, const(width * each.grad_numel)), each) for each in points]):
-            numel = self.trained_numel if left else point.grad_numel + offset_numel
-            stretch.see(point.where, self.resident, {labels.GRADIENTS: self.width * numel}, at_point(point))
-
     def _see_flushes(self, stretch: Stretch, normed: bool, fresh: bool, left: int) -> int | None:
         """Instants of reductions; returns the allocation from which the rank's gradient partition is there."""
         job, gradients = self.job, self.profile.gradients
@@ -262,7 +223,7 @@ class Zero12(Engine):
             after = merged(self._alive(at, left), {labels.GRADIENTS: others})
             alive, oversized = merged(after, {labels.GRADIENTS: wait.num_bytes}), wait.num_bytes > 0
             before = {**filled, **self._made_first(flush), labels.REDUCTION: self._copy_bytes(flush)}
-            if self.rank in flush.ranks and self.offloads:  # large ones stay while the boundary is not known yet
+            if self.rank in flush.ranks and self.sends:  # large ones stay while the boundary is not known yet
                 stays = oversized and not normed and flush.before is not None
                 filled = self._sent_away(filled, flush, fresh, stays=stays)
                 after = after if stays else alive  # what stays is in filled now
@@ -276,7 +237,7 @@ class Zero12(Engine):
                     filled = {**filled, labels.GRADIENTS: filled.get(labels.GRADIENTS, 0) + wait.num_bytes}
                 else:
                     after = alive
-            if not self.offloads and labels.GRADIENTS in filled:
+            if not self.sends and labels.GRADIENTS in filled:
                 self._see_until_next(stretch, flush, filled, left)
             if sum(before.values()) >= sum(filled.values()) - wait.num_bytes * (after is not alive):
                 stretch.see("gradient reduction", before, alive)
@@ -307,7 +268,7 @@ class Zero12(Engine):
     def _see_waiting(self, stretch: Stretch, history: History, waits: list[Wait], left: int) -> None:
         """Instants of backward while large gradients wait; with offload each is cloned as it arrives."""
         for wait in waits:
-            if self.clones and wait.num_bytes:
+            if self.offloads and wait.num_bytes:
                 beside = sum(other.num_bytes for other in waits if other.start < wait.start < other.stop)
                 parts = {labels.REDUCTION: wait.num_bytes, labels.GRADIENTS: beside}
                 alive = self._alive(self.profile.gradients[wait.start].at, left)
@@ -326,7 +287,7 @@ class Zero12(Engine):
     def _end_of_reduction(self, stretch: Stretch, micro: Micro) -> None:
         rest, partition = self.after_backward(), self.partition_bytes
         self.resident = self.resident.without(labels.ACCUMULATED, labels.GRAD_PARTITION)
-        if self.offloads:
+        if self.sends:
             if self._accumulates(micro):
                 sums = {labels.HOST_ACCUMULATED: partition, **self._rounded_sums()}
                 self.resident = merged(self.resident.without(labels.HOST_ACCUMULATED, labels.HOST_SUMS_PINNED), sums)

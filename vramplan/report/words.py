@@ -10,7 +10,7 @@ from vramplan.memory.ledger import Estimate
 from vramplan.memory.term import Basis, Term
 from vramplan.search.fit import Fit
 from vramplan.search.plan import Plan
-from vramplan.search.room import why_not
+from vramplan.search.room import not_tried, why_not
 from vramplan.spec.run import RunSpec
 from vramplan.spec.trainable import LoraMethod
 from vramplan.units import format_bytes, format_count, format_seconds
@@ -48,12 +48,7 @@ def verdict(fit: Fit) -> str:
     shortage = f"{_peak(found)}, {format_bytes(excess)} too many" if excess > 0 else why_not(found, 0.0)
     advice = ", or with ".join(remedy_text(way) for way in fit.remedies)
     would = f"; it would fit with {advice}" if advice else "; no single change that was tried makes it fit"
-    return f"DOES NOT FIT: {subject} on {place}: {shortage}{would}{_untried(fit)}."
-
-
-def _untried(fit: Fit) -> str:
-    """What of the search's own ways was left out, because its bytes are not counted."""
-    return f" (not tried: {'; '.join(fit.uncovered)})" if fit.uncovered else ""
+    return f"DOES NOT FIT: {subject} on {place}: {shortage}{would}{not_tried(fit.uncovered)}."
 
 
 def _peak(found: Estimate) -> str:

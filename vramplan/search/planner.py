@@ -9,7 +9,7 @@ from vramplan.facts.architecture import Architecture
 from vramplan.facts.device import Node
 from vramplan.search.choose import Answer, search
 from vramplan.search.plan import Plan, Prediction
-from vramplan.search.room import MARGIN_FRAC, why_not
+from vramplan.search.room import MARGIN_FRAC, not_tried, why_not
 from vramplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def plan_of(answer: Answer, node: Node) -> Plan:
 def _nothing_fits(answer: Answer, node: Node, ways: tuple[Remedy, ...]) -> str:
     ways_text = "; or ".join(str(way) for way in ways)
     advice = f"; what would: {ways_text}" if ways_text else ""
-    untried = f" (not tried: {'; '.join(answer.uncovered)})" if answer.uncovered else ""
     return (
         f"no plan fits on {node.world_size} x {node.device.name}: with {answer.best.candidate.label()}, "
-        f"{why_not(answer.estimate, 0.0)}{advice}{untried}"
+        f"{why_not(answer.estimate, 0.0)}{advice}{not_tried(answer.uncovered)}"
     )

@@ -28,6 +28,11 @@ def shortfall(found: Estimate) -> tuple[bool, bool, int, int]:
     return True, found.used_peak_bytes > found.capacity_bytes, found.host_bytes_per_node, found.used_peak_bytes
 
 
+def not_tried(reasons: tuple[str, ...]) -> str:
+    """What is said behind a refusal of ways that the search has and left out; empty where it left out none."""
+    return f" (not tried: {'; '.join(reasons)})" if reasons else ""
+
+
 def why_not(found: Estimate, margin_frac: float) -> str:
     """One clause: what does not fit in an estimate."""
     used, capacity = found.used_peak_bytes, found.capacity_bytes

@@ -60,7 +60,12 @@ class Trials:
 
     def uncovered(self) -> tuple[str, ...]:
         """Why candidates that were looked at are not counted, each reason once."""
-        return tuple(dict.fromkeys(str(each) for each in self._results.values() if isinstance(each, UncoveredError)))
+        counted_out = (
+            str(result)
+            for candidate, result in self._results.items()
+            if isinstance(result, UncoveredError) and candidate not in self.excluded
+        )
+        return tuple(dict.fromkeys(counted_out))
 
     def refusals(self, better: Iterable[Priced], margin_frac: float) -> Sequence[Refusal]:
         """Why each of ``better`` was not taken; those that fit were as good as the choice, and are not refused."""

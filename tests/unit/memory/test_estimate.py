@@ -286,3 +286,13 @@ def test_a_resume_makes_states_beside_those_that_are_there():
     found = every_moment(seq_len=8, zero={"stage": 0, "offload_optimizer": "none", "offload_param": "none"})
     resume = next(phase for phase in found.phases if phase.phase == "resume")
     assert resume.peak_bytes == (2 + 4 + 8 + 8) * 134_515_008
+
+
+def test_fp32_sums_are_there_before_they_are_added_to():
+    """``average_tensor`` asks for the buffer's slices before it reduces the bucket."""
+    found = ask(zero={"stage": 2}, rank=0, grad_accum_dtype="fp32", seq_len=16)
+    moment = next(each for each in found.moments if each.name == "step1.micro1.backward: gradient reduction")
+    size_of = {term.name: term.num_bytes for term in moment.terms}
+    elements = resolve_architecture(RunSpec(model=SMALL)).num_params
+    assert size_of["gradient partition"] == pytest.approx(4 * elements / 8, rel=1e-4)
+    assert size_of["reduction copy"] > 2 * elements  # all slices flattened, and one of the rank's widened

@@ -16,6 +16,8 @@ from vramplan.search.space import candidates
 from vramplan.spec.load import merge, run_from_mapping
 from vramplan.spec.run import RunSpec
 
+from support.small_configs import SIZES
+
 NODE = Node(find_device("h100-80gb"), 8)
 CPU_NODE = Node(Device("CPU", "cpu", 2**34, 2**33), 8)
 BASE = {
@@ -50,14 +52,7 @@ FALCON_RW = {
     "new_decoder_architecture": False,
 }
 """As of falcon-rw-1b."""
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "vocab_size": 128,
-}
+LLAMA = {"model_type": "llama", **SIZES}
 
 
 def packed(method: str, flag: str = "load_in_4bit") -> dict[str, object]:
